@@ -1,0 +1,108 @@
+// poc_kernels._native: pointers, sizes and numbers in, nothing allocated, the GIL released. All checks are in
+// ops.py.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/parallel.h"
+#include "cpu/project.h"
+#include "definition.h"
+
+namespace py = pybind11;
+using namespace poc;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const cpu::Kernels& kernels_named(const std::string& name) {
+  const cpu::KernelList list = cpu::all_kernels();
+  for (int i = 0; i < list.count; ++i)
+    if (name == list.begin[i]->name) return *list.begin[i];
+  throw py::value_error("no kernels named " + name + " in this build");
+}
+
+// The instruction set names of this build, best first, with whether this processor has them.
+py::list instruction_sets() {
+  py::list names;
+  const cpu::KernelList list = cpu::all_kernels();
+  for (int i = 0; i < list.count; ++i) names.append(py::make_tuple(list.begin[i]->name, list.begin[i]->supported()));
+  return names;
+}
+
+py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
+  const Words out = philox4x32_10({{c0, c1, c2, c3}}, key0, key1);
+  return py::make_tuple(out.w[0], out.w[1], out.w[2], out.w[3]);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.attr("DEFINITION") = kDefinition;
+  m.attr("CUDA_COMPILER") = POC_KERNELS_CUDA_COMPILER;
+  m.def("instruction_sets", &instruction_sets);
+  m.def("team_runtime", [] { return std::string(cpu::team_runtime()); });
+  m.def("philox4x32_10", &philox);
+
+  py::class_<cpu::Projection>(m, "Projection")
+      .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t k, int64_t row_stride, uintptr_t row_mask,
+                       uintptr_t y, int64_t columns, int64_t column_start, bool residual, uintptr_t seed,
+                       uint32_t domain, double coefficient, int activation_bits, int threads, int64_t tile_rows,
+                       int64_t tile_columns, int64_t tile_k) {
+             cpu::Projection p;
+             p.x = {pointer<const void>(x), static_cast<DType>(dtype), row_stride, k, (k + 15) / 16 * 16,
+                    activation_bits};
+             p.rows = rows;
+             p.row_mask = pointer<const uint8_t>(row_mask);
+             p.residual = residual;
+             p.y = pointer<void>(y);
+             p.columns = columns;
+             p.column_start = column_start;
+             p.stream = {*pointer<const uint64_t>(seed), domain};
+             p.coefficient = static_cast<float>(coefficient);
+             p.threads = threads;
+             p.tiling = {tile_rows, tile_columns, tile_k};
+             return p;
+           }),
+           py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("row_stride"),
+           py::arg("row_mask"), py::arg("y"), py::arg("columns"), py::arg("column_start"), py::arg("residual"),
+           py::arg("seed"), py::arg("domain"), py::arg("coefficient"), py::arg("activation_bits"), py::arg("threads"),
+           py::arg("tile_rows"), py::arg("tile_columns"), py::arg("tile_k"))
+      .def("workspace_bytes",
+           [](const cpu::Projection& p, const std::string& kernels) {
+             return cpu::project_workspace(kernels_named(kernels), p);
+           })
+      .def(
+          "run",
+          [](const cpu::Projection& p, const std::string& kernels, uintptr_t workspace) {
+            const cpu::Kernels& chosen = kernels_named(kernels);
+            py::gil_scoped_release release;
+            cpu::project(chosen, p, pointer<void>(workspace));
+          },
+          py::arg("kernels"), py::arg("workspace"));
+
+  py::class_<cpu::Entries>(m, "Entries")
+      .def(py::init([](uintptr_t seed, uint32_t domain, int64_t k_start, int64_t k, int64_t n_start, int64_t n,
+                       uintptr_t out, int threads) {
+             return cpu::Entries{
+                 {*pointer<const uint64_t>(seed), domain}, k_start, k, n_start, n, pointer<int16_t>(out), threads};
+           }),
+           py::kw_only(), py::arg("seed"), py::arg("domain"), py::arg("k_start"), py::arg("k"), py::arg("n_start"),
+           py::arg("n"), py::arg("out"), py::arg("threads"))
+      .def("workspace_bytes",
+           [](const cpu::Entries& e, const std::string& kernels) {
+             return cpu::entries_workspace(kernels_named(kernels), e);
+           })
+      .def(
+          "run",
+          [](const cpu::Entries& e, const std::string& kernels, uintptr_t workspace) {
+            const cpu::Kernels& chosen = kernels_named(kernels);
+            py::gil_scoped_release release;
+            cpu::entries(chosen, e, pointer<void>(workspace));
+          },
+          py::arg("kernels"), py::arg("workspace"));
+}

@@ -1,0 +1,233 @@
+// AVX2: 16-bit activations times 16-bit v, two k at a time (vpmaddwd). vpmaddubsw would need bytes and
+// saturates.
+//
+// A panel is [k / 2][group][8 columns][2 k] int16, a tile [k / 2][row][2 k] int16. T = 2 * S + sum(q).
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "philox_lanes.h"
+#include "rows.h"
+
+namespace poc::cpu {
+namespace {
+
+constexpr int kColumns = 8;
+constexpr int kMaxGroups = 4;
+constexpr int kMaxRows = 6;
+constexpr int kVectors = 2;           // groups that a block multiplies at once
+constexpr int64_t kFlushSteps = 512;  // of 2 k: 2 * 16384 * 124 * 512 = 2,080,374,784 stays below 2^31
+
+inline __m256i xor3(__m256i a, __m256i b, __m256i c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline __m256i high_half(__m256i a) { return _mm256_srli_epi64(a, 32); }
+inline __m256i set1_64(uint64_t value) { return _mm256_set1_epi64x(static_cast<int64_t>(value)); }
+// Even columns live in one vector of 64-bit lanes, odd columns in another: join their low or high halves.
+inline __m256i join_low(__m256i even, __m256i odd) {
+  return _mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xA0), 0xAA);
+}
+inline __m256i join_high(__m256i even, __m256i odd) {
+  return _mm256_blend_epi32(odd, _mm256_shuffle_epi32(even, 0xF5), 0x55);
+}
+
+// Half of the columns of a group on their way through the rounds; upper halves of lanes hold anything.
+struct Half {
+  __m256i h, l;            // of the columns
+  __m256i c0, c1, c2, c3;  // the counter
+
+  Half(const RoundKeys& keys, __m256i n) {
+    l = _mm256_mul_epu32(set1_64(kPhiloxM0), _mm256_xor_si256(n, set1_64(keys.column_mask)));
+    h = high_half(l);
+  }
+  inline void round2(const CallScalars& s, int i) {
+    const __m256i p1 = _mm256_mul_epu32(set1_64(kPhiloxM1), _mm256_xor_si256(h, set1_64(s.s0[i])));
+    c0 = _mm256_xor_si256(high_half(p1), set1_64(s.s1[i]));
+    c1 = p1;
+    c2 = _mm256_xor_si256(l, set1_64(s.s2[i]));
+    c3 = set1_64(s.s3[i]);
+  }
+  inline void round(uint64_t a, uint64_t b) {
+    const __m256i p0 = _mm256_mul_epu32(set1_64(kPhiloxM0), c0);
+    const __m256i p1 = _mm256_mul_epu32(set1_64(kPhiloxM1), c2);
+    c0 = xor3(high_half(p1), c1, set1_64(a));
+    c2 = xor3(high_half(p0), c3, set1_64(b));
+    c1 = p1;
+    c3 = p0;
+  }
+};
+
+inline __m256i both_lanes(__m128i a) { return _mm256_broadcastsi128_si256(a); }
+
+// The four nibbles of each word's upper or lower half, one a byte: `halves` holds that half's bytes twice
+// each.
+inline __m256i nibbles(__m256i halves) {
+  const __m256i shifted = _mm256_blendv_epi8(halves, _mm256_srli_epi16(halves, 4), _mm256_set1_epi16(-256));
+  return _mm256_and_si256(shifted, _mm256_set1_epi8(0x0F));
+}
+
+// v of the four entries of each word, in order, as signed bytes.
+inline __m256i half_entries(__m256i words) {
+  const __m256i low = both_lanes(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13));
+  const __m256i high = both_lanes(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
+  const __m256i a = nibbles(_mm256_shuffle_epi8(words, low)), b = nibbles(_mm256_shuffle_epi8(words, high));
+  // Eight entries, then the same again: bit 3 of a is the sign, bit 3 of b is not used.
+  const __m256i u = _mm256_add_epi8(_mm256_shuffle_epi8(set1_64(kTableA), a), _mm256_shuffle_epi8(set1_64(kTableB), b));
+  return _mm256_xor_si256(u, _mm256_shuffle_epi8(both_lanes(_mm_set_epi64x(-1, 0)), a));
+}
+
+// Entries 0, 1 of each word, and 2, 3, as pairs of int16.
+inline void store_pairs(int16_t* first, int16_t* second, __m256i words) {
+  const __m256i v = half_entries(words);
+  const __m256i to_first = both_lanes(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+  const __m256i to_second = both_lanes(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(first), _mm256_srai_epi16(_mm256_shuffle_epi8(v, to_first), 8));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(second), _mm256_srai_epi16(_mm256_shuffle_epi8(v, to_second), 8));
+}
+
+void generate(const Stream& stream, const PanelShape& shape, void* panel) {
+  const RoundKeys keys(stream);
+  const __m256i m0 = set1_64(kPhiloxM0), m1 = set1_64(kPhiloxM1);
+  const int64_t stride = static_cast<int64_t>(shape.groups) * 16;  // int16 from one k / 2 to the next
+  for (int begin = 0; begin < shape.calls; begin += CallScalars::kCalls) {
+    const int count = shape.calls - begin < CallScalars::kCalls ? shape.calls - begin : CallScalars::kCalls;
+    CallScalars scalars;
+    scalars.fill(keys, shape.call + static_cast<uint32_t>(begin), count);
+    for (int g = 0; g < shape.groups; ++g) {
+      const __m256i n =
+          _mm256_add_epi64(set1_64(shape.column + static_cast<uint32_t>(g * kColumns)), _mm256_setr_epi64x(0, 2, 4, 6));
+      Half even(keys, n), odd(keys, _mm256_add_epi64(n, set1_64(1)));
+      auto* out = static_cast<int16_t*>(panel) + (static_cast<int64_t>(begin) * 8 * shape.groups + g) * 16;
+      for (int i = 0; i < count; ++i) {
+        even.round2(scalars, i);
+        odd.round2(scalars, i);
+#pragma GCC unroll 8
+        for (int r = 3; r < kPhiloxRounds - 1; ++r) {
+          even.round(keys.a[r], keys.b[r]);
+          odd.round(keys.a[r], keys.b[r]);
+        }
+        const __m256i p0e = _mm256_mul_epu32(m0, even.c0), p0o = _mm256_mul_epu32(m0, odd.c0);
+        const __m256i p1e = _mm256_mul_epu32(m1, even.c2), p1o = _mm256_mul_epu32(m1, odd.c2);
+        const __m256i w0 = xor3(join_high(p1e, p1o), join_low(even.c1, odd.c1),
+                                _mm256_set1_epi32(static_cast<int>(keys.a[kPhiloxRounds - 1])));
+        const __m256i w2 = xor3(join_high(p0e, p0o), join_low(even.c3, odd.c3),
+                                _mm256_set1_epi32(static_cast<int>(keys.b[kPhiloxRounds - 1])));
+        store_pairs(out + 0 * stride, out + 1 * stride, w0);
+        store_pairs(out + 2 * stride, out + 3 * stride, join_low(p1e, p1o));
+        store_pairs(out + 4 * stride, out + 5 * stride, w2);
+        store_pairs(out + 6 * stride, out + 7 * stride, join_low(p0e, p0o));
+        out += 8 * stride;
+      }
+    }
+  }
+}
+
+void quantise(const Activations& x, RowState* states, int rows, int16_t* scratch, void* tile) {
+  quantise_rows(x, states, rows, scratch);
+  for (int r = 0; r < rows; ++r) {
+    const int16_t* q = scratch + r * x.k_padded;
+    auto* out = static_cast<int16_t*>(tile) + 2 * r;
+    for (int64_t k = 0; k < x.k_padded; k += 2) {
+      memcpy(out, q + k, 2 * sizeof(int16_t));
+      out += 2 * rows;
+    }
+  }
+}
+
+// acc += entries * q, pairs of int16 to a lane. As instructions: from intrinsics GCC 12 forms all products
+// first and keeps the accumulators in memory.
+inline void multiply_add(__m256i& acc, __m256i entries, __m256i q) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(entries), "x"(q));
+}
+
+template <int kRows, int kWidth>
+void multiply_block(const int16_t* tile, const int16_t* panel, int64_t stride, int64_t steps, double* sums,
+                    int64_t sums_stride, bool accumulate) {
+  for (int64_t begin = 0; begin < steps; begin += kFlushSteps) {
+    const int64_t end = begin + kFlushSteps < steps ? begin + kFlushSteps : steps;
+    __m256i acc[kRows][kWidth];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm256_setzero_si256();
+    for (int64_t step = begin; step < end; ++step) {
+      __m256i entries[kWidth];
+#pragma GCC unroll 2
+      for (int v = 0; v < kWidth; ++v) entries[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel) + v);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        memcpy(&pair, tile + 2 * r, sizeof pair);
+        const __m256i q = _mm256_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int v = 0; v < kWidth; ++v) multiply_add(acc[r][v], entries[v], q);
+      }
+      panel += stride;
+      tile += 2 * kRows;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kWidth; ++v) {
+        double* to = sums + r * sums_stride + v * kColumns;
+        __m256d low = _mm256_cvtepi32_pd(_mm256_castsi256_si128(acc[r][v]));
+        __m256d high = _mm256_cvtepi32_pd(_mm256_extracti128_si256(acc[r][v], 1));
+        if (accumulate || begin > 0) {
+          low = _mm256_add_pd(low, _mm256_loadu_pd(to));
+          high = _mm256_add_pd(high, _mm256_loadu_pd(to + 4));
+        }
+        _mm256_storeu_pd(to, low);
+        _mm256_storeu_pd(to + 4, high);
+      }
+  }
+}
+
+using MultiplyBlock = void (*)(const int16_t*, const int16_t*, int64_t, int64_t, double*, int64_t, bool);
+constexpr MultiplyBlock kBlocks[kMaxRows][kVectors] = {
+    {multiply_block<1, 1>, multiply_block<1, 2>}, {multiply_block<2, 1>, multiply_block<2, 2>},
+    {multiply_block<3, 1>, multiply_block<3, 2>}, {multiply_block<4, 1>, multiply_block<4, 2>},
+    {multiply_block<5, 1>, multiply_block<5, 2>}, {multiply_block<6, 1>, multiply_block<6, 2>},
+};
+
+void multiply(const void* tile, int rows, int /*activation_bits*/, const void* panel, const PanelShape& shape,
+              double* sums, int64_t sums_stride, bool accumulate) {
+  const auto* q = static_cast<const int16_t*>(tile) + static_cast<int64_t>(shape.call) * 16 * rows;
+  for (int g = 0; g < shape.groups; g += kVectors) {
+    const int width = shape.groups - g < kVectors ? shape.groups - g : kVectors;
+    kBlocks[rows - 1][width - 1](q, static_cast<const int16_t*>(panel) + g * 16,
+                                 static_cast<int64_t>(shape.groups) * 16, static_cast<int64_t>(shape.calls) * 8,
+                                 sums + g * kColumns, sums_stride, accumulate);
+  }
+}
+
+void unpack(const void* panel, const PanelShape& shape, int k_begin, int k_end, int columns, int16_t* entries,
+            int64_t entries_stride) {
+  const auto* v = static_cast<const int16_t*>(panel);
+  for (int k = k_begin; k < k_end; ++k)
+    for (int n = 0; n < columns; ++n) {
+      const int64_t vector = static_cast<int64_t>(k / 2) * shape.groups + n / kColumns;
+      entries[(k - k_begin) * entries_stride + n] =
+          static_cast<int16_t>(2 * v[vector * 16 + n % kColumns * 2 + k % 2] + 1);
+    }
+}
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static constexpr Kernels kernels = {"avx2",
+                                      [] { return __builtin_cpu_supports("avx2") != 0; },
+                                      kColumns,
+                                      kMaxGroups,
+                                      /*entry_bytes=*/2,
+                                      /*rows_per_tile_16=*/kMaxRows,
+                                      /*rows_per_tile_8=*/kMaxRows,
+                                      /*sum_weight=*/1,
+                                      /*panel_budget=*/256 << 10,
+                                      quantise,
+                                      generate,
+                                      multiply,
+                                      finish_rows<1>,
+                                      unpack};
+  return kernels;
+}
+
+}  // namespace poc::cpu

@@ -1,0 +1,58 @@
+// Philox4x32-10 with columns in lanes: what the first three rounds leave to do for each k and each column.
+//
+// The counter is (call, n, domain, 0), so round 0 and round 1 are scalar in all but one product, and round 2
+// in one of its two products. With (a_r, b_r) the key of round r:
+//   column:  c0 = hi(M1 * domain) ^ n ^ a_0, and then h, l = hi, lo of M0 * c0
+//   call:    s0 .. s3 below
+//   round 2: c2 = h ^ s0, then c0 = hi(M1 * c2) ^ s1, c1 = lo(M1 * c2), c2 = l ^ s2, c3 = s3
+// and rounds 3 to 9 are the ordinary ones.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace poc::cpu {
+namespace {
+
+struct RoundKeys {
+  uint64_t a[kPhiloxRounds], b[kPhiloxRounds];  // in 64-bit lanes
+  uint32_t column_mask;                         // c0 of a column is n ^ column_mask
+  uint32_t c1;                                  // of every column and call after round 0
+
+  explicit RoundKeys(const Stream& stream) {
+    uint32_t key0 = static_cast<uint32_t>(stream.seed), key1 = static_cast<uint32_t>(stream.seed >> 32);
+    for (int r = 0; r < kPhiloxRounds; ++r) {
+      a[r] = key0;
+      b[r] = key1;
+      key0 += kPhiloxW0;
+      key1 += kPhiloxW1;
+    }
+    const uint64_t product = static_cast<uint64_t>(kPhiloxM1) * stream.domain;
+    column_mask = static_cast<uint32_t>(product >> 32) ^ static_cast<uint32_t>(a[0]);
+    c1 = static_cast<uint32_t>(product);
+  }
+};
+
+// s0 .. s3 of some consecutive calls, in 64-bit lanes.
+struct CallScalars {
+  static constexpr int kCalls = 64;
+  uint64_t s0[kCalls], s1[kCalls], s2[kCalls], s3[kCalls];
+
+  void fill(const RoundKeys& keys, uint32_t first_call, int count) {
+    for (int i = 0; i < count; ++i) {
+      const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * (first_call + static_cast<uint32_t>(i));
+      const uint32_t c2 = static_cast<uint32_t>(first >> 32) ^ static_cast<uint32_t>(keys.b[0]);
+      const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
+      const uint32_t c0 = static_cast<uint32_t>(second >> 32) ^ keys.c1 ^ static_cast<uint32_t>(keys.a[1]);
+      const uint64_t third = static_cast<uint64_t>(kPhiloxM0) * c0;
+      s0[i] = static_cast<uint32_t>(first) ^ keys.b[1];
+      s1[i] = static_cast<uint32_t>(second) ^ keys.a[2];
+      s2[i] = (third >> 32) ^ keys.b[2];
+      s3[i] = static_cast<uint32_t>(third);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace poc::cpu
