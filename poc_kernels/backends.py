@@ -1,0 +1,118 @@
+"""Which backend serves a device: the best one that gives the known answers there.
+
+The choice is made once per device, at the first call. ``POC_KERNELS_BACKEND`` in the environment names the backend
+to use in place of the best (``poc-kernels verify`` lists the names).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from . import reference, self_test
+from .kernels import Backend, native
+
+logger = logging.getLogger("poc_kernels")
+
+_lock = threading.RLock()
+_selected: dict[torch.device, Backend] = {}
+_verdicts: dict[tuple[str, torch.device], list[str]] = {}
+_forced: str | None = None
+
+
+def _native_unavailable(supported: bool, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "runs on the CPU only"
+    return None if supported else "this processor lacks the instructions"
+
+
+@functools.cache
+def backends() -> tuple[Backend, ...]:
+    """Every backend of this installation, best first, whether or not this machine can run it."""
+    natives = tuple(
+        Backend(
+            name=f"native-{name}",
+            project=functools.partial(native.project, instruction_set=name),
+            entries=functools.partial(native.entries, instruction_set=name),
+            unavailable=functools.partial(_native_unavailable, supported),
+        )
+        for name, supported in native.instruction_sets()
+    )
+    plain = Backend("reference", reference.project, reference.entries, unavailable=lambda device: None)
+    return (*natives, plain)
+
+
+def verdict(backend: Backend, device: torch.device) -> list[str]:
+    """The known answers that ``backend`` gets wrong on ``device``: tried once, logged as an error if there are any."""
+    with _lock:
+        key = (backend.name, device)
+        if key not in _verdicts:
+            wrong = self_test.wrong_answers(backend, device)
+            if wrong:
+                logger.error(
+                    "poc_kernels backend %s gives wrong answers on %s and will not be used there: %s",
+                    backend.name,
+                    device,
+                    "; ".join(wrong),
+                )
+            _verdicts[key] = wrong
+        return _verdicts[key]
+
+
+def _choose(device: torch.device) -> Backend:
+    name = _forced or os.environ.get("POC_KERNELS_BACKEND")
+    candidates = [backend for backend in backends() if name in (None, "", backend.name)]
+    if not candidates:
+        names = ", ".join(backend.name for backend in backends())
+        raise ValueError(f"the backend asked for must be one of {names}, got {name}")
+    reasons = []
+    for backend in candidates:
+        reason = backend.unavailable(device)
+        if reason is None and not verdict(backend, device):
+            return backend
+        reasons.append(f"{backend.name}: {reason or 'wrong answers in its self-test'}")
+    raise RuntimeError(f"no poc_kernels backend can be used on {device} ({'; '.join(reasons)})")
+
+
+def select(device: torch.device) -> Backend:
+    """The backend for ``device``.
+
+    Raises:
+        ValueError: POC_KERNELS_BACKEND names none of this installation.
+        RuntimeError: none, or not the one asked for, is available on the device and passes its self-test there.
+    """
+    backend = _selected.get(device)
+    if backend is None:
+        with _lock:
+            backend = _selected[device] = _choose(device)
+            logger.info("poc_kernels uses backend %s on %s", backend.name, device)
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use the backend ``name`` on every device inside the block, in all threads: for tests and measurements.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: at the first op, if it is not available on the device or fails its self-test there.
+    """
+    global _forced
+    names = [backend.name for backend in backends()]
+    if name not in names:
+        raise ValueError(f"name must be one of {', '.join(names)}, got {name}")
+    with _lock:
+        before, _forced = _forced, name
+        _selected.clear()
+    try:
+        yield
+    finally:
+        with _lock:
+            _forced = before
+            _selected.clear()

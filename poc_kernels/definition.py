@@ -1,0 +1,99 @@
+"""What P is: the constants of definition 1, the seed of a block hash, the coefficient of an std.
+
+``docs/definition.md`` is the text; ``csrc/definition.h`` holds the same constants for native code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import struct
+
+import torch
+
+DEFINITION = 1
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+ENTRIES_PER_CALL = 16
+"""Consecutive k of one column that one Philox call makes."""
+
+TABLE_A = (0, 2, 4, 11, 23, 28, 39, 51)
+TABLE_B = (0, 1, 5, 8, 11, 15, 21, 72)
+SIGMA = math.sqrt(549872 / 64)
+"""Standard deviation of the integers e[k, n]."""
+
+MAX_FEATURES = 65536
+"""Largest K: sums of int8 products over more features would not fit 32 bits."""
+MAX_COLUMNS = 2**32 - 1
+"""Largest N: a column is a 32-bit word of the Philox counter."""
+MAX_DOMAIN = 2**32 - 1
+MIN_EXPONENT = -100
+"""E of a row of zeros, and the least E."""
+ACTIVATION_SHIFT = {16: 13, 8: 6}
+"""activation_bits to fraction bits of q below E: q = rint(x * 2**(shift - E))."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+DEFAULT_STD = 0.01
+DOMAIN_PRE = 0
+DOMAIN_POST = 1
+
+
+def signed_seed(seed: int) -> int:
+    """The 64 bits of ``seed`` as an int64 value.
+
+    Args:
+        seed: an int in [-2**63, 2**64): unsigned values above the int64 range keep their bits.
+
+    Raises:
+        TypeError: seed is not an int.
+        ValueError: seed does not fit 64 bits.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int of 64 bits, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an int of 64 bits, in [-2**63, 2**64), got {seed}")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def seed_from_block_hash(block_hash: str) -> int:
+    """The seed of a round: the first 8 bytes, little endian, of SHA-256 of the block hash in UTF-8, as an int64 value.
+
+    Raises:
+        TypeError: block_hash is not a str.
+    """
+    if not isinstance(block_hash, str):
+        raise TypeError(f"block_hash must be a str, got {type(block_hash).__name__}")
+    return int.from_bytes(hashlib.sha256(block_hash.encode()).digest()[:8], "little", signed=True)
+
+
+@functools.lru_cache(maxsize=64)
+def coefficient(std: float) -> float:
+    """float32(std / sigma), the constant that turns an integer e into an entry of P.
+
+    Raises:
+        ValueError: std is not positive, or the result is zero or infinite in float32.
+    """
+    value = float("nan")
+    if std > 0:
+        try:
+            (value,) = struct.unpack("f", struct.pack("f", std / SIGMA))
+        except OverflowError:
+            value = math.inf
+    if not 0 < value < math.inf:
+        raise ValueError(f"std must be positive with float32(std / {SIGMA:.4f}) finite and not zero, got {std}")
+    return value
+
+
+def seed_tensor(seed: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """A seed as the ops take it: an int64 tensor of shape [] with the 64 bits of ``seed``, on ``device``.
+
+    A tensor, not an int: compiled code is the same for every seed, and a captured CUDA graph replays with a new one.
+
+    Raises:
+        TypeError, ValueError: as `signed_seed`.
+    """
+    return torch.tensor(signed_seed(seed), dtype=torch.int64, device=device)

@@ -1,0 +1,407 @@
+"""The torch ops: ``torch.ops.poc_kernels.*``, and a function for each that says what it takes.
+
+Every op is functional, gives a contiguous result, and gives the same bits on every device, for every batch, shard and
+number of threads (``docs/definition.md``). The seed is a tensor, so that compiled code serves every seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import definition
+from .backends import select
+
+DEFAULT_STD = definition.DEFAULT_STD
+
+_NAMESPACE = "poc_kernels"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+# ---- checks: each error names the argument, what it got and what it takes ----------------------------------------
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_seed(seed: Tensor) -> None:
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 tensor of one element, got dtype {seed.dtype}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed must be an int64 tensor of one element, got shape {list(seed.shape)}")
+
+
+def _check_domain(domain: int) -> None:
+    if not 0 <= domain <= definition.MAX_DOMAIN:
+        raise ValueError(f"domain must be in [0, 2**32), got {domain}")
+
+
+def _check_range(start_name: str, start: int, count_name: str, count: int, limit: int) -> None:
+    if start < 0:
+        raise ValueError(f"{start_name} must be at least 0, got {start}")
+    if count < 0:
+        raise ValueError(f"{count_name} must be at least 0, got {count}")
+    if start + count > limit:
+        raise ValueError(f"{start_name} + {count_name} must be at most {limit}, got {start} + {count}")
+
+
+def _check_activations(x: Tensor, seed: Tensor, domain: int, std: float, activation_bits: int) -> None:
+    if x.dtype not in definition.DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., K], got a tensor of no dimensions")
+    if not 1 <= x.shape[-1] <= definition.MAX_FEATURES:
+        raise ValueError(f"x must have 1 to {definition.MAX_FEATURES} features K, got shape {list(x.shape)}")
+    _check_seed(seed)
+    if seed.device != x.device:
+        raise ValueError(f"seed must be on the device of x, {x.device}, got {seed.device}")
+    _check_domain(domain)
+    definition.coefficient(std)
+    if activation_bits not in definition.ACTIVATION_SHIFT:
+        raise ValueError(f"activation_bits must be 16 or 8, got {activation_bits}")
+
+
+def _residual_shape(
+    x: Tensor,
+    seed: Tensor,
+    domain: int = 0,
+    std: float = DEFAULT_STD,
+    activation_bits: int = 16,
+    row_mask: Tensor | None = None,
+    column_start: int = 0,
+    columns: int | None = None,
+) -> tuple[int, ...]:
+    _check_activations(x, seed, domain, std, activation_bits)
+    features = x.shape[-1]
+    if row_mask is not None:
+        if row_mask.dtype != torch.bool:
+            raise TypeError(f"row_mask must be a bool tensor, got {row_mask.dtype}")
+        if row_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"row_mask must have a value for each row of x, shape {list(x.shape[:-1])}, got {list(row_mask.shape)}"
+            )
+        if row_mask.device != x.device:
+            raise ValueError(f"row_mask must be on the device of x, {x.device}, got {row_mask.device}")
+    if not 0 <= column_start < features:
+        raise ValueError(f"column_start must be in [0, {features}), the features of x, got {column_start}")
+    if columns is None:
+        columns = features - column_start
+    if not 1 <= columns <= features - column_start:
+        raise ValueError(
+            f"columns must be in [1, {features - column_start}], from column_start {column_start} to the "
+            f"{features} features of x, got {columns}"
+        )
+    return (*x.shape[:-1], columns)
+
+
+def _random_shape(
+    x: Tensor,
+    seed: Tensor,
+    out_features: int,
+    domain: int = 0,
+    std: float = DEFAULT_STD,
+    activation_bits: int = 16,
+    column_start: int = 0,
+) -> tuple[int, ...]:
+    _check_activations(x, seed, domain, std, activation_bits)
+    if out_features < 1:
+        raise ValueError(f"out_features must be at least 1, got {out_features}")
+    _check_range("column_start", column_start, "out_features", out_features, definition.MAX_COLUMNS)
+    return (*x.shape[:-1], out_features)
+
+
+def _entries_shape(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> tuple[int, int]:
+    _check_seed(seed)
+    _check_domain(domain)
+    _check_range("k_start", k_start, "k", k, definition.MAX_FEATURES)
+    _check_range("n_start", n_start, "n", n, definition.MAX_COLUMNS)
+    return k, n
+
+
+def _check_matrix(std: float, dtype: torch.dtype) -> None:
+    definition.coefficient(std)
+    if dtype not in definition.DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+# ---- implementations, and fake ones that make the same checks -----------------------------------------------------
+
+
+def _project(x: Tensor, shape: tuple[int, ...], seed: Tensor, row_mask: Tensor | None, **options: Any) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    mask = None if row_mask is None else row_mask.reshape(-1)
+    rows = x.reshape(-1, x.shape[-1])
+    return select(x.device).project(rows, seed, row_mask=mask, columns=shape[-1], **options).view(shape)
+
+
+def _residual_projection(
+    x: Tensor,
+    seed: Tensor,
+    domain: int = 0,
+    std: float = DEFAULT_STD,
+    activation_bits: int = 16,
+    row_mask: Tensor | None = None,
+    column_start: int = 0,
+    columns: int | None = None,
+) -> Tensor:
+    return _project(
+        x,
+        _residual_shape(x, seed, domain, std, activation_bits, row_mask, column_start, columns),
+        seed,
+        row_mask,
+        domain=domain,
+        coefficient=definition.coefficient(std),
+        activation_bits=activation_bits,
+        column_start=column_start,
+        residual=True,
+    )
+
+
+def _random_projection(
+    x: Tensor,
+    seed: Tensor,
+    out_features: int,
+    domain: int = 0,
+    std: float = DEFAULT_STD,
+    activation_bits: int = 16,
+    column_start: int = 0,
+) -> Tensor:
+    return _project(
+        x,
+        _random_shape(x, seed, out_features, domain, std, activation_bits, column_start),
+        seed,
+        None,
+        domain=domain,
+        coefficient=definition.coefficient(std),
+        activation_bits=activation_bits,
+        column_start=column_start,
+        residual=False,
+    )
+
+
+def _projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
+    shape = _entries_shape(seed, domain, k_start, k, n_start, n)
+    if 0 in shape:
+        return seed.new_empty(shape, dtype=torch.int16)
+    return select(seed.device).entries(seed, domain, k_start, k, n_start, n)
+
+
+def _projection_matrix(
+    seed: Tensor,
+    domain: int,
+    k_start: int,
+    k: int,
+    n_start: int,
+    n: int,
+    std: float = DEFAULT_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    _check_matrix(std, dtype)
+    entries = _projection_entries(seed, domain, k_start, k, n_start, n)
+    return entries.to(torch.float32).mul_(definition.coefficient(std)).to(dtype)
+
+
+def _fake_residual(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x.new_empty(_residual_shape(x, *args, **kwargs))
+
+
+def _fake_random(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x.new_empty(_random_shape(x, *args, **kwargs))
+
+
+def _fake_entries(seed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return seed.new_empty(_entries_shape(seed, *args, **kwargs), dtype=torch.int16)
+
+
+def _fake_matrix(
+    seed: Tensor,
+    domain: int,
+    k_start: int,
+    k: int,
+    n_start: int,
+    n: int,
+    std: float = DEFAULT_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    _check_matrix(std, dtype)
+    return seed.new_empty(_entries_shape(seed, domain, k_start, k, n_start, n), dtype=dtype)
+
+
+# ---- registration ------------------------------------------------------------------------------------------------
+
+
+def _refuse_backward(name: str) -> Any:
+    def backward(context: Any, gradient: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"{_NAMESPACE}::{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
+            "or torch.no_grad(), or detach its result"
+        )
+
+    return backward
+
+
+def _register(name: str, schema: str, implementation: Any, fake: Any, differentiable: bool) -> None:
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=_TAGS)
+    torch.library.impl(qualified, "default", implementation)
+    torch.library.register_fake(qualified, fake)
+    if differentiable:
+        torch.library.register_autograd(qualified, _refuse_backward(name))
+
+
+_register(
+    "residual_projection",
+    f"(Tensor x, Tensor seed, int domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
+    "Tensor? row_mask=None, SymInt column_start=0, SymInt? columns=None) -> Tensor",
+    _residual_projection,
+    _fake_residual,
+    differentiable=True,
+)
+_register(
+    "random_projection",
+    f"(Tensor x, Tensor seed, SymInt out_features, int domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
+    "SymInt column_start=0) -> Tensor",
+    _random_projection,
+    _fake_random,
+    differentiable=True,
+)
+_register(
+    "projection_entries",
+    "(Tensor seed, int domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n) -> Tensor",
+    _projection_entries,
+    _fake_entries,
+    differentiable=False,
+)
+_register(
+    "projection_matrix",
+    f"(Tensor seed, int domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n, float std={DEFAULT_STD}, "
+    "ScalarType dtype=float) -> Tensor",
+    _projection_matrix,
+    _fake_matrix,
+    differentiable=False,
+)
+
+# ---- public functions --------------------------------------------------------------------------------------------
+
+
+def residual_projection(
+    x: Tensor,
+    seed: Tensor,
+    domain: int = 0,
+    std: float = DEFAULT_STD,
+    activation_bits: int = 16,
+    row_mask: Tensor | None = None,
+    column_start: int = 0,
+    columns: int | None = None,
+) -> Tensor:
+    """x + x @ P, with the K x K matrix P drawn from ``seed`` while the product runs and never stored.
+
+    Args:
+        x: [..., K] activations, float32, bfloat16 or float16, any strides, 1 <= K <= 65536.
+        seed: the round's 64-bit seed, an int64 tensor of one element on the device of x (`seed_tensor`).
+        domain: which projection of the round, in [0, 2**32): 0 before the model, 1 after it.
+        std: standard deviation of the entries of P.
+        activation_bits: rows are rounded to integers of 16 bits (relative error near 5e-5) or 8 (near 7e-3).
+        row_mask: [...] bool; rows where it is false come back bit for bit as in x.
+        column_start: first column of a shard of the result.
+        columns: columns of the shard; up to the last unless given.
+
+    Returns:
+        [..., columns] in the dtype of x, contiguous. A row that holds a NaN or an infinity gives a row of NaN.
+
+    Raises:
+        TypeError: x, seed or row_mask has a dtype that it may not have, or is no tensor.
+        ValueError: a shape, device or number outside what is said above.
+        NotImplementedError: on backward.
+    """
+    _check_tensor("x", x)
+    _check_tensor("seed", seed)
+    if row_mask is not None:
+        _check_tensor("row_mask", row_mask)
+    result: Tensor = torch.ops.poc_kernels.residual_projection.default(
+        x, seed, domain, std, activation_bits, row_mask, column_start, columns
+    )
+    return result
+
+
+def random_projection(
+    x: Tensor,
+    seed: Tensor,
+    out_features: int,
+    domain: int = 0,
+    std: float = DEFAULT_STD,
+    activation_bits: int = 16,
+    column_start: int = 0,
+) -> Tensor:
+    """x @ P with ``out_features`` columns of P from ``column_start`` on: for instance an output head nobody stores.
+
+    Args:
+        x, seed, domain, std, activation_bits: as for `residual_projection`.
+        out_features: columns of the result, at least 1.
+        column_start: first column of P; column_start + out_features is below 2**32.
+
+    Returns:
+        [..., out_features] in the dtype of x, contiguous. A row of zeros gives +0, one that is not finite NaN.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as for `residual_projection`.
+    """
+    _check_tensor("x", x)
+    _check_tensor("seed", seed)
+    result: Tensor = torch.ops.poc_kernels.random_projection.default(
+        x, seed, out_features, domain, std, activation_bits, column_start
+    )
+    return result
+
+
+def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
+    """The odd integers e[k_start : k_start + k, n_start : n_start + n] of P, |e| <= 247.
+
+    Args:
+        seed: as for `residual_projection`; the result is on its device.
+        domain: as for `residual_projection`.
+        k_start, k: rows (input features), k_start + k <= 65536.
+        n_start, n: columns (output features), n_start + n < 2**32.
+
+    Returns:
+        [k, n] int16.
+
+    Raises:
+        TypeError: seed is no int64 tensor.
+        ValueError: a number outside what is said above.
+    """
+    _check_tensor("seed", seed)
+    result: Tensor = torch.ops.poc_kernels.projection_entries.default(seed, domain, k_start, k, n_start, n)
+    return result
+
+
+def projection_matrix(
+    seed: Tensor,
+    domain: int,
+    k_start: int,
+    k: int,
+    n_start: int,
+    n: int,
+    std: float = DEFAULT_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same part of P in floating point, e * float32(std / sigma) rounded to ``dtype``: P stored, for comparison.
+
+    Args:
+        seed, domain, k_start, k, n_start, n: as for `projection_entries`.
+        std: standard deviation of the entries.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [k, n] in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: as for `projection_entries`, and for std and dtype.
+    """
+    _check_tensor("seed", seed)
+    result: Tensor = torch.ops.poc_kernels.projection_matrix.default(seed, domain, k_start, k, n_start, n, std, dtype)
+    return result

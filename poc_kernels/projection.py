@@ -1,0 +1,97 @@
+"""RandomProjection: the projections of a round as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import definition, ops
+
+
+class RandomProjection(nn.Module):
+    """x + x @ P for one round: `pre` before the model, `post` after it. Its whole state is one 8-byte seed.
+
+    The seed is a buffer that is set anew in place for the next round, so compiled code and captured graphs stay
+    valid, and it moves with ``.to(device)``. There are no parameters.
+
+    Args:
+        block_seed: the round's seed, an int of 64 bits (`seed_from_block_hash`).
+        dim: hidden size of the model, 1 to 65536.
+        std: standard deviation of the entries of P.
+        activation_bits: 16 or 8, as for `residual_projection`.
+        device: where the seed lives.
+
+    Raises:
+        TypeError: block_seed or dim is not an int.
+        ValueError: a number outside its range.
+    """
+
+    seed: Tensor
+
+    def __init__(
+        self,
+        block_seed: int,
+        dim: int,
+        std: float = definition.DEFAULT_STD,
+        *,
+        activation_bits: int = 16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+        if not 1 <= dim <= definition.MAX_FEATURES:
+            raise ValueError(f"dim must be in [1, {definition.MAX_FEATURES}], got {dim}")
+        if activation_bits not in definition.ACTIVATION_SHIFT:
+            raise ValueError(f"activation_bits must be 16 or 8, got {activation_bits}")
+        definition.coefficient(std)
+        self.dim = dim
+        self.std = std
+        self.activation_bits = activation_bits
+        # Made outside inference mode, or it could not be set anew outside it.
+        with torch.inference_mode(False):
+            self.register_buffer("seed", definition.seed_tensor(block_seed, device))
+
+    @classmethod
+    def from_block_hash(
+        cls,
+        block_hash: str,
+        dim: int,
+        std: float = definition.DEFAULT_STD,
+        *,
+        activation_bits: int = 16,
+        device: torch.device | str | None = None,
+    ) -> RandomProjection:
+        """The projections of the round of ``block_hash``."""
+        seed = definition.seed_from_block_hash(block_hash)
+        return cls(seed, dim, std, activation_bits=activation_bits, device=device)
+
+    def set_seed(self, block_seed: int) -> None:
+        """Go to another round, in place. No synchronisation: the seed is written on the current stream."""
+        with torch.no_grad():
+            self.seed.fill_(definition.signed_seed(block_seed))
+
+    def set_block_hash(self, block_hash: str) -> None:
+        """Go to the round of ``block_hash``, in place."""
+        self.set_seed(definition.seed_from_block_hash(block_hash))
+
+    def forward(self, x: Tensor, domain: int, row_mask: Tensor | None = None) -> Tensor:
+        """x + x @ P of ``domain`` for x [..., dim]; see `residual_projection`."""
+        if x.shape[-1:] != (self.dim,):
+            raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
+        return ops.residual_projection(
+            x, self.seed, domain=domain, std=self.std, activation_bits=self.activation_bits, row_mask=row_mask
+        )
+
+    def pre(self, x: Tensor, row_mask: Tensor | None = None) -> Tensor:
+        """The projection before the model (domain 0), on input embeddings [..., dim]."""
+        result: Tensor = self(x, definition.DOMAIN_PRE, row_mask)
+        return result
+
+    def post(self, x: Tensor, row_mask: Tensor | None = None) -> Tensor:
+        """The projection after the model (domain 1), on hidden states [..., dim]."""
+        result: Tensor = self(x, definition.DOMAIN_POST, row_mask)
+        return result
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, std={self.std}, activation_bits={self.activation_bits}"
