@@ -29,6 +29,7 @@ format: $(VENV)/installed-dev
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/installed-dev
+	mkdir -p $(dir $(RESULT))
 	$(BIN)/pytest bench --benchmark-json=$(RESULT).json
 	$(BIN)/python bench/report.py $(RESULT).json
 

@@ -21,9 +21,12 @@ T* pointer(uintptr_t address) {
 
 const cpu::Kernels& kernels_named(const std::string& name) {
   const cpu::KernelList list = cpu::all_kernels();
-  for (int i = 0; i < list.count; ++i)
-    if (name == list.begin[i]->name) return *list.begin[i];
-  throw py::value_error("no kernels named " + name + " in this build");
+  for (int i = 0; i < list.count; ++i) {
+    if (name != list.begin[i]->name) continue;
+    if (!list.begin[i]->supported()) throw py::value_error("this processor lacks the instructions of " + name);
+    return *list.begin[i];
+  }
+  throw py::value_error("instruction_set must be one of this build's, got " + name);
 }
 
 // The instruction set names of this build, best first, with whether this processor has them.

@@ -133,9 +133,11 @@ def _check_matrix(std: float, dtype: torch.dtype) -> None:
 def _project(x: Tensor, shape: tuple[int, ...], seed: Tensor, row_mask: Tensor | None, **options: Any) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(shape)
+    project = select(x.device).project
+    if x.dim() == 2:
+        return project(x, seed, row_mask=row_mask, columns=shape[-1], **options)
     mask = None if row_mask is None else row_mask.reshape(-1)
-    rows = x.reshape(-1, x.shape[-1])
-    return select(x.device).project(rows, seed, row_mask=mask, columns=shape[-1], **options).view(shape)
+    return project(x.reshape(-1, x.shape[-1]), seed, row_mask=mask, columns=shape[-1], **options).view(shape)
 
 
 def _residual_projection(

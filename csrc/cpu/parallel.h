@@ -4,9 +4,11 @@
 // pool of threads would compete with torch's, whose workers spin for a while after each operator.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <cstdint>
+#include <thread>
 
 namespace poc::cpu {
 
@@ -32,29 +34,37 @@ class FloatEnvironment {
   std::fenv_t saved_;
 };
 
-// body(task, slot) for each task in [0, tasks), in any order; slot < threads is the same for no two at a
-// time.
-template <class Body>
-void parallel_for(int threads, int64_t tasks, const Body& body) {
-  if (tasks < threads) threads = static_cast<int>(tasks);
+// first(task, slot) for each task in [0, first_tasks), and when all are done, second(task, slot) for each task in
+// [0, second_tasks); tasks of a stage in any order, slot < threads the same for no two at a time. One team does both:
+// its threads come and go once, and one that comes late holds nobody up between the stages.
+template <class First, class Second>
+void parallel_stages(int threads, int64_t first_tasks, const First& first, int64_t second_tasks, const Second& second) {
+  threads = static_cast<int>(std::min<int64_t>(threads, std::max(first_tasks, second_tasks)));
   if (threads <= 1) {
     FloatEnvironment environment;
-    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    for (int64_t task = 0; task < first_tasks; ++task) first(task, 0);
+    for (int64_t task = 0; task < second_tasks; ++task) second(task, 0);
     return;
   }
   struct Team {
-    const Body& body;
-    int64_t tasks;
-    std::atomic<int64_t> next_task{0};
+    const First& first;
+    const Second& second;
+    int64_t first_tasks, second_tasks;
     std::atomic<int> next_slot{0};
-  } team{body, tasks};
+    std::atomic<int64_t> next_first{0}, done_first{0}, next_second{0};
+  } team{first, second, first_tasks, second_tasks};
   run_team(
       threads,
       [](void* context) {
         Team& shared = *static_cast<Team*>(context);
         FloatEnvironment environment;
         const int slot = shared.next_slot.fetch_add(1);
-        for (int64_t task; (task = shared.next_task.fetch_add(1)) < shared.tasks;) shared.body(task, slot);
+        for (int64_t task; (task = shared.next_first.fetch_add(1)) < shared.first_tasks;) {
+          shared.first(task, slot);
+          shared.done_first.fetch_add(1, std::memory_order_release);
+        }
+        while (shared.done_first.load(std::memory_order_acquire) < shared.first_tasks) std::this_thread::yield();
+        for (int64_t task; (task = shared.next_second.fetch_add(1)) < shared.second_tasks;) shared.second(task, slot);
       },
       &team);
 }

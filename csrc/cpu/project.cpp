@@ -16,7 +16,6 @@ constexpr int64_t kMinBlockRows = 256;     // under this many, drawing P again w
 constexpr int64_t kCopyRows = 32;          // masked rows that one task copies
 constexpr int64_t kEntriesPanel = 512;     // k of a panel that entries are read from
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kSerialWork = 1 << 15;  // elements of x that one thread quantises sooner than a team wakes
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -74,43 +73,42 @@ const uint8_t* residual_row(const Projection& p, int64_t row) {
   return static_cast<const uint8_t*>(p.x.data) + (row * p.x.row_stride + p.column_start) * element_bytes(p.x.dtype);
 }
 
-void copy_masked_rows(const Projection& p) {
-  const int64_t bytes = p.columns * element_bytes(p.x.dtype);
-  const int threads = p.rows * p.columns < kSerialWork ? 1 : p.threads;
-  parallel_for(threads, divide_up(p.rows, kCopyRows), [&](int64_t task, int) {
-    for (int64_t row = task * kCopyRows; row < std::min(p.rows, (task + 1) * kCopyRows); ++row)
-      if (p.row_mask[row] == 0) std::memcpy(static_cast<uint8_t*>(p.y) + row * bytes, residual_row(p, row), bytes);
-  });
-}
-
-// One block of rows: their states in order, their limbs tile by tile.
+// Rows [first_row, last_row) of x: the states of those to project in order, and their limbs tile by tile.
 struct Block {
+  int64_t first_row, last_row;
   RowState* states;
   uint8_t* limbs;
   int64_t rows;
 };
 
-void quantise_block(const Kernels& kernels, const Projection& p, const Plan& plan, const Block& block, uint8_t* slots) {
-  const int threads = block.rows * p.x.k < kSerialWork ? 1 : p.threads;
-  parallel_for(threads, divide_up(block.rows, plan.tile_rows), [&](int64_t tile, int slot) {
+// What all stages of a call share.
+struct Call {
+  const Kernels& kernels;
+  const Projection& p;
+  const Plan plan;
+  uint8_t* slots;  // the threads' own parts of the workspace
+
+  uint8_t* panel(int slot) const { return slots + slot * plan.thread_bytes(); }
+  double* sums(int slot) const { return reinterpret_cast<double*>(panel(slot) + plan.panel_bytes); }
+  int16_t* scratch(int slot) const {
+    return reinterpret_cast<int16_t*>(panel(slot) + plan.panel_bytes + plan.sums_bytes);
+  }
+
+  void copy_masked_rows(int64_t first_row, int64_t last_row) const {
+    const int64_t bytes = p.columns * element_bytes(p.x.dtype);
+    for (int64_t row = first_row; row < last_row; ++row)
+      if (p.row_mask[row] == 0) std::memcpy(static_cast<uint8_t*>(p.y) + row * bytes, residual_row(p, row), bytes);
+  }
+
+  void quantise_tile(const Block& block, int64_t tile, int slot) const {
     const int64_t first = tile * plan.tile_rows;
-    auto* scratch = reinterpret_cast<int16_t*>(slots + slot * plan.thread_bytes() + plan.panel_bytes + plan.sums_bytes);
-    kernels.quantise(p.x, block.states + first, static_cast<int>(std::min(plan.tile_rows, block.rows - first)), scratch,
-                     block.limbs + tile * plan.tile_bytes);
-  });
-}
+    kernels.quantise(p.x, block.states + first, static_cast<int>(std::min(plan.tile_rows, block.rows - first)),
+                     scratch(slot), block.limbs + tile * plan.tile_bytes);
+  }
 
-void multiply_block(const Kernels& kernels, const Projection& p, const Plan& plan, const Block& block, uint8_t* slots) {
-  const int64_t tiles = divide_up(block.rows, plan.tile_rows);
-  const int64_t row_tasks = std::min(plan.row_tasks, tiles);
-  parallel_for(p.threads, plan.column_tasks * row_tasks, [&](int64_t task, int slot) {
-    uint8_t* panel = slots + slot * plan.thread_bytes();
-    auto* sums = reinterpret_cast<double*>(panel + plan.panel_bytes);
-    const int64_t column = task / row_tasks * plan.panel_columns;
+  // Some columns of the rows of tiles [first_tile, last_tile).
+  void multiply(const Block& block, int64_t first_tile, int64_t last_tile, int64_t column, int slot) const {
     const int64_t columns = std::min(plan.panel_columns, p.columns - column);
-    const int64_t first_tile = task % row_tasks * tiles / row_tasks;
-    const int64_t last_tile = (task % row_tasks + 1) * tiles / row_tasks;
-
     Results results;
     results.y = p.y;
     results.y_row_stride = p.columns;
@@ -130,19 +128,37 @@ void multiply_block(const Kernels& kernels, const Projection& p, const Plan& pla
       shape.column = static_cast<uint32_t>(p.column_start + column);
       shape.groups = static_cast<int>(divide_up(columns, kernels.group_columns));
       shape.k_padded = p.x.k_padded;
-      kernels.generate(p.stream, shape, panel);
+      kernels.generate(p.stream, shape, panel(slot));
       const bool whole = plan.panel_k == p.x.k_padded, last = k + panel_k == p.x.k_padded;
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         const int64_t first = tile * plan.tile_rows;
         const int rows = static_cast<int>(std::min(plan.tile_rows, block.rows - first));
-        double* tile_sums = sums + (whole ? 0 : (tile - first_tile) * plan.tile_rows * plan.panel_columns);
-        kernels.multiply(block.limbs + tile * plan.tile_bytes, rows, p.x.activation_bits, panel, shape, tile_sums,
+        double* tile_sums = sums(slot) + (whole ? 0 : (tile - first_tile) * plan.tile_rows * plan.panel_columns);
+        kernels.multiply(block.limbs + tile * plan.tile_bytes, rows, p.x.activation_bits, panel(slot), shape, tile_sums,
                          plan.panel_columns, k > 0);
         if (last) kernels.finish(results, block.states + first, rows, tile_sums, plan.panel_columns);
       }
     }
-  });
-}
+  }
+
+  void project_block(const Block& block) const {
+    const int64_t tiles = divide_up(block.rows, plan.tile_rows);
+    const int64_t copies = p.row_mask == nullptr ? 0 : divide_up(block.last_row - block.first_row, kCopyRows);
+    const int64_t parts = std::min(plan.row_tasks, tiles);
+    parallel_stages(
+        p.threads, tiles + copies,
+        [&](int64_t task, int slot) {
+          if (task < tiles) return quantise_tile(block, task, slot);
+          const int64_t row = block.first_row + (task - tiles) * kCopyRows;
+          copy_masked_rows(row, std::min(row + kCopyRows, block.last_row));
+        },
+        plan.column_tasks * parts,
+        [&](int64_t task, int slot) {
+          const int64_t part = task % parts;
+          multiply(block, part * tiles / parts, (part + 1) * tiles / parts, task / parts * plan.panel_columns, slot);
+        });
+  }
+};
 
 }  // namespace
 
@@ -163,16 +179,14 @@ int64_t project_workspace(const Kernels& kernels, const Projection& p) {
 void project(const Kernels& kernels, const Projection& p, void* workspace) {
   const Plan plan = make_plan(kernels, p);
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(workspace), kAlignment));
-  Block block{reinterpret_cast<RowState*>(base), base + plan.states_bytes, 0};
-  uint8_t* slots = base + plan.shared_bytes();
-  if (p.row_mask != nullptr) copy_masked_rows(p);
-  for (int64_t row = 0; row < p.rows;) {
+  const Call call{kernels, p, plan, base + plan.shared_bytes()};
+  Block block{0, 0, reinterpret_cast<RowState*>(base), base + plan.states_bytes, 0};
+  while (block.last_row < p.rows) {
+    block.first_row = block.last_row;
     block.rows = 0;
-    for (; row < p.rows && block.rows < plan.block_rows; ++row)
-      if (p.row_mask == nullptr || p.row_mask[row] != 0) block.states[block.rows++].row = row;
-    if (block.rows == 0) break;
-    quantise_block(kernels, p, plan, block, slots);
-    multiply_block(kernels, p, plan, block, slots);
+    for (; block.last_row < p.rows && block.rows < plan.block_rows; ++block.last_row)
+      if (p.row_mask == nullptr || p.row_mask[block.last_row] != 0) block.states[block.rows++].row = block.last_row;
+    call.project_block(block);
   }
 }
 
@@ -185,7 +199,7 @@ void entries(const Kernels& kernels, const Entries& e, void* workspace) {
   const int64_t group = kernels.group_columns, k_end = e.k_start + e.k;
   const int64_t first_call = e.k_start / kEntriesPerCall, panel_calls = kEntriesPanel / kEntriesPerCall;
   const int64_t k_tasks = divide_up(divide_up(k_end, kEntriesPerCall) - first_call, panel_calls);
-  parallel_for(e.threads, divide_up(e.n, group) * k_tasks, [&](int64_t task, int slot) {
+  const auto write = [&](int64_t task, int slot) {
     uint8_t* panel = base + slot * group * kEntriesPanel * kernels.entry_bytes;
     const int64_t column = task / k_tasks * group, k = (first_call + task % k_tasks * panel_calls) * kEntriesPerCall;
     const int64_t k_begin = std::max(k, e.k_start), k_stop = std::min(k + kEntriesPanel, k_end);
@@ -198,7 +212,8 @@ void entries(const Kernels& kernels, const Entries& e, void* workspace) {
     kernels.generate(e.stream, shape, panel);
     kernels.unpack(panel, shape, static_cast<int>(k_begin - k), static_cast<int>(k_stop - k),
                    static_cast<int>(std::min(group, e.n - column)), e.out + (k_begin - e.k_start) * e.n + column, e.n);
-  });
+  };
+  parallel_stages(e.threads, 0, write, divide_up(e.n, group) * k_tasks, write);
 }
 
 }  // namespace poc::cpu
