@@ -66,7 +66,7 @@ PYBIND11_MODULE(_native, m) {
              p.columns = columns;
              p.column_start = column_start;
              p.stream = {*pointer<const uint64_t>(seed), domain};
-             p.coefficient = static_cast<float>(coefficient);
+             p.coefficient = coefficient;
              p.threads = threads;
              p.tiling = {tile_rows, tile_columns, tile_k};
              return p;

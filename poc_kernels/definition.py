@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import struct
 
 import torch
 
@@ -70,6 +69,7 @@ def seed_from_block_hash(block_hash: str) -> int:
     return int.from_bytes(hashlib.sha256(block_hash.encode()).digest()[:8], "little", signed=True)
 
 
+# Rounded in integers: a conversion to float32 by the processor would drop a subnormal where the caller flushes them.
 @functools.lru_cache(maxsize=64)
 def coefficient(std: float) -> float:
     """float32(std / sigma), the constant that turns an integer e into an entry of P.
@@ -77,15 +77,13 @@ def coefficient(std: float) -> float:
     Raises:
         ValueError: std is not positive, or the result is zero or infinite in float32.
     """
-    value = float("nan")
-    if std > 0:
-        try:
-            (value,) = struct.unpack("f", struct.pack("f", std / SIGMA))
-        except OverflowError:
-            value = math.inf
-    if not 0 < value < math.inf:
-        raise ValueError(f"std must be positive with float32(std / {SIGMA:.4f}) finite and not zero, got {std}")
-    return value
+    ratio = std / SIGMA
+    if 0 < ratio < math.inf:
+        unit = max(math.frexp(ratio)[1] - 24, -149)
+        value = math.ldexp(round(math.ldexp(ratio, -unit)), unit)
+        if 0 < value < 2.0**128:
+            return value
+    raise ValueError(f"std must be positive with float32(std / {SIGMA:.4f}) finite and not zero, got {std}")
 
 
 def seed_tensor(seed: int, device: torch.device | str | None = None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -48,14 +49,14 @@ def _ways(projection: RandomProjection, x: Tensor) -> dict[str, Callable[[], Ten
         "two batches mixed by row_mask": masked,
     }
     cpu = torch.device("cpu")
+
+    def forced(name: str) -> Tensor:
+        with backends.use_backend(name):
+            return projection.pre(x)
+
     for backend in backends.backends():
         if backend.unavailable(cpu) is None:
-
-            def forced(name: str = backend.name) -> Tensor:
-                with backends.use_backend(name):
-                    return projection.pre(x)
-
-            ways[f"backend {backend.name}"] = forced
+            ways[f"backend {backend.name}"] = functools.partial(forced, backend.name)
     return ways
 
 
@@ -75,7 +76,7 @@ def _interleaved(contenders: dict[str, Callable[[], Tensor]]) -> dict[str, float
 def run(block_hash: str, dim: int, rows: int) -> int:
     """Print the demonstration for ``rows`` bfloat16 rows of ``dim`` features; 1 if any two answers differ, else 0."""
     projection = RandomProjection.from_block_hash(block_hash, dim)
-    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0), device="cpu").bfloat16()
     serving = backends.select(x.device).name
 
     print(f"A round with block hash {block_hash}")

@@ -104,7 +104,7 @@ def partial_sums(q: Tensor, e: Tensor, *, float64: bool | None = None) -> Tensor
     if float64 is None:
         float64 = _has_float64(q.device)
     if float64:
-        return q.double() @ e.double()
+        return q.double() @ e.double() + 0.0  # an integer has no -0
     low = (q + 128).remainder(256) - 128
     high = (q - low) / 256
     v = ((e - 1) // 2).float()

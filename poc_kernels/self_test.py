@@ -40,11 +40,11 @@ def activations(case: dict[str, Any]) -> Tensor:
     dtype = _DTYPES[case["dtype"]]
     if "x_hex" in case:
         integer = torch.int32 if dtype == torch.float32 else torch.int16
-        wide = torch.tensor([[int(word, 16) for word in row.split()] for row in case["x_hex"]])
+        wide = torch.tensor([[int(word, 16) for word in row.split()] for row in case["x_hex"]], device="cpu")
         half = 1 << (8 * integer.itemsize - 1)
         signed = torch.where(wide >= half, wide - 2 * half, wide)
         return signed.to(integer).view(dtype)
-    index = torch.arange(case["M"] * case["K"]).reshape(case["M"], case["K"]) + case["x_salt"]
+    index = torch.arange(case["M"] * case["K"], device="cpu").reshape(case["M"], case["K"]) + case["x_salt"]
     unit = (index * 2654435761 % 2**32).double() / 2**32 * 2 - 1
     scaled: Tensor = unit * case["x_amp"]
     return scaled.float().to(dtype)

@@ -117,7 +117,7 @@ struct Call {
     results.x_row_stride = p.x.row_stride;
     results.dtype = p.x.dtype;
     results.columns = static_cast<int>(columns);
-    results.coefficient = p.coefficient;
+    results.coefficient = static_cast<float>(p.coefficient);  // here, where subnormals are kept
     results.activation_bits = p.x.activation_bits;
 
     for (int64_t k = 0; k < p.x.k_padded; k += plan.panel_k) {

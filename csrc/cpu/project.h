@@ -24,7 +24,7 @@ struct Projection {
   int64_t columns;
   int64_t column_start;
   Stream stream;
-  float coefficient;
+  double coefficient;  // a float32 value
   int threads;
   Tiling tiling;
 };

@@ -68,7 +68,7 @@ def project(
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     mask = None if row_mask is None else row_mask.contiguous()
-    y = torch.empty(x.shape[0], columns, dtype=x.dtype)
+    y = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
     projection = native.Projection(
         x=x.data_ptr(),
         dtype=_DTYPE_CODES[x.dtype],
@@ -89,7 +89,7 @@ def project(
         tile_columns=tiling.columns,
         tile_k=tiling.k,
     )
-    workspace = torch.empty(projection.workspace_bytes(instruction_set), dtype=torch.uint8)
+    workspace = torch.empty(projection.workspace_bytes(instruction_set), dtype=torch.uint8, device=x.device)
     projection.run(instruction_set, workspace.data_ptr())
     return y
 
@@ -108,7 +108,7 @@ def entries(
     """The integers e[k_start : k_start + k, n_start : n_start + n] as int16 on the CPU."""
     native = load()
     assert native is not None
-    out = torch.empty(k, n, dtype=torch.int16)
+    out = torch.empty(k, n, dtype=torch.int16, device=seed.device)
     request = native.Entries(
         seed=seed.data_ptr(),
         domain=domain,
@@ -119,6 +119,6 @@ def entries(
         out=out.data_ptr(),
         threads=threads or torch.get_num_threads(),
     )
-    workspace = torch.empty(request.workspace_bytes(instruction_set), dtype=torch.uint8)
+    workspace = torch.empty(request.workspace_bytes(instruction_set), dtype=torch.uint8, device=seed.device)
     request.run(instruction_set, workspace.data_ptr())
     return out

@@ -1,0 +1,299 @@
+"""python bench/report.py RESULTS.json: a Markdown table and a plot of a run of the suite, beside its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_VARIANTS = {
+    ("bfloat16", 16): ("bfloat16, 16 bits", "tab:blue", "o"),
+    ("bfloat16", 8): ("bfloat16, 8 bits", "tab:orange", "s"),
+    ("float32", 16): ("float32, 16 bits", "tab:green", "^"),
+}
+"""Dtype of x and activation_bits: label, colour and marker."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op against its peers: ``size`` is D, ``rows`` is M, times are medians in seconds."""
+
+    size: int
+    rows: int
+    variant: tuple[str, int]
+    op: float
+    stored: dict[str, float]
+    """By form of P: bfloat16, bfloat16_transposed, float32."""
+    best: str
+    ratios: dict[str, dict[str, float]]
+    """Op / stored, median, p10 and p90 of the rounds: by "bfloat16" (if x is) and "best"."""
+    generation_share: float
+    stored_bytes: dict[str, int]
+    held_bytes: int
+    rounds: int
+
+    @property
+    def best_dtype(self) -> str:
+        """bfloat16 or float32."""
+        return self.best.removesuffix("_transposed")
+
+    def stored_in(self, dtype: str) -> float | None:
+        """Seconds of the faster product with P stored in ``dtype``, row-major or transposed; None if not a peer."""
+        return min((time for form, time in self.stored.items() if form.startswith(dtype)), default=None)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The rates of one D, each per second."""
+
+    size: int
+    product_rows: int
+    entries: float
+    multiply_adds: dict[str, float]
+    """By activation_bits."""
+    read_bytes: dict[str, float]
+    """By the dtype whose P was read."""
+
+
+def read_cases(results: dict[str, Any]) -> list[Case]:
+    """The cases of a pytest-benchmark result, by D, variant and M."""
+    cases = [
+        Case(
+            size=info["D"],
+            rows=info["M"],
+            variant=(info["dtype"], info["activation_bits"]),
+            op=bench["stats"]["median"],
+            stored=info["stored_seconds"],
+            best=info["best_stored"],
+            ratios=info["ratios"],
+            generation_share=info["generation_share"],
+            stored_bytes=info["stored_bytes"],
+            held_bytes=info["held_bytes"],
+            rounds=bench["stats"]["rounds"],
+        )
+        for bench in results["benchmarks"]
+        if bench["group"] == "projection"
+        for info in [bench["extra_info"]]
+    ]
+    return sorted(cases, key=lambda case: (case.size, list(_VARIANTS).index(case.variant), case.rows))
+
+
+def read_bounds(results: dict[str, Any]) -> list[Bounds]:
+    """The rates of a pytest-benchmark result, by D."""
+    bounds = [
+        Bounds(
+            size=info["D"],
+            product_rows=info["product_rows"],
+            entries=info["generated_entries_per_second"],
+            multiply_adds=info["multiply_adds_per_second"],
+            read_bytes=info["read_bytes_per_second"],
+        )
+        for bench in results["benchmarks"]
+        if bench["group"] == "bounds"
+        for info in [bench["extra_info"]]
+    ]
+    return sorted(bounds, key=lambda bound: bound.size)
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def _figures(value: float) -> str:
+    """Three significant figures, no exponent."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else _figures(1e3 * seconds)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---:"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _header(results: dict[str, Any]) -> str:
+    machine, commit = results["machine_info"], results["commit_info"]
+    bfloat16 = ", ".join(machine["bfloat16_instructions"]) or "none"
+    changed = ", with uncommitted changes" if commit["dirty"] else ""
+    return "\n".join(
+        [
+            f"- CPU: {machine['cpu']} ({machine['architecture']}), {machine['logical_cores']} logical cores, "
+            f"bfloat16 instructions: {bfloat16}",
+            f"- backend: {machine['backend']}, {machine['threads']} threads; load average before the run: "
+            f"{machine['load_before']:.2f}",
+            f"- OS: {machine['os']}",
+            f"- {machine['python']}, torch {machine['torch']}",
+            f"- date: {results['datetime'][:16].replace('T', ' ')} UTC",
+            f"- commit: {commit['id']}{changed}",
+        ]
+    )
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}-{ratio['p90']:.2f})"
+
+
+def _case_row(case: Case) -> list[str]:
+    times = {dtype: _milliseconds(case.stored_in(dtype)) for dtype in ("bfloat16", "float32")}
+    times[case.best_dtype] = f"**{times[case.best_dtype]}**"
+    sizes = [
+        f"{_figures(case.stored_bytes[dtype] / 2**20)} {label}"
+        for dtype, label in (("bfloat16", "bf16"), ("float32", "f32"))
+        if dtype in case.stored_bytes
+    ]
+    return [
+        str(case.size),
+        str(case.rows),
+        _VARIANTS[case.variant][0],
+        _milliseconds(case.op),
+        times["bfloat16"],
+        times["float32"],
+        _ratio(case.ratios.get("bfloat16")),
+        _ratio(case.ratios["best"]),
+        f"{case.generation_share:.2f}",
+        ", ".join(sizes),
+        _figures(case.held_bytes / 2**20),
+        str(case.rounds),
+    ]
+
+
+_CASE_COLUMNS = (
+    "D",
+    "M",
+    "x",
+    "op, ms",
+    "stored bf16, ms",
+    "stored f32, ms",
+    "op / stored bf16 (p10-p90)",
+    "op / best stored (p10-p90)",
+    "generation / op",
+    "P stored, MiB",
+    "P held by the op, MiB",
+    "rounds",
+)
+
+_CASE_NOTE = """\
+Times are medians. Stored bf16 is the faster of P row-major and P transposed; the best stored form is bold. A ratio
+is the median over rounds, with its 10th and 90th percentile; under 1 the op is faster. Generation is the op on one
+row at 8 bits, as a stand-in for drawing P once."""
+
+_BOUND_NOTE = """\
+Generation: entries of P drawn by the op on one row at 8 bits, its one row of products included. Products: multiply-adds
+of x @ P, D * D * M of them, over the time of the whole call; at 16 bits each is two of bytes. Read: torch.sum over the
+bytes of the stored P. Stored: the bytes of P over the time of addmm with one row. Where P fits the caches, both are
+rates of the caches. A stored product near the read rate is bound by reading P; far under it, by something else."""
+
+
+def _stored_rate(cases: list[Case], size: int, dtype: str) -> str:
+    """G bytes of stored P per second in a product with one row, empty if the run has none."""
+    for case in cases:
+        seconds = case.stored_in(dtype)
+        if (case.size, case.rows) == (size, 1) and seconds is not None:
+            return _figures(case.stored_bytes[dtype] / seconds / 1e9)
+    return ""
+
+
+def _bound_row(bound: Bounds, cases: list[Case]) -> list[str]:
+    return [
+        str(bound.size),
+        _figures(bound.entries / 1e9),
+        *(_figures(bound.multiply_adds[bits] / 1e9) for bits in ("16", "8")),
+        *(
+            rate
+            for dtype in ("bfloat16", "float32")
+            for rate in (_figures(bound.read_bytes[dtype] / 1e9), _stored_rate(cases, bound.size, dtype))
+        ),
+    ]
+
+
+def _bound_columns(product_rows: int) -> list[str]:
+    return [
+        "D",
+        "generation, G entries/s",
+        f"16 bits, M = {product_rows}, G multiply-adds/s",
+        f"8 bits, M = {product_rows}, G multiply-adds/s",
+        "read bf16 P, GB/s",
+        "stored bf16, M = 1, GB/s",
+        "read f32 P, GB/s",
+        "stored f32, M = 1, GB/s",
+    ]
+
+
+def markdown(results: dict[str, Any], plot: str) -> str:
+    """The report of a result; ``plot`` is the file name of its plot."""
+    cases, bounds = read_cases(results), read_bounds(results)
+    parts = [
+        "# x + x @ P: drawn in the product against stored",
+        _header(results),
+        f"![op / best stored by M]({plot})",
+        _table(_CASE_COLUMNS, map(_case_row, cases)),
+        _CASE_NOTE,
+    ]
+    if bounds:
+        rows = [_bound_row(bound, cases) for bound in bounds]
+        parts += ["## What bounds it", _table(_bound_columns(bounds[0].product_rows), rows), _BOUND_NOTE]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- plot --------------------------------------------------------------------------------------------------------
+
+
+def _plot_size(axes: Any, cases: list[Case]) -> None:
+    """The ratios of one D, by M."""
+    for variant, (label, colour, marker) in _VARIANTS.items():
+        line = [case for case in cases if case.variant == variant]
+        rows, ratios = [case.rows for case in line], [case.ratios["best"] for case in line]
+        axes.plot(rows, [ratio["median"] for ratio in ratios], color=colour, marker=marker, label=label)
+        axes.fill_between(
+            rows, [r["p10"] for r in ratios], [r["p90"] for r in ratios], color=colour, alpha=0.2, linewidth=0
+        )
+    axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({case.rows for case in cases})
+    axes.set_xticks(ticks, [str(rows) for rows in ticks])
+    axes.set_xlabel("rows M")
+    axes.set_title(f"D = {cases[0].size}")
+    axes.grid(alpha=0.3)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Write op / best stored by M, a panel for each D, to ``path``; shades are the 10th to 90th percentile."""
+    cases, machine = read_cases(results), results["machine_info"]
+    sizes = sorted({case.size for case in cases})
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(max(4.2 * len(sizes), 6), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, size in zip(panels[0], sizes, strict=True):
+        _plot_size(axes, [case for case in cases if case.size == size])
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].set_ylabel("time of op / best stored")
+    panels[0][0].legend(title="x", loc="best")
+    figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads, {machine['backend']}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write RESULTS.md and RESULTS.png beside RESULTS.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="JSON that pytest --benchmark-json wrote")
+    path = parser.parse_args().results
+    results = json.loads(path.read_text())
+    if not read_cases(results):
+        parser.error(f"{path} holds no projection benchmarks")
+    picture = path.with_suffix(".png")
+    plot(results, picture)
+    path.with_suffix(".md").write_text(markdown(results, picture.name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Fixtures and settings that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from helpers import CPU, backend_named
+
+from poc_kernels import backends
+from poc_kernels.kernels import Backend, native
+
+# The same examples in every run, on every machine.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    print_blob=False,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(params=[backend.name for backend in backends.backends()])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend of this installation that this processor can run."""
+    backend = backend_named(request.param)
+    reason = backend.unavailable(CPU)
+    if reason is not None:
+        pytest.skip(f"{backend.name}: {reason}")
+    return backend
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that the ops can be asked to run on."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+_installed_backends = backends.backends
+
+
+def _forget_choices() -> None:
+    _installed_backends.cache_clear()
+    backends._selected.clear()
+    backends._verdicts.clear()
+    native.load.cache_clear()
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No backend has been found, tried or chosen yet, and none is asked for; forgotten again afterwards."""
+    monkeypatch.delenv("POC_KERNELS_BACKEND", raising=False)
+    _forget_choices()
+    yield
+    _forget_choices()
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    """torch's settings of the process are after each test what they were before it."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None)
+    torch.set_flush_denormal(False)

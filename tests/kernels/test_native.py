@@ -1,0 +1,300 @@
+"""Every instruction set of this processor against the reference, bit for bit, however the work is cut up."""
+
+import concurrent.futures
+import functools
+import itertools
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    DTYPES,
+    LAYOUTS,
+    assert_same_bits,
+    backend_named,
+    dirty_memory,
+    expected,
+    laid_out,
+    project,
+    rows_of_every_kind,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poc_kernels import definition, reference
+from poc_kernels.kernels import native
+from poc_kernels.kernels.native import Tiling
+
+if native.load() is None:
+    pytest.skip("this installation has no native core", allow_module_level=True)
+
+NAMES = [name for name, supported in native.instruction_sets() if supported]
+MISSING = [name for name, supported in native.instruction_sets() if not supported]
+THREADS = (1, 2, 3, 7)
+
+each_instruction_set = pytest.mark.parametrize("name", NAMES)
+
+
+def native_project(x, name, *, threads=None, tiling=Tiling(), **options):  # noqa: B008 (immutable)
+    """`helpers.project` with the choices that only native kernels have."""
+    cut = functools.partial(native.project, instruction_set=name, threads=threads, tiling=tiling)
+    backend = backend_named(f"native-{name}")
+    return project(type(backend)(backend.name, cut, backend.entries, backend.unavailable), x, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ([0] * 6, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ([0xFFFFFFFF] * 6, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0],
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_answers(words, answer):
+    assert native.load().philox4x32_10(*words) == answer
+
+
+def test_the_native_core_computes_this_definition():
+    assert native.load().DEFINITION == definition.DEFINITION
+
+
+def test_plain_code_is_always_there():
+    assert native.instruction_sets()[-1] == ("portable", True)
+
+
+@pytest.mark.parametrize("name", [*MISSING, "portable"])
+def test_a_backend_says_whether_this_processor_runs_it(name):
+    reason = backend_named(f"native-{name}").unavailable(CPU)
+    assert reason == ("this processor lacks the instructions" if name in MISSING else None)
+
+
+def test_torchs_own_threads_are_borrowed():
+    if not torch.backends.openmp.is_available():
+        pytest.skip("this torch has no OpenMP")
+    assert native.load().team_runtime().startswith("OpenMP (")
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="instruction_set must be one of this build's, got sse9"):
+        native.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set="sse9")
+
+
+@pytest.mark.skipif(not MISSING, reason="this processor has every instruction set of this build")
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    with pytest.raises(ValueError, match=f"this processor lacks the instructions of {MISSING[0]}"):
+        native.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set=MISSING[0])
+
+
+# ---- any product, cut up in any way --------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One product, and how to cut it up."""
+
+    x: torch.Tensor
+    options: dict
+    cuts: dict
+    fill: int
+
+
+@st.composite
+def cases(draw):
+    rows = draw(st.sampled_from([1, 2, 3, 4, 6, 7, 12, 13, 70]) | st.integers(1, 70))
+    k = draw(st.sampled_from([1, 15, 16, 17, 31, 32, 33, 63, 255, 1000, 1024, 1030, 2064]) | st.integers(1, 300))
+    residual = draw(st.booleans())
+    if residual:
+        column_start = draw(st.integers(0, k - 1))
+        columns = draw(st.integers(1, k - column_start))
+    else:
+        columns = draw(st.sampled_from([1, 8, 15, 16, 17, 63, 64, 65]) | st.integers(1, 260))
+        last = definition.MAX_COLUMNS - columns
+        column_start = draw(st.just(0) | st.integers(0, last) | st.integers(last - 70, last))
+    x = rows_of_every_kind(rows, k, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**31)))
+    mask = draw(st.sampled_from(["none", "none", "all", "nothing", "some"])) if residual else "none"
+    generator = torch.Generator().manual_seed(rows)
+    masks = {
+        "none": None,
+        "all": torch.ones(rows, dtype=torch.bool),
+        "nothing": torch.zeros(rows, dtype=torch.bool),
+        "some": torch.rand(rows, generator=generator) < 0.5,
+    }
+    options = {
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "domain": draw(st.sampled_from([0, 1, 2**32 - 1]) | st.integers(0, 2**32 - 1)),
+        "std": draw(st.sampled_from([0.01, 0.01, 1.0, 1e-38, 2e-43, 1e36, 3e40])),
+        "activation_bits": draw(st.sampled_from([16, 8])),
+        "row_mask": masks[mask],
+        "column_start": column_start,
+        "columns": columns,
+        "residual": residual,
+    }
+    tile = st.just(0) | st.integers(1, 80)
+    cuts = {
+        "threads": draw(st.sampled_from(THREADS)),
+        "tiling": Tiling(draw(tile), draw(tile), draw(tile | st.integers(1, k + 16))),
+    }
+    return Case(laid_out(x, draw(st.sampled_from(LAYOUTS))), options, cuts, draw(st.sampled_from([0xA5, 0xFF, 0])))
+
+
+@settings(max_examples=150)
+@given(case=cases())
+def test_any_product_has_the_bits_of_the_reference(case):
+    y = expected(case.x, **case.options)
+    before = case.x.clone()
+    for name in NAMES:
+        with dirty_memory(case.fill):
+            result = native_project(case.x, name, **case.cuts, **case.options)
+        assert_same_bits(result, y, name)
+        assert result.is_contiguous()
+    assert_same_bits(case.x, before, "x afterwards")
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    domain=st.integers(0, 2**32 - 1),
+    k_start=st.integers(0, 40) | st.integers(0, definition.MAX_FEATURES - 1200),
+    k=st.sampled_from([1, 15, 16, 17, 511, 512, 513, 1100]) | st.integers(1, 100),
+    n_start=st.integers(0, 40) | st.integers(definition.MAX_COLUMNS - 200, definition.MAX_COLUMNS - 70),
+    n=st.integers(1, 70),
+    threads=st.sampled_from(THREADS),
+)
+def test_any_entries_have_the_bits_of_the_reference(seed, domain, k_start, k, n_start, n, threads):
+    window = (definition.seed_tensor(seed), domain, k_start, k, n_start, n)
+    e = reference.entries(*window)
+    for name in NAMES:
+        with dirty_memory(0xA5):
+            result = native.entries(*window, instruction_set=name, threads=threads)
+        assert_same_bits(result, e, name)
+
+
+# ---- the same, one thing at a time ---------------------------------------------------------------------------------
+
+
+@each_instruction_set
+@pytest.mark.parametrize("bits", [16, 8])
+def test_every_tile_of_rows_columns_and_k_gives_the_same_bits(name, bits):
+    x = rows_of_every_kind(29, 130, torch.float32, 11)
+    y = expected(x, activation_bits=bits)
+    for rows, columns, k in itertools.product([0, 1, 2, 7, 16], [0, 1, 9, 40, 64], [0, 1, 16, 33, 128]):
+        tiling = Tiling(rows, columns, k)
+        assert_same_bits(native_project(x, name, tiling=tiling, activation_bits=bits), y, f"{name} {tiling}")
+
+
+@each_instruction_set
+@pytest.mark.parametrize("threads", THREADS)
+def test_every_number_of_threads_gives_the_same_bits(name, threads):
+    x = rows_of_every_kind(300, 300, torch.bfloat16, 12)
+    y = expected(x, columns=40)
+    assert_same_bits(native_project(x, name, threads=threads, columns=40), y)
+    torch.set_num_threads(threads)
+    assert_same_bits(native_project(x, name, columns=40), y)
+
+
+@each_instruction_set
+@pytest.mark.parametrize("bits", [16, 8])
+def test_every_number_of_rows_and_columns_near_a_tile_gives_the_same_bits(name, bits):
+    x = rows_of_every_kind(14, 70, torch.float16, 13)
+    y = expected(x, activation_bits=bits)
+    for rows, columns in itertools.product(range(1, 15), [*range(1, 19), *range(29, 36), *range(60, 70)]):
+        result = native_project(x[:rows], name, activation_bits=bits, columns=columns, threads=1)
+        assert_same_bits(result, y[:rows, :columns], f"{rows} rows, {columns} columns")
+
+
+@each_instruction_set
+def test_rows_beyond_one_block_give_the_same_bits(name):
+    k, rows = 65536, 300  # at this K the kernel holds 256 rows at a time
+    x = rows_of_every_kind(rows, 64, torch.bfloat16, 14).repeat(1, k // 64)
+    mask = torch.arange(rows) % 7 != 3
+    options = {"columns": 3, "column_start": 50, "row_mask": mask}
+    assert_same_bits(native_project(x, name, **options), expected(x, **options))
+
+
+@each_instruction_set
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_largest_sums_are_exact(name, bits):
+    """Every product of a column has the same sign: sums far beyond 32 bits, near the limit of each accumulator."""
+    k, columns = definition.MAX_FEATURES, 3
+    seed = definition.seed_tensor(7)
+    signs = reference.entries(seed, 0, 0, k, 0, columns).sign().float().t()
+    x = torch.cat([signs, -signs, torch.ones(1, k), -torch.ones(1, k)])
+    x *= torch.tensor([1 - 2.0**-20, 1.0, 0.51]).repeat(3)[: len(x), None]
+    options = {"residual": False, "columns": columns, "activation_bits": bits}
+    y = expected(x, **options)
+    assert y.abs().max() > 400
+    for tile_k in (0, 4096, 65536):
+        assert_same_bits(native_project(x, name, tiling=Tiling(k=tile_k), **options), y, f"tiles of {tile_k}")
+
+
+@each_instruction_set
+@pytest.mark.parametrize("mask", ["all", "nothing", "alternate", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_rows_come_back_bit_for_bit(name, mask, dtype):
+    x = rows_of_every_kind(67, 48, dtype, 15)
+    rows = torch.arange(67)
+    row_mask = {"all": rows >= 0, "nothing": rows < 0, "alternate": rows % 2 == 0, "last": rows == 66}[mask]
+    for shard in ({}, {"column_start": 7, "columns": 30}):
+        with dirty_memory(0xA5):
+            y = native_project(x, name, row_mask=row_mask, **shard)
+        columns = slice(shard.get("column_start", 0), shard.get("column_start", 0) + y.shape[1])
+        assert_same_bits(y[~row_mask], x[~row_mask][:, columns])
+        assert_same_bits(y[row_mask], expected(x, **shard)[row_mask])
+
+
+@each_instruction_set
+def test_a_mask_may_have_strides(name):
+    x = rows_of_every_kind(40, 33, torch.float32, 16)
+    wide = torch.rand(40, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = wide[:, 1]
+    assert not mask.is_contiguous()
+    assert_same_bits(native_project(x, name, row_mask=mask), expected(x, row_mask=mask))
+
+
+@each_instruction_set
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter_to_a_large_product(name, layout):
+    x = laid_out(rows_of_every_kind(300, 270, torch.bfloat16, 17), layout)
+    assert_same_bits(native_project(x, name, columns=64), expected(x.contiguous(), columns=64))
+
+
+# ---- what surrounds a call -----------------------------------------------------------------------------------------
+
+
+@each_instruction_set
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("std", [0.01, 1e-38])
+def test_flushing_subnormals_changes_nothing_and_stays_as_it_was(name, threads, std):
+    x = rows_of_every_kind(200, 200, torch.float32, 18)
+    y = expected(x, std=std, columns=50)
+    subnormal = torch.tensor([1e-40])
+    definition.coefficient(std)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    result = native_project(x, name, threads=threads, std=std, columns=50)
+    assert (subnormal * 1.0 == 0).all(), "the call changed the caller's setting"
+    torch.set_flush_denormal(False)
+    native_project(x, name, threads=threads, std=std, columns=50)
+    assert (subnormal * 1.0 != 0).all(), "the call changed the caller's setting"
+    assert_same_bits(result, y)
+
+
+@each_instruction_set
+def test_python_threads_may_call_at_once(name):
+    inputs = [rows_of_every_kind(40, 400, torch.float32, seed) for seed in range(6)]
+    results = [expected(x, seed=i) for i, x in enumerate(inputs)]
+    together = threading.Barrier(6)
+
+    def call(i):
+        together.wait()
+        return [native_project(inputs[i], name, seed=i, threads=1 + i % 3) for _ in range(5)]
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for i, repeats in enumerate(pool.map(call, range(6))):
+            for y in repeats:
+                assert_same_bits(y, results[i], f"thread {i}")

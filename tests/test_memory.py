@@ -1,0 +1,97 @@
+"""P is never stored: what a call allocates, and what a process grows by."""
+
+import pytest
+import torch
+from helpers import CPU, project, run_python
+
+from poc_kernels import backends, definition, reference
+
+MIB = 1 << 20
+
+NATIVE = [backend for backend in backends.backends() if backend.name != "reference"]
+
+
+class AllocationsNotedError(Exception):
+    """Ends a call once its allocations are known."""
+
+
+@pytest.mark.parametrize("backend", NATIVE, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("k", [1, 16, 4096, 8192, 65536])
+@pytest.mark.parametrize("rows", [1, 300, 20000])
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_a_product_allocates_its_result_and_a_small_workspace(backend, k, rows, activation_bits, monkeypatch):
+    """The workspace is the integers of some rows, and a panel for each thread, whatever the size of the product."""
+    threads, plain_empty, sizes = 4, torch.empty, []
+
+    def noting_empty(*size, dtype, **options):
+        sizes.append(torch.Size(size).numel() * dtype.itemsize)
+        if len(sizes) == 2:
+            raise AllocationsNotedError
+        return plain_empty(1, dtype=dtype, **options)
+
+    x = torch.zeros(k, dtype=torch.bfloat16).expand(rows, k)
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "empty", noting_empty)
+    with pytest.raises(AllocationsNotedError):
+        project(backend, x, activation_bits=activation_bits)
+    output, workspace = sizes
+    assert output == rows * k * 2
+    one_row = 2 * (k + 15) + 64
+    for_threads = threads * (MIB + 6 * one_row)
+    assert workspace <= max(16 * MIB, 256 * 2 * k) * (1 + 32 / k) + 6 * one_row + for_threads
+    assert workspace <= (rows + 6) * one_row + for_threads
+
+
+@pytest.mark.parametrize("backend", NATIVE, ids=lambda backend: backend.name)
+def test_entries_take_their_result_and_a_small_workspace(backend, monkeypatch):
+    plain_empty, sizes = torch.empty, []
+
+    def noting_empty(*size, **options):
+        result = plain_empty(*size, **options)
+        sizes.append(result.nbytes)
+        return result
+
+    torch.set_num_threads(4)
+    monkeypatch.setattr(torch, "empty", noting_empty)
+    backend.entries(definition.seed_tensor(1), 0, 0, 600, 0, 700)
+    assert sizes[0] == 600 * 700 * 2
+    assert sum(sizes[1:]) <= 4 * 16 * MIB // 1024 + 64
+
+
+GROWTH = """
+import torch
+import poc_kernels
+
+def peak():  # of this process alone: ru_maxrss would begin with the parent's
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(2)
+seed = poc_kernels.seed_tensor(1)
+poc_kernels.residual_projection(torch.ones(8, 64, dtype=torch.bfloat16), seed)
+x = torch.ones({rows}, 8192, dtype=torch.bfloat16)
+before = peak()
+y = poc_kernels.residual_projection(x, seed)
+print(peak() - before - y.nbytes)
+"""
+
+
+@pytest.mark.skipif(backends.select(CPU).name == "reference", reason="the reference holds 256 columns of P in float64")
+@pytest.mark.parametrize(("rows", "limit"), [(4, 8 * MIB), (2048, 32 * MIB)])
+def test_a_process_grows_by_far_less_than_p(rows, limit, tmp_path):
+    """At D = 8192 P would be 128 MiB in bfloat16 and 64 MiB in bytes."""
+    assert int(run_python(GROWTH.format(rows=rows), tmp_path)) < limit
+
+
+def test_the_reference_holds_a_panel_of_p(monkeypatch):
+    """256 columns at a time, so that its memory does not grow with the columns either."""
+    widths, plain_entries = [], reference.entries
+
+    def noting_entries(seed, domain, k_start, k, n_start, n):
+        widths.append((n_start, n))
+        return plain_entries(seed, domain, k_start, k, n_start, n)
+
+    monkeypatch.setattr(reference, "entries", noting_entries)
+    backend = next(backend for backend in backends.backends() if backend.name == "reference")
+    project(backend, torch.ones(1, 8), columns=600, column_start=5, residual=False)
+    assert widths == [(5, 256), (261, 256), (517, 88)]
