@@ -11,7 +11,6 @@
 namespace poc {
 
 constexpr int kDefinition = 1;
-constexpr int64_t kMaxK = 65536;         // features of a row, at most
 constexpr int64_t kEntriesPerCall = 16;  // consecutive k of one column that one Philox call makes
 constexpr int32_t kMinExponent = -100;   // E of a row of zeros, and the least E
 constexpr int32_t kMaxByteActivation = 127;
@@ -65,6 +64,8 @@ POC_HOST_DEVICE static inline float power_of_two(int32_t exponent) {
 }
 
 // One type of activations: exact widening, rounding to nearest even with subnormals kept, and the quiet NaN.
+namespace {
+
 struct Float32 {
   using Storage = uint32_t;
   static constexpr Storage kNaN = 0x7FC00000u;
@@ -104,6 +105,8 @@ struct Float16 {
     return static_cast<Storage>(half | ((bits >> 16) & 0x8000u));
   }
 };
+
+}  // namespace
 
 // ---- activations
 // ----------------------------------------------------------------------------------------------

@@ -41,6 +41,31 @@ DOMAIN_PRE = 0
 DOMAIN_POST = 1
 
 
+def check_activation_bits(activation_bits: int) -> None:
+    """Raise a TypeError or ValueError unless activation_bits is the int 16 or 8."""
+    check_int("activation_bits", activation_bits)
+    if activation_bits not in ACTIVATION_SHIFT:
+        raise ValueError(f"activation_bits must be 16 or 8, got {activation_bits}")
+
+
+def check_int(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is an int (or symbolic), a ValueError unless it fits 64 bits."""
+    if isinstance(value, torch.SymInt):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
 def signed_seed(seed: int) -> int:
     """The 64 bits of ``seed`` as an int64 value.
 
@@ -69,21 +94,39 @@ def seed_from_block_hash(block_hash: str) -> int:
     return int.from_bytes(hashlib.sha256(block_hash.encode()).digest()[:8], "little", signed=True)
 
 
-# Rounded in integers: a conversion to float32 by the processor would drop a subnormal where the caller flushes them.
-@functools.lru_cache(maxsize=64)
+def _refused_std(std: float) -> ValueError:
+    return ValueError(f"std must be positive with float32(std / {SIGMA:.4f}) finite and not zero, got {std}")
+
+
+def check_std(std: float) -> None:
+    """Raise a TypeError unless std is a number, a ValueError if it is beyond all floats."""
+    if isinstance(std, bool) or not isinstance(std, (int, float, torch.SymFloat)):
+        raise TypeError(f"std must be a float, got {type(std).__name__}")
+    if std >= 2.0**1000:
+        raise _refused_std(std)
+
+
 def coefficient(std: float) -> float:
     """float32(std / sigma), the constant that turns an integer e into an entry of P.
 
     Raises:
+        TypeError: std is not a number.
         ValueError: std is not positive, or the result is zero or infinite in float32.
     """
+    check_std(std)
+    return _coefficient(std)
+
+
+# Rounded in integers: a conversion to float32 by the processor would drop a subnormal where the caller flushes them.
+@functools.lru_cache(maxsize=64)
+def _coefficient(std: float) -> float:
     ratio = std / SIGMA
     if 0 < ratio < math.inf:
         unit = max(math.frexp(ratio)[1] - 24, -149)
         value = math.ldexp(round(math.ldexp(ratio, -unit)), unit)
         if 0 < value < 2.0**128:
             return value
-    raise ValueError(f"std must be positive with float32(std / {SIGMA:.4f}) finite and not zero, got {std}")
+    raise _refused_std(std)
 
 
 def seed_tensor(seed: int, device: torch.device | str | None = None) -> torch.Tensor:

@@ -19,12 +19,7 @@ DEFAULT_STD = definition.DEFAULT_STD
 _NAMESPACE = "poc_kernels"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# ---- checks: each error names the argument, what it got and what it takes ----------------------------------------
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+# ---- checks: each error names the argument, what it got and what it takes ----
 
 
 def _check_seed(seed: Tensor) -> None:
@@ -60,8 +55,7 @@ def _check_activations(x: Tensor, seed: Tensor, domain: int, std: float, activat
         raise ValueError(f"seed must be on the device of x, {x.device}, got {seed.device}")
     _check_domain(domain)
     definition.coefficient(std)
-    if activation_bits not in definition.ACTIVATION_SHIFT:
-        raise ValueError(f"activation_bits must be 16 or 8, got {activation_bits}")
+    definition.check_activation_bits(activation_bits)
 
 
 def _residual_shape(
@@ -127,7 +121,7 @@ def _check_matrix(std: float, dtype: torch.dtype) -> None:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
 
-# ---- implementations, and fake ones that make the same checks -----------------------------------------------------
+# ---- implementations, and fake ones that make the same checks ----
 
 
 def _project(x: Tensor, shape: tuple[int, ...], seed: Tensor, row_mask: Tensor | None, **options: Any) -> Tensor:
@@ -233,7 +227,7 @@ def _fake_matrix(
     return seed.new_empty(_entries_shape(seed, domain, k_start, k, n_start, n), dtype=dtype)
 
 
-# ---- registration ------------------------------------------------------------------------------------------------
+# ---- registration ----
 
 
 def _refuse_backward(name: str) -> Any:
@@ -257,7 +251,7 @@ def _register(name: str, schema: str, implementation: Any, fake: Any, differenti
 
 _register(
     "residual_projection",
-    f"(Tensor x, Tensor seed, int domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
+    f"(Tensor x, Tensor seed, SymInt domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
     "Tensor? row_mask=None, SymInt column_start=0, SymInt? columns=None) -> Tensor",
     _residual_projection,
     _fake_residual,
@@ -265,7 +259,7 @@ _register(
 )
 _register(
     "random_projection",
-    f"(Tensor x, Tensor seed, SymInt out_features, int domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
+    f"(Tensor x, Tensor seed, SymInt out_features, SymInt domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
     "SymInt column_start=0) -> Tensor",
     _random_projection,
     _fake_random,
@@ -273,21 +267,35 @@ _register(
 )
 _register(
     "projection_entries",
-    "(Tensor seed, int domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n) -> Tensor",
+    "(Tensor seed, SymInt domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n) -> Tensor",
     _projection_entries,
     _fake_entries,
     differentiable=False,
 )
 _register(
     "projection_matrix",
-    f"(Tensor seed, int domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n, float std={DEFAULT_STD}, "
+    f"(Tensor seed, SymInt domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n, float std={DEFAULT_STD}, "
     "ScalarType dtype=float) -> Tensor",
     _projection_matrix,
     _fake_matrix,
     differentiable=False,
 )
 
-# ---- public functions --------------------------------------------------------------------------------------------
+# ---- public functions ----
+# A call of torch.ops itself with a value of the wrong type gets torch's own error; these name the argument.
+
+
+def _check_types(**values: object) -> None:
+    for name, value in values.items():
+        if name in ("x", "seed"):
+            definition.check_tensor(name, value)
+        else:
+            definition.check_int(name, value)
+
+
+def _check_form(std: float, activation_bits: int) -> None:
+    definition.check_std(std)
+    definition.check_activation_bits(activation_bits)
 
 
 def residual_projection(
@@ -320,10 +328,12 @@ def residual_projection(
         ValueError: a shape, device or number outside what is said above.
         NotImplementedError: on backward.
     """
-    _check_tensor("x", x)
-    _check_tensor("seed", seed)
+    _check_types(x=x, seed=seed, domain=domain, column_start=column_start)
     if row_mask is not None:
-        _check_tensor("row_mask", row_mask)
+        definition.check_tensor("row_mask", row_mask)
+    if columns is not None:
+        definition.check_int("columns", columns)
+    _check_form(std, activation_bits)
     result: Tensor = torch.ops.poc_kernels.residual_projection.default(
         x, seed, domain, std, activation_bits, row_mask, column_start, columns
     )
@@ -352,8 +362,8 @@ def random_projection(
     Raises:
         TypeError, ValueError, NotImplementedError: as for `residual_projection`.
     """
-    _check_tensor("x", x)
-    _check_tensor("seed", seed)
+    _check_types(x=x, seed=seed, domain=domain, column_start=column_start, out_features=out_features)
+    _check_form(std, activation_bits)
     result: Tensor = torch.ops.poc_kernels.random_projection.default(
         x, seed, out_features, domain, std, activation_bits, column_start
     )
@@ -376,7 +386,7 @@ def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start:
         TypeError: seed is no int64 tensor.
         ValueError: a number outside what is said above.
     """
-    _check_tensor("seed", seed)
+    _check_types(seed=seed, domain=domain, k_start=k_start, k=k, n_start=n_start, n=n)
     result: Tensor = torch.ops.poc_kernels.projection_entries.default(seed, domain, k_start, k, n_start, n)
     return result
 
@@ -404,6 +414,9 @@ def projection_matrix(
     Raises:
         TypeError, ValueError: as for `projection_entries`, and for std and dtype.
     """
-    _check_tensor("seed", seed)
+    _check_types(seed=seed, domain=domain, k_start=k_start, k=k, n_start=n_start, n=n)
+    definition.check_std(std)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     result: Tensor = torch.ops.poc_kernels.projection_matrix.default(seed, domain, k_start, k, n_start, n, std, dtype)
     return result

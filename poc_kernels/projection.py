@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class RandomProjection(nn.Module):
         device: where the seed lives.
 
     Raises:
-        TypeError: block_seed or dim is not an int.
+        TypeError: block_seed, dim or activation_bits is not an int, or std not a number.
         ValueError: a number outside its range.
     """
 
@@ -38,12 +40,10 @@ class RandomProjection(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+        definition.check_int("dim", dim)
         if not 1 <= dim <= definition.MAX_FEATURES:
             raise ValueError(f"dim must be in [1, {definition.MAX_FEATURES}], got {dim}")
-        if activation_bits not in definition.ACTIVATION_SHIFT:
-            raise ValueError(f"activation_bits must be 16 or 8, got {activation_bits}")
+        definition.check_activation_bits(activation_bits)
         definition.coefficient(std)
         self.dim = dim
         self.std = std
@@ -77,6 +77,7 @@ class RandomProjection(nn.Module):
 
     def forward(self, x: Tensor, domain: int, row_mask: Tensor | None = None) -> Tensor:
         """x + x @ P of ``domain`` for x [..., dim]; see `residual_projection`."""
+        definition.check_tensor("x", x)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
         return ops.residual_projection(
@@ -92,6 +93,12 @@ class RandomProjection(nn.Module):
         """The projection after the model (domain 1), on hidden states [..., dim]."""
         result: Tensor = self(x, definition.DOMAIN_POST, row_mask)
         return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        seed = state_dict.get(f"{prefix}seed")
+        if seed is not None and seed.dtype != torch.int64:  # copying would round it
+            raise TypeError(f"{prefix}seed must be an int64 tensor, got {seed.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, std={self.std}, activation_bits={self.activation_bits}"

@@ -6,6 +6,7 @@ for. Devices without float64 get the same sum from float32 products of bytes, fl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import definition
 
 _WORD = 0xFFFFFFFF
-_PANEL_COLUMNS = 256
+_PANEL_ENTRIES = 2**18  # of P at a time, some 20 MiB with what it takes to draw them
 _FLOAT32_FLUSH = 1024  # 128 * 124 * 1024 < 2**24
 
 
@@ -40,11 +41,23 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
+def _panels(k: int, n: int) -> Iterator[tuple[int, int]]:
+    """First column and width of panels of k rows that together have n columns."""
+    width = max(16, _PANEL_ENTRIES // max(k, 1))
+    return ((start, min(width, n - start)) for start in range(0, n, width))
+
+
 def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
     """The integers e[k_start : k_start + k, n_start : n_start + n] as int16, on the device of ``seed``."""
+    e = torch.empty(k, n, dtype=torch.int16, device=seed.device)
+    if k > 0:
+        for start, width in _panels(k, n):
+            e[:, start : start + width] = _draw(seed, domain, k_start, k, n_start + start, width)
+    return e
+
+
+def _draw(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
     device = seed.device
-    if k == 0 or n == 0:
-        return torch.empty(k, n, dtype=torch.int16, device=device)
     seed = seed.reshape(())
     per_call = definition.ENTRIES_PER_CALL
     first, last = k_start // per_call, (k_start + k - 1) // per_call
@@ -146,14 +159,14 @@ def project(
     columns: int,
     residual: bool,
 ) -> Tensor:
-    """x @ P, or x + x @ P, for ``x`` [M, K]: [M, columns] in the dtype of x. P exists 256 columns at a time."""
+    """x @ P, or x + x @ P, for ``x`` [M, K]: [M, columns] in the dtype of x. P exists in panels."""
     rows = quantise(x, activation_bits)
     y = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
-    for n in range(0, columns, _PANEL_COLUMNS):
-        width = min(_PANEL_COLUMNS, columns - n)
-        e = entries(seed, domain, 0, x.shape[1], column_start + n, width)
+    q = rows.q.double() if _has_float64(x.device) else rows.q
+    for n, width in _panels(x.shape[1], columns):
+        e = _draw(seed, domain, 0, x.shape[1], column_start + n, width)
         at_columns = x[:, column_start + n : column_start + n + width] if residual else None
-        y[:, n : n + width] = finish(partial_sums(rows.q, e), rows, coefficient, at_columns, x.dtype)
+        y[:, n : n + width] = finish(partial_sums(q, e), rows, coefficient, at_columns, x.dtype)
     if row_mask is not None:
         y = torch.where(row_mask[:, None], y, x[:, column_start : column_start + columns])
     return y

@@ -90,7 +90,7 @@ def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any
     """Which known answers ``backend`` gets wrong on ``device``; empty if it may be used there.
 
     ``answers`` has the layout of the definition's vectors; the package's own known answers unless given.
-    An exception that the backend raises counts as a wrong answer.
+    An exception that the backend raises counts as a wrong answer, but for a lack of memory, which is raised.
     """
     answers = answers or _known_answers()
     try:
@@ -106,6 +106,8 @@ def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any
             wrong += _wrong_products(backend, device, case, residual=True)
         for case in answers["projection"]:
             wrong += _wrong_products(backend, device, case, residual=False)
+    except torch.OutOfMemoryError:  # says nothing of the backend
+        raise
     except Exception as error:  # whatever it is, such a backend is not to be used
         return [f"{type(error).__name__}: {error}"]
     return wrong

@@ -35,11 +35,41 @@ def test_verify_fails_when_a_backend_gives_a_wrong_answer(capsys, monkeypatch):
     absent = kernels.Backend("absent", wrong, reference.entries, lambda device: "it is not there")
     monkeypatch.setattr(backends, "backends", lambda: (absent, broken))
     monkeypatch.setattr(backends, "_verdicts", {})
+    monkeypatch.setattr(backends, "_selected", {})
     assert cli.main(["verify"]) == 1
     output = capsys.readouterr().out
     assert re.search(r"absent +cpu +not available: it is not there", output)
     assert re.search(r"broken +cpu +FAILED, never used: residual", output)
     assert "serves this device" not in output
+    assert re.search(r"- +cpu +NOT SERVED: no poc_kernels backend can be used on cpu", output)
+
+
+def test_verify_says_what_serves_when_one_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setenv("POC_KERNELS_BACKEND", "reference")
+    assert cli.main(["verify"]) == 0
+    assert re.search(r"reference +cpu +gives the known answers, serves this device", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["verify", "demo"])
+def test_a_backend_that_is_not_there_is_an_error(capsys, monkeypatch, command):
+    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setenv("POC_KERNELS_BACKEND", "nope")
+    assert cli.main([command]) == 1
+    shown = capsys.readouterr()
+    assert "the backend asked for must be one of" in shown.out + shown.err
+
+
+def test_verify_covers_every_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert [str(device) for device in cli._devices()] == ["cpu", "cuda:0", "cuda:1"]
+
+
+def test_verify_says_that_there_is_no_native_core(monkeypatch):
+    monkeypatch.setattr(cli.native, "load", lambda: None)
+    assert cli._native_core() == "not there"
 
 
 @pytest.mark.parametrize("dim", [1, 100])
@@ -63,8 +93,8 @@ def test_demo_reports_different_answers(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--dim", "0"], "--dim must be in [1, 65536], got 0"),
-        (["demo", "--dim", "65537"], "--dim must be in [1, 65536], got 65537"),
+        (["demo", "--dim", "0"], "--dim must be in [1, 16384]"),
+        (["demo", "--dim", "16385"], "got 16385"),
         (["demo", "--rows", "1"], "--rows must be at least 2, got 1"),
         ([], "required: command"),
     ],

@@ -4,7 +4,14 @@ import pytest
 import torch
 from helpers import assert_same_bits, expected, rows_of_every_kind
 
-from poc_kernels import RandomProjection, projection_entries, projection_matrix, random_projection, seed_tensor
+from poc_kernels import (
+    RandomProjection,
+    projection_entries,
+    projection_matrix,
+    random_projection,
+    residual_projection,
+    seed_tensor,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +68,19 @@ def test_an_error_on_recompilation_is_one():
     compiled(torch.ones(2), 5)
     with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match="Recompiling function"):
         compiled(torch.ones(2), 6)
+
+
+def test_a_domain_for_each_layer_compiles_twice_at_most():
+    """Once for the first domain and once for all others, however many layers there are."""
+    x, seed = rows_of_every_kind(3, 40, torch.float32, 6), seed_tensor(9)
+    compiled = torch.compile(
+        lambda x, domain: residual_projection(x, seed, domain=domain), fullgraph=True, backend="aot_eager"
+    )
+    for domain in range(2, 4):
+        compiled(x, domain)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for domain in (*range(4, 40), 2**32 - 1):
+            assert_same_bits(compiled(x, domain), expected(x, seed=9, domain=domain), f"domain {domain}")
 
 
 def test_shards_entries_and_matrices_compile_with_dynamic_sizes():

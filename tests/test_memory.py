@@ -76,22 +76,47 @@ print(peak() - before - y.nbytes)
 """
 
 
-@pytest.mark.skipif(backends.select(CPU).name == "reference", reason="the reference holds 256 columns of P in float64")
-@pytest.mark.parametrize(("rows", "limit"), [(4, 8 * MIB), (2048, 32 * MIB)])
-def test_a_process_grows_by_far_less_than_p(rows, limit, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "rows", "limit"),
+    [(backends.select(CPU).name, 4, 8 * MIB), (backends.select(CPU).name, 2048, 32 * MIB), ("reference", 4, 40 * MIB)],
+)
+def test_a_process_grows_by_far_less_than_p(name, rows, limit, tmp_path):
     """At D = 8192 P would be 128 MiB in bfloat16 and 64 MiB in bytes."""
-    assert int(run_python(GROWTH.format(rows=rows), tmp_path)) < limit
+    if name == "reference" and rows > 4:
+        pytest.skip("the reference holds its rows in double precision")
+    assert int(run_python(GROWTH.format(rows=rows), tmp_path, POC_KERNELS_BACKEND=name)) < limit
 
 
-def test_the_reference_holds_a_panel_of_p(monkeypatch):
-    """256 columns at a time, so that its memory does not grow with the columns either."""
-    widths, plain_entries = [], reference.entries
+def test_the_reference_draws_p_in_panels(monkeypatch):
+    """So that its memory grows neither with the columns nor with the rows of P."""
+    widths, plain_draw = [], reference._draw
 
-    def noting_entries(seed, domain, k_start, k, n_start, n):
+    def noting_draw(seed, domain, k_start, k, n_start, n):
         widths.append((n_start, n))
-        return plain_entries(seed, domain, k_start, k, n_start, n)
+        return plain_draw(seed, domain, k_start, k, n_start, n)
 
-    monkeypatch.setattr(reference, "entries", noting_entries)
+    monkeypatch.setattr(reference, "_draw", noting_draw)
     backend = next(backend for backend in backends.backends() if backend.name == "reference")
-    project(backend, torch.ones(1, 8), columns=600, column_start=5, residual=False)
-    assert widths == [(5, 256), (261, 256), (517, 88)]
+    project(backend, torch.ones(1, 4096), columns=150, column_start=5, residual=False)
+    assert widths == [(5, 64), (69, 64), (133, 22)]
+    widths.clear()
+    backend.entries(definition.seed_tensor(1), 0, 3, 16384, 7, 40)
+    assert widths == [(7, 16), (23, 16), (39, 8)]
+
+
+@pytest.mark.parametrize("backend", NATIVE, ids=lambda backend: backend.name)
+def test_the_workspace_is_for_as_many_threads_as_torch_has(backend, monkeypatch):
+    plain_empty, sizes = torch.empty, []
+
+    def noting_empty(*size, **options):
+        result = plain_empty(*size, **options)
+        sizes.append(result.nbytes)
+        return result
+
+    monkeypatch.setattr(torch, "empty", noting_empty)
+    workspaces = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        project(backend, torch.ones(1, 64), columns=8)
+        workspaces.append(sizes[-1])
+    assert workspaces[2] - workspaces[1] == workspaces[1] - workspaces[0] > 0

@@ -3,6 +3,7 @@
 import concurrent.futures
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_process_that_flushes_subnormals_gets_the_same_bits(std):
     """Also when its first call, with the self-test, comes after the setting."""
     x = rows_of_every_kind(60, 90, torch.float32, 1)
     y = expected(x, std=std)
-    poc_kernels.definition.coefficient.cache_clear()
+    poc_kernels.definition._coefficient.cache_clear()
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     result = poc_kernels.residual_projection(x, poc_kernels.seed_tensor(7), std=std)
@@ -106,3 +107,28 @@ def test_a_process_that_flushes_subnormals_gets_the_same_bits(std):
     torch.set_flush_denormal(False)
     assert_same_bits(result, y)
     assert name != "reference"
+
+
+def test_other_python_threads_run_during_a_call():
+    """The kernels release the GIL: a counter in another thread goes on."""
+    if backends.select(CPU).name == "reference":
+        pytest.skip("torch's own operators are many short calls")
+    x, seed = torch.ones(1500, 2048), poc_kernels.seed_tensor(1)
+    ticks, running = 0, True
+
+    def count():
+        nonlocal ticks
+        while running:
+            ticks += 1
+            time.sleep(0.0005)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        before = ticks
+        poc_kernels.residual_projection(x, seed)
+        after = ticks
+    finally:
+        running = False
+        counter.join()
+    assert after - before >= 3

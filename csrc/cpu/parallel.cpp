@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -62,7 +63,10 @@ void run_team(int threads, void (*body)(void*), void* context) {
   }
   std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(threads - 1));
-  for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  }
   body(context);
   for (std::thread& other : others) other.join();
 }

@@ -15,7 +15,7 @@ namespace poc::cpu {
 // Run body(context) on up to `threads` threads, this one among them, and wait for all.
 void run_team(int threads, void (*body)(void*), void* context);
 
-// Which runtime run_team uses: "OpenMP (path)" or "std::thread".
+// Which runtime run_team uses: "OpenMP (library)" or "std::thread".
 const char* team_runtime();
 
 // Round to nearest even, subnormals kept, traps masked; what was set before comes back at the end of the

@@ -20,7 +20,7 @@ constexpr int64_t kTasksPerThread = 4;
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// How one call is cut up. Sizes in bytes, each a multiple of kAlignment.
+// How one call is cut up. Sizes in bytes; all but tile_bytes are multiples of kAlignment.
 struct Plan {
   int64_t tile_rows, block_rows, panel_columns, panel_k;
   int64_t column_tasks, row_tasks;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,9 +29,11 @@ def load() -> ModuleType | None:
     try:
         return importlib.import_module("poc_kernels._native")
     except ImportError as error:
+        root = Path(__file__).parents[2]
+        where = f"imported from its sources in {root}" if (root / "pyproject.toml").exists() else "installed"
         warnings.warn(
-            f"poc_kernels was installed without its native core ({error}): plain torch serves in its place, "
-            "with the same bits and much slower",
+            f"poc_kernels is {where} without its native core ({error}): plain torch serves in its place, with the "
+            "same bits and much slower",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -60,8 +63,8 @@ def project(
 ) -> Tensor:
     """x @ P, or x + x @ P, for ``x`` [M, K] on the CPU: [M, columns] in the dtype of x.
 
-    ``threads`` is ``torch.get_num_threads()`` unless given. Workspace: the integers of at most about 16 MiB of rows,
-    and for each thread a panel of P of at most 1 MiB.
+    ``threads`` is ``torch.get_num_threads()`` unless given. Workspace: 2 bytes for
+    each element of the rows at work, 16 MiB or 256 rows of them, and for each thread a panel of P of at most 512 KiB.
     """
     native = load()
     assert native is not None
