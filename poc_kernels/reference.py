@@ -15,7 +15,7 @@ from torch import Tensor
 from . import definition
 
 _WORD = 0xFFFFFFFF
-_PANEL_ENTRIES = 2**18  # of P at a time, some 20 MiB with what it takes to draw them
+_PANEL_ENTRIES = 2**18  # of P at a time, under 40 MiB with what it takes to draw them
 _FLOAT32_FLUSH = 1024  # 128 * 124 * 1024 < 2**24
 
 
