@@ -1,0 +1,144 @@
+"""What a round is asked to do: its configuration, its states, and which nonces a node tries."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+UNSET = -1
+"""node_id and node_count of a node that was not told its place: it validates, and cannot generate."""
+
+MAX_NONCE = 2**63 - 1
+MAX_BATCH_SIZE = 4096
+MAX_SEQ_LEN = 2**20
+_MAX_TEXT = 1024
+
+
+class PoCState(str, enum.Enum):
+    """State of a node: no phase running, looking for nonces, recomputing proofs of others, round over."""
+
+    IDLE = "IDLE"
+    GENERATING = "GENERATING"
+    VALIDATING = "VALIDATING"
+    STOPPED = "STOPPED"
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise a TypeError unless the argument ``name`` is an int, a ValueError unless it lies in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def check_float(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a number, a ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless UTF-8 of 1 to 1024 characters."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if not 1 <= len(value) <= _MAX_TEXT:
+        raise ValueError(f"{name} must have 1 to {_MAX_TEXT} characters, got {len(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be text that UTF-8 can encode, got {error.reason}") from error
+
+
+@dataclass(frozen=True)
+class PoCConfig:
+    """A round as one node sees it.
+
+    Args:
+        block_hash: the block that seeds inputs, permutations, target and projections.
+        block_height: its height, carried into every batch.
+        public_key: the node's key; its nonces' inputs depend on it.
+        r_target: a nonce is valid if its distance, in [0, 2], is below this.
+        fraud_threshold: a batch is fraud if an honest node sends such a one with less probability than this.
+        node_id, node_count: this node is number node_id of node_count (of its group); `UNSET` both for a validator.
+        batch_size: rows of every forward, whatever the number of nonces in it.
+        seq_len: positions of every input.
+        callback_url: where proofs and verdicts are posted, http or https.
+        use_random_projection: the projections before and after the model; off, results are those of phases 1 to 5.
+        group_id, n_groups: the node's group, where a network numbers nodes by group.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+
+    block_hash: str
+    block_height: int
+    public_key: str
+    r_target: float
+    fraud_threshold: float = 0.01
+    node_id: int = 0
+    node_count: int = 1
+    batch_size: int = 32
+    seq_len: int = 256
+    callback_url: str | None = None
+    use_random_projection: bool = False
+    group_id: int = 0
+    n_groups: int = 1
+
+    def __post_init__(self) -> None:
+        check_text("block_hash", self.block_hash)
+        check_int("block_height", self.block_height, 0, MAX_NONCE)
+        check_text("public_key", self.public_key)
+        check_float("r_target", self.r_target)
+        if not 0 < self.r_target <= 2:
+            raise ValueError(f"r_target must be in (0, 2], the range of distances, got {self.r_target}")
+        check_float("fraud_threshold", self.fraud_threshold)
+        if not 0 <= self.fraud_threshold <= 1:
+            raise ValueError(f"fraud_threshold must be a probability in [0, 1], got {self.fraud_threshold}")
+        check_int("n_groups", self.n_groups, 1, 2**31)
+        check_int("group_id", self.group_id, 0, self.n_groups - 1)
+        check_int("node_count", self.node_count, UNSET, 2**31)
+        check_int("node_id", self.node_id, UNSET, 2**31)
+        if (self.node_id == UNSET) != (self.node_count == UNSET):
+            raise ValueError(
+                f"node_id and node_count must be set together, got node_id {self.node_id}, node_count {self.node_count}"
+            )
+        if self.node_count != UNSET and not 0 <= self.node_id < self.node_count:
+            raise ValueError(f"node_id must be in [0, node_count {self.node_count}), got {self.node_id}")
+        check_int("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
+        check_int("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
+        if not isinstance(self.use_random_projection, bool):
+            raise TypeError(f"use_random_projection must be a bool, got {type(self.use_random_projection).__name__}")
+        if self.callback_url is not None:
+            _check_url(self.callback_url)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the node knows its place among the others."""
+        return self.node_count != UNSET
+
+    def nonce(self, index: int) -> int:
+        """The nonce that this node tries as its ``index``-th, counted from 0.
+
+        Raises:
+            ValueError: node_id and node_count are not set.
+        """
+        if not self.can_generate:
+            raise ValueError(f"node_id and node_count must be set to generate, got {self.node_id}, {self.node_count}")
+        offset = self.node_id + self.group_id * self.node_count
+        return offset + index * self.node_count * self.n_groups
+
+
+def _check_url(url: object) -> None:
+    if not isinstance(url, str):
+        raise TypeError(f"callback_url must be a str or None, got {type(url).__name__}")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or len(url) > 2048 or not url.isprintable() or " " in url:
+        raise ValueError(f"callback_url must be an http or https URL of at most 2048 characters, got {url[:200]!r}")

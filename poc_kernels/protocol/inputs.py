@@ -1,0 +1,126 @@
+"""Seeded random numbers of a round: inputs and permutations of nonces, batched over nonces on any device.
+
+Everything is drawn from MurmurHash3 of an index under a 32-bit seed. Hashes are exact; the elementary functions of
+`normal` are evaluated in float64 and rounded to float32, so that a value depends neither on its place in a batch nor,
+but for ties that one value in about 2**29 comes near, on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_C1 = 0xCC9E2D51 - 2**32
+_C2 = 0x1B873593
+_MIX1 = 0x85EBCA6B - 2**32
+_MIX2 = 0xC2B2AE35 - 2**32
+_ADD = 0xE6546B64 - 2**32
+_SIGN = -(2**31)
+# Numbers worked on at once: what fits the caches of a processor; a GPU wants fewer, larger launches.
+_CHUNK_CPU = 2**16
+_CHUNK_DEVICE = 2**24
+
+
+def seed32(text: str) -> int:
+    """The first 8 hexadecimal digits of SHA-256 of ``text`` in UTF-8, as a number."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+def inputs_seed(block_hash: str, public_key: str, nonce: int) -> int:
+    """Seed of a nonce's inputs."""
+    return seed32(f"{block_hash}_{public_key}_nonce{nonce}")
+
+
+def permutation_seed(block_hash: str, public_key: str, nonce: int) -> int:
+    """Seed of a nonce's permutation of the logits."""
+    return seed32(f"{block_hash}_{public_key}_nonce_{nonce}_permutations")
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _rotate_left(x: Tensor, bits: int) -> Tensor:
+    return (x << bits).bitwise_or_(_shift_right(x, 32 - bits))
+
+
+def _seed_column(seeds: Sequence[int], device: torch.device) -> Tensor:
+    signed = [seed - 2**32 if seed >= 2**31 else seed for seed in seeds]
+    return torch.tensor(signed, dtype=torch.int32, device=device).unsqueeze(1)
+
+
+def _hash(index: Tensor, seeds: Tensor) -> Tensor:
+    # int32 arithmetic wraps, as MurmurHash3 wants; only the right shifts need a mask.
+    key = _rotate_left(index * _C1, 15).mul_(_C2)
+    h = _rotate_left(seeds ^ key, 13).mul_(5).add_(_ADD)
+    h.bitwise_xor_(_shift_right(h, 16)).mul_(_MIX1)
+    h.bitwise_xor_(_shift_right(h, 13)).mul_(_MIX2)
+    return h.bitwise_xor_(_shift_right(h, 16))
+
+
+def hash32(seeds: Sequence[int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """MurmurHash3_x86_32 of the 4-byte keys start .. start + count - 1, without the final xor of the length.
+
+    Returns:
+        int32 [len(seeds), count] with the 32 bits of each hash.
+    """
+    device = torch.device(device)
+    index = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    return _hash(index, _seed_column(seeds, device))
+
+
+def _uniform(index: Tensor, seeds: Tensor) -> Tensor:
+    # float32 of the unsigned number, rounded once; 2**-32 is exact.
+    unsigned = _hash(index, seeds).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    return unsigned.to(torch.float32).mul_(2.0**-32)
+
+
+def normal(
+    seeds: Sequence[int], count: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal numbers by Box and Muller, [len(seeds), count], computed in float32 and cast to ``dtype``."""
+    device = torch.device(device)
+    half = (count + 1) // 2
+    result = torch.empty(len(seeds), count, dtype=dtype, device=device)
+    if result.numel() == 0:
+        return result
+    column = _seed_column(seeds, device)
+    chunk = max(1, (_CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE) // len(seeds))
+    for start in range(0, half, chunk):
+        end = min(start + chunk, half)
+        index = torch.arange(start, end, dtype=torch.int64, device=device)
+        radius = _uniform(index.to(torch.int32), column).clamp_(min=1e-10)
+        radius = radius.double().log_().float().mul_(-2.0).sqrt_()
+        angle = _uniform((index + half).to(torch.int32), column).mul_(2.0 * math.pi).double()
+        result[:, start:end] = torch.cos(angle).float().mul_(radius)
+        sines = min(end, count - half) - start
+        if sines > 0:
+            result[:, half + start : half + start + sines] = angle.sin_().float().mul_(radius)[:, :sines]
+    return result
+
+
+def nonce_inputs(
+    block_hash: str,
+    public_key: str,
+    nonces: Sequence[int],
+    seq_len: int,
+    dim: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Input embeddings of nonces: [len(nonces), seq_len, dim] in the model's ``dtype``."""
+    seeds = [inputs_seed(block_hash, public_key, nonce) for nonce in nonces]
+    return normal(seeds, seq_len * dim, device, dtype).view(len(nonces), seq_len, dim)
+
+
+def permutations(
+    block_hash: str, public_key: str, nonces: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Permutations of the vocabulary: int64 [len(nonces), vocab_size], for ``logits.gather(1, permutations)``."""
+    seeds = [permutation_seed(block_hash, public_key, nonce) for nonce in nonces]
+    # With the sign bit flipped, signed order is unsigned order.
+    return torch.argsort(hash32(seeds, 0, vocab_size, device).bitwise_xor_(_SIGN), dim=1, stable=True)

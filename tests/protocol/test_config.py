@@ -1,0 +1,98 @@
+"""Configurations: defaults, striding over nodes and groups, and errors that name what they got."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poc_kernels.protocol import UNSET, PoCConfig
+
+
+def config(**changes):
+    values = {"block_hash": "block", "block_height": 7, "public_key": "key", "r_target": 1.4, **changes}
+    return PoCConfig(**values)
+
+
+def test_defaults_are_the_protocol_s():
+    c = config()
+    assert (c.fraud_threshold, c.node_id, c.node_count, c.batch_size, c.seq_len) == (0.01, 0, 1, 32, 256)
+    assert c.callback_url is None
+    assert c.use_random_projection is False
+
+
+def test_nonces_of_a_node():
+    c = config(node_id=2, node_count=5)
+    assert [c.nonce(i) for i in range(4)] == [2, 7, 12, 17]
+
+
+@given(node_count=st.integers(1, 6), n_groups=st.integers(1, 5))
+def test_nodes_and_groups_cover_all_nonces_once(node_count, n_groups):
+    nonces = [
+        config(node_id=node, node_count=node_count, group_id=group, n_groups=n_groups).nonce(i)
+        for node in range(node_count)
+        for group in range(n_groups)
+        for i in range(4)
+    ]
+    assert sorted(nonces) == list(range(4 * node_count * n_groups))
+
+
+def test_the_offset_of_a_group():
+    c = config(node_id=1, node_count=3, group_id=2, n_groups=4)
+    assert [c.nonce(i) for i in range(3)] == [7, 19, 31]
+
+
+def test_a_node_without_a_place_cannot_generate():
+    c = config(node_id=UNSET, node_count=UNSET)
+    assert not c.can_generate
+    with pytest.raises(ValueError, match="node_id and node_count must be set to generate, got -1, -1"):
+        c.nonce(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"block_hash": ""}, ValueError, "block_hash must have 1 to 1024 characters, got 0"),
+        ({"block_hash": "x" * 1025}, ValueError, "block_hash must have 1 to 1024 characters, got 1025"),
+        ({"block_hash": b"x"}, TypeError, "block_hash must be a str, got bytes"),
+        ({"block_hash": "\ud800"}, ValueError, "block_hash must be text that UTF-8 can encode"),
+        ({"public_key": 3}, TypeError, "public_key must be a str, got int"),
+        ({"block_height": -1}, ValueError, "block_height must be in"),
+        ({"block_height": 2**63}, ValueError, "block_height must be in"),
+        ({"block_height": True}, TypeError, "block_height must be an int, got bool"),
+        ({"block_height": 1.0}, TypeError, "block_height must be an int, got float"),
+        ({"r_target": 0}, ValueError, r"r_target must be in \(0, 2\], the range of distances, got 0"),
+        ({"r_target": 2.1}, ValueError, "r_target must be in"),
+        ({"r_target": math.nan}, ValueError, "r_target must be finite, got nan"),
+        ({"r_target": "1"}, TypeError, "r_target must be a float, got str"),
+        ({"fraud_threshold": -0.1}, ValueError, "fraud_threshold must be a probability"),
+        ({"fraud_threshold": math.inf}, ValueError, "fraud_threshold must be finite"),
+        ({"node_id": 1}, ValueError, r"node_id must be in \[0, node_count 1\), got 1"),
+        ({"node_id": -1}, ValueError, "node_id and node_count must be set together"),
+        ({"node_count": 0}, ValueError, r"node_id must be in \[0, node_count 0\), got 0"),
+        ({"node_id": -2}, ValueError, "node_id must be in"),
+        ({"group_id": 1}, ValueError, "group_id must be in"),
+        ({"n_groups": 0}, ValueError, "n_groups must be in"),
+        ({"batch_size": 0}, ValueError, "batch_size must be in"),
+        ({"batch_size": 10**9}, ValueError, "batch_size must be in"),
+        ({"seq_len": 0}, ValueError, "seq_len must be in"),
+        ({"use_random_projection": 1}, TypeError, "use_random_projection must be a bool, got int"),
+        ({"callback_url": 3}, TypeError, "callback_url must be a str or None, got int"),
+        ({"callback_url": "ftp://host"}, ValueError, "callback_url must be an http or https URL"),
+        ({"callback_url": "http://"}, ValueError, "callback_url must be an http or https URL"),
+        ({"callback_url": "http://host:99999"}, ValueError, "callback_url must be an http or https URL"),
+        ({"callback_url": "http://a b/"}, ValueError, "callback_url must be an http or https URL"),
+        ({"callback_url": "http://host/\n"}, ValueError, "callback_url must be an http or https URL"),
+        ({"callback_url": "http://[::1"}, ValueError, "callback_url must be an http or https URL"),
+    ],
+)
+def test_bad_values_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host", "https://host:8443/path/", "http://10.0.0.1:80/x?y=z", "http://[::1]:9"]
+)
+def test_urls_of_callbacks(url):
+    assert config(callback_url=url).callback_url == url

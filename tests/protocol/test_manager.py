@@ -1,0 +1,504 @@
+"""PoCManager: states, batches, validation, and the same distance in every batch."""
+
+import threading
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from small_engine import SmallEngine
+
+from poc_kernels import seed_from_block_hash
+from poc_kernels.protocol import (
+    UNSET,
+    IllegalTransitionError,
+    PoCConfig,
+    PoCManager,
+    PoCState,
+    ProofBatch,
+    RoundEndedError,
+    distances,
+    nonce_inputs,
+    permutations,
+    target,
+)
+from poc_kernels.reference import project
+
+LATE = 30
+
+
+def config(**changes):
+    values = {
+        "block_hash": "block",
+        "block_height": 7,
+        "public_key": "key",
+        "r_target": 1.4,
+        "batch_size": 5,
+        "seq_len": 6,
+        **changes,
+    }
+    return PoCConfig(**values)
+
+
+def manager(**changes):
+    return PoCManager(SmallEngine(**changes))
+
+
+def claim(nonces, dist=(), **changes):
+    values = {"public_key": "key", "block_hash": "block", "block_height": 7, "node_id": 0, **changes}
+    return ProofBatch(nonces=list(nonces), dist=list(dist), **values)
+
+
+# ---- batches ----
+
+
+def test_a_round_from_start_to_stop():
+    m = manager()
+    assert m.state == PoCState.IDLE
+    assert m.config is None
+    m.start_round(config(node_id=1, node_count=3))
+    first, second = m.run_batch(), m.run_batch()
+    assert first.nonces == [1, 4, 7, 10, 13]
+    assert second.nonces == [16, 19, 22, 25, 28]
+    assert (first.public_key, first.block_hash, first.block_height, first.node_id) == ("key", "block", 7, 1)
+    status = m.status()
+    valid = {
+        nonce: distance
+        for batch in (first, second)
+        for nonce, distance in zip(batch.nonces, batch.dist, strict=True)
+        if distance < 1.4
+    }
+    assert dict(zip(status["valid_nonces"], status["valid_distances"], strict=True)) == valid
+    assert 0 < len(valid) < 10
+    assert (status["state"], status["total_checked"], status["total_valid"]) == ("GENERATING", 10, len(valid))
+    assert status["elapsed_seconds"] > 0
+    assert status["rate_per_second"] == pytest.approx(10 / status["elapsed_seconds"])
+    assert status["r_target"] == 1.4
+    m.stop_round()
+    stopped = m.status()
+    assert stopped["state"] == "STOPPED"
+    assert stopped == m.status()  # time stands still
+    assert stopped["valid_nonces"] == status["valid_nonces"]
+
+
+def test_time_is_counted_while_generating():
+    m = manager()
+    m.init_round(config())
+    assert m.status()["elapsed_seconds"] == 0
+    assert m.status()["rate_per_second"] == 0
+    m.set_phase(PoCState.GENERATING)
+    m.run_batch()
+    m.set_phase(PoCState.VALIDATING)
+    elapsed = m.status()["elapsed_seconds"]
+    assert elapsed > 0
+    assert m.status()["elapsed_seconds"] == elapsed
+
+
+def test_a_batch_is_the_pipeline_of_phases_1_to_3():
+    engine = SmallEngine()
+    m = PoCManager(engine)
+    m.start_round(config())
+    x = nonce_inputs("block", "key", range(5), 6, engine.hidden_size)
+    logits = engine.compute_logits(engine.forward(x)[:, -1])
+    p = permutations("block", "key", range(5), engine.vocab_size)
+    assert m.run_batch().dist == distances(logits, p, target("block", engine.vocab_size)).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_projections_go_around_the_model(dtype):
+    engine = SmallEngine(dtype=dtype)
+    m = PoCManager(engine)
+    m.start_round(config(use_random_projection=True))
+
+    def projected(rows, domain):
+        seed = torch.tensor(seed_from_block_hash("block"))
+        options = {"std": 0.01, "activation_bits": 16}
+        return _reference(rows, seed, domain, **options)
+
+    x = nonce_inputs("block", "key", range(5), 6, engine.hidden_size, dtype=dtype)
+    x = projected(x.view(30, -1), 0).view_as(x)
+    hidden = projected(engine.forward(x)[:, -1].contiguous(), 1)
+    p = permutations("block", "key", range(5), engine.vocab_size)
+    expected = distances(engine.compute_logits(hidden), p, target("block", engine.vocab_size)).tolist()
+    computed = m.run_batch().dist
+    assert computed == expected
+    off = PoCManager(engine)
+    off.start_round(config())
+    assert off.run_batch().dist != computed
+
+
+def _reference(rows, seed, domain, std, activation_bits):
+    from poc_kernels.definition import coefficient
+
+    return project(
+        rows,
+        seed,
+        domain=domain,
+        coefficient=coefficient(std),
+        activation_bits=activation_bits,
+        row_mask=None,
+        column_start=0,
+        columns=rows.shape[1],
+        residual=True,
+    )
+
+
+def test_a_new_round_changes_the_seed_of_the_projections_in_place():
+    m = manager()
+    place = m._projection.seed.data_ptr()
+    for block in ("one", "two", "one"):
+        m.start_round(config(block_hash=block, use_random_projection=True))
+        fresh = manager()
+        fresh.start_round(config(block_hash=block, use_random_projection=True))
+        assert m.run_batch().dist == fresh.run_batch().dist
+        assert int(m._projection.seed) == seed_from_block_hash(block)
+        m.stop_round()
+    assert m._projection.seed.data_ptr() == place
+    assert not list(m._projection.parameters())
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_distance_does_not_depend_on_the_batch(device, dtype, projection):
+    m = PoCManager(SmallEngine(dtype=dtype, device=device))
+    m.start_round(config(use_random_projection=projection))
+    known = {}
+    for _ in range(3):
+        batch = m.run_batch()
+        known |= dict(zip(batch.nonces, batch.dist, strict=True))
+    for nonces in ([7], [14, 0, 3], [3, 14, 7, 0, 9], list(range(14, -1, -1)), [1, 8, 2, 13, 5, 11, 0]):
+        assert m.validate(claim(nonces)).dist == [known[nonce] for nonce in nonces]
+
+
+def test_every_forward_has_the_round_s_shape():
+    m = manager()
+    m.start_round(config())
+    m.run_batch()
+    m.validate(claim(range(12)))
+    m.validate(claim([3]))
+    assert set(m.engine.shapes) == {(5, 6, m.engine.hidden_size)}
+    assert len(m.engine.shapes) == 1 + 3 + 1
+
+
+def test_an_empty_batch_needs_no_forward():
+    m = manager()
+    m.init_round(config())
+    verdict = m.validate(claim([]))
+    assert (verdict.dist, verdict.fraud_detected) == ([], False)
+    assert m.engine.shapes == []
+
+
+# ---- validation ----
+
+
+def _honest(r_target=1.4):
+    m = manager()
+    m.start_round(config(r_target=r_target))
+    proofs = claim([], [])
+    while len(proofs) < 20:
+        batch = m.run_batch().below(r_target)
+        proofs = claim(proofs.nonces + batch.nonces, proofs.dist + batch.dist)
+    return proofs
+
+
+def test_honest_proofs_are_accepted_by_another_node():
+    proofs = _honest()
+    validator = manager()
+    validator.start_round(config(public_key="validator", node_id=UNSET, node_count=UNSET), PoCState.VALIDATING)
+    verdict = validator.validate(proofs)
+    assert verdict.dist == proofs.dist
+    assert (verdict.n_invalid, verdict.probability_honest, verdict.fraud_detected) == (0, 1.0, False)
+    assert (verdict.r_target, verdict.fraud_threshold, verdict.node_id) == (1.4, 0.01, 0)
+
+
+@pytest.mark.parametrize("case", ["made up", "another key", "another block", "another model"])
+def test_forged_proofs_are_caught(case):
+    validator = manager(seed=1 if case == "another model" else 0)
+    validator.init_round(config())
+    proofs = _honest()
+    if case == "made up":
+        proofs = claim(range(20), [1.2] * 20)
+    elif case == "another key":
+        proofs = claim(proofs.nonces, proofs.dist, public_key="other")
+    elif case == "another block":
+        validator.init_round(config(block_hash="other"))
+        proofs = claim(proofs.nonces, proofs.dist, block_hash="other")
+    verdict = validator.validate(proofs)
+    assert verdict.n_invalid > 5
+    assert verdict.fraud_detected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_hash": "other"}, "block_hash of the batch must be the round's, 'block', got 'other'"),
+        ({"block_height": 8}, "block_height of the batch must be the round's, 7, got 8"),
+    ],
+)
+def test_batches_of_another_block_are_refused(changes, message):
+    m = manager()
+    m.init_round(config())
+    for refuse in (m.validate, m.check_batch):
+        with pytest.raises(ValueError, match=message):
+            refuse(claim([1], [1.0], **changes))
+    with pytest.raises(TypeError, match="batch must be a ProofBatch, got dict"):
+        m.validate({})
+
+
+def test_validation_step_by_step():
+    m = manager()
+    m.init_round(config())
+    steps = m.validation(claim(range(12)))
+    assert next(steps) is None
+    assert len(m.engine.shapes) == 1
+    assert next(steps) is None
+    verdict = next(steps)
+    assert verdict.nonces == list(range(12))
+    assert next(steps, "end") == "end"
+
+
+# ---- rounds that end meanwhile, reports, errors ----
+
+
+def test_a_round_stopped_during_a_batch_throws_it_away():
+    m = manager()
+    m.start_round(config())
+    m.engine.before_forward = m.stop_round
+    with pytest.raises(RoundEndedError, match="left GENERATING"):
+        m.run_batch()
+    assert m.status()["total_checked"] == 0
+
+
+def test_another_round_begun_during_a_batch_counts_its_own():
+    m = manager()
+    m.start_round(config(block_hash="first"))
+
+    def change():
+        m.engine.before_forward = lambda: None
+        m.stop_round()
+        m.start_round(config(block_hash="second"))
+
+    m.engine.before_forward = change
+    with pytest.raises(RoundEndedError):
+        m.run_batch()
+    assert m.status()["total_checked"] == 0
+    assert m.run_batch().block_hash == "second"
+
+
+def test_a_round_stopped_during_a_validation():
+    m = manager()
+    m.init_round(config())
+    m.engine.before_forward = m.stop_round
+    with pytest.raises(RoundEndedError, match="while the batch was validated"):
+        m.validate(claim(range(12)))
+
+
+def test_validation_goes_on_through_phases():
+    m = manager()
+    m.start_round(config())
+    steps = m.validation(claim(range(12)))
+    next(steps)
+    m.set_phase(PoCState.VALIDATING)
+    next(steps)
+    m.set_phase(PoCState.GENERATING)
+    assert next(steps).nonces == list(range(12))
+
+
+def test_the_latest_valid_nonces_are_listed():
+    m = PoCManager(SmallEngine(), max_listed=7)
+    m.start_round(config(r_target=2.0))
+    for _ in range(4):
+        m.run_batch()
+    status = m.status()
+    assert status["total_valid"] == 20
+    assert status["valid_nonces"] == list(range(13, 20))
+    assert len(status["valid_distances"]) == 7
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_reports(projection):
+    reports = []
+    m = PoCManager(SmallEngine(), reports.append)
+    m.start_round(config(use_random_projection=projection))
+    batch = m.run_batch()
+    m.validate(claim([4, 2]))
+    generated, validated = reports
+    assert (generated.phase, generated.distances, generated.r_target) == ("generate", batch.dist, 1.4)
+    assert (validated.phase, len(validated.distances)) == ("validate", 2)
+    for report in reports:
+        assert set(report.part_seconds) == {"inputs", "projection", "forward", "distance"}
+        assert (report.part_seconds["projection"] > 0) == projection
+        assert 0 < sum(report.part_seconds.values()) <= report.seconds
+
+
+def test_what_does_not_fit_the_engine():
+    m = manager()
+    with pytest.raises(ValueError, match="seq_len must be at most the 64 positions of the model, got 65"):
+        m.start_round(config(seq_len=65))
+    with pytest.raises(TypeError, match="config must be a PoCConfig, got dict"):
+        m.start_round({})
+    with pytest.raises(ValueError, match=r"engine must have a hidden size in \[1, 65536\], got 65537"):
+        PoCManager(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
+    with pytest.raises(ValueError, match="node_id and node_count must be set to generate"):
+        m.start_round(config(node_id=UNSET, node_count=UNSET))
+    assert m.state == PoCState.IDLE
+    assert m.config is None
+
+
+@pytest.mark.parametrize("phase", [PoCState.IDLE, PoCState.STOPPED, "generate"])
+def test_phases(phase):
+    m = manager()
+    m.init_round(config())
+    for enter in (m.set_phase, lambda phase: m.start_round(config(), phase)):
+        with pytest.raises(ValueError, match="phase must be GENERATING or VALIDATING"):
+            enter(phase)
+
+
+def test_the_engine_s_output_may_be_a_view_that_the_next_call_overwrites():
+    class Reusing(SmallEngine):
+        buffer = None
+
+        def forward(self, inputs_embeds):
+            result = super().forward(inputs_embeds)
+            if self.buffer is None:
+                self.buffer = torch.empty_like(result)
+            return self.buffer.copy_(result)
+
+    for seq_len in (1, 6):
+        plain, reusing = manager(), PoCManager(Reusing())
+        for m in (plain, reusing):
+            m.start_round(config(seq_len=seq_len, use_random_projection=True))
+        for _ in range(3):
+            assert plain.run_batch().dist == reusing.run_batch().dist
+
+
+def test_many_threads_compute_one_at_a_time():
+    m = manager()
+    m.start_round(config())
+    computing, most, lock = [0], [0], threading.Lock()
+
+    def enter():
+        with lock:
+            computing[0] += 1
+            most[0] = max(most[0], computing[0])
+
+    original = m.engine.compute_logits
+
+    def leave(hidden):
+        with lock:
+            computing[0] -= 1
+        return original(hidden)
+
+    m.engine.before_forward, m.engine.compute_logits = enter, leave
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(m.run_batch()), daemon=True) for _ in range(6)] + [
+        threading.Thread(target=lambda: found.append(m.validate(claim([1, 2]))), daemon=True) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LATE)
+    assert len(found) == 10
+    assert most[0] == 1
+    generated = sorted(nonce for batch in found if batch.node_id == 0 and len(batch) == 5 for nonce in batch.nonces)
+    assert generated == list(range(30))  # none twice, none left out
+
+
+def test_the_seed_moves_to_the_engine_s_device(device):
+    m = PoCManager(SmallEngine(device=device))
+    m.start_round(config(use_random_projection=True))
+    m.run_batch()
+    assert m._projection.seed.device.type == device.type
+    cpu = manager()
+    cpu.start_round(config(use_random_projection=True))
+    pair = [x.run_batch().dist for x in (cpu, m)]
+    m.stop_round()
+    if device.type == "cpu":
+        m.start_round(config(use_random_projection=True))
+        assert m.run_batch().dist == pair[0]
+    assert_same_bits(m._projection.seed.cpu(), torch.tensor(seed_from_block_hash("block")))
+
+
+# ---- the state machine ----
+
+PHASES = (PoCState.GENERATING, PoCState.VALIDATING)
+
+
+class States(RuleBasedStateMachine):
+    """Any order of calls: the state is always the one that the table of the protocol gives."""
+
+    @initialize()
+    def begin(self):
+        self.manager = manager(hidden_size=4, vocab_size=5)
+        self.state = PoCState.IDLE
+        self.begun = False
+        self.checked = 0
+
+    def begins(self, call, state):
+        if self.state in PHASES:
+            with pytest.raises(IllegalTransitionError, match="begins in state IDLE or STOPPED"):
+                call()
+        else:
+            call()
+            self.state, self.begun, self.checked = state, True, 0
+
+    @rule()
+    def init(self):
+        self.begins(lambda: self.manager.init_round(config()), PoCState.IDLE)
+
+    @rule(phase=st.sampled_from(PHASES))
+    def start(self, phase):
+        self.begins(lambda: self.manager.start_round(config(), phase), phase)
+
+    @rule(phase=st.sampled_from(PHASES))
+    def enter(self, phase):
+        if not self.begun or self.state == PoCState.STOPPED:
+            with pytest.raises(IllegalTransitionError, match=f"phase {phase.value} needs a round"):
+                self.manager.set_phase(phase)
+        else:
+            self.manager.set_phase(phase)
+            self.state = phase
+
+    @rule()
+    def stop(self):
+        self.manager.stop_round()
+        self.state = PoCState.STOPPED
+
+    @rule()
+    def run(self):
+        if self.state == PoCState.GENERATING:
+            batch = self.manager.run_batch()
+            assert batch.nonces == list(range(self.checked, self.checked + 5))
+            self.checked += 5
+        else:
+            with pytest.raises(IllegalTransitionError, match="run_batch needs"):
+                self.manager.run_batch()
+
+    @rule()
+    def validate(self):
+        if self.begun and self.state != PoCState.STOPPED:
+            assert self.manager.validate(claim([3, 1])).nonces == [3, 1]
+        else:
+            with pytest.raises(IllegalTransitionError, match="validate needs"):
+                self.manager.validate(claim([3, 1]))
+
+    @precondition(lambda self: self.state in PHASES)
+    @rule()
+    def without_a_place(self):
+        with pytest.raises((IllegalTransitionError, ValueError)):
+            self.manager.start_round(config(node_id=UNSET, node_count=UNSET))
+
+    @invariant()
+    def agrees(self):
+        status = self.manager.status()
+        assert self.manager.state == self.state
+        assert status["state"] == self.state.value
+        assert status["total_checked"] == self.checked
+        assert status["total_valid"] == len(status["valid_nonces"]) == len(status["valid_distances"])
+        assert (status["r_target"] is not None) == self.begun
+
+
+States.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
+TestStates = States.TestCase
