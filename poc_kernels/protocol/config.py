@@ -14,6 +14,7 @@ MAX_NONCE = 2**63 - 1
 MAX_BATCH_SIZE = 4096
 MAX_SEQ_LEN = 2**20
 _MAX_TEXT = 1024
+_MAX_NODES = 2**31
 
 
 class PoCState(str, enum.Enum):
@@ -64,6 +65,7 @@ class PoCConfig:
         r_target: a nonce is valid if its distance, in [0, 2], is below this.
         fraud_threshold: a batch is fraud if an honest node sends such a one with less probability than this.
         node_id, node_count: this node is number node_id of node_count (of its group); `UNSET` both for a validator.
+            At most 2**31 nodes over all groups.
         batch_size: rows of every forward, whatever the number of nonces in it.
         seq_len: positions of every input.
         callback_url: where proofs and verdicts are posted, http or https.
@@ -98,16 +100,21 @@ class PoCConfig:
         check_float("fraud_threshold", self.fraud_threshold)
         if not 0 <= self.fraud_threshold <= 1:
             raise ValueError(f"fraud_threshold must be a probability in [0, 1], got {self.fraud_threshold}")
-        check_int("n_groups", self.n_groups, 1, 2**31)
+        check_int("n_groups", self.n_groups, 1, _MAX_NODES)
         check_int("group_id", self.group_id, 0, self.n_groups - 1)
-        check_int("node_count", self.node_count, UNSET, 2**31)
-        check_int("node_id", self.node_id, UNSET, 2**31)
+        check_int("node_count", self.node_count, UNSET, _MAX_NODES)
+        check_int("node_id", self.node_id, UNSET, _MAX_NODES)
         if (self.node_id == UNSET) != (self.node_count == UNSET):
             raise ValueError(
                 f"node_id and node_count must be set together, got node_id {self.node_id}, node_count {self.node_count}"
             )
         if self.node_count != UNSET and not 0 <= self.node_id < self.node_count:
             raise ValueError(f"node_id must be in [0, node_count {self.node_count}), got {self.node_id}")
+        if self.node_count * self.n_groups > _MAX_NODES:
+            raise ValueError(
+                f"node_count * n_groups must be at most {_MAX_NODES}, so that nonces stay in [0, 2**63), "
+                f"got {self.node_count} * {self.n_groups}"
+            )
         check_int("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         check_int("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
         if not isinstance(self.use_random_projection, bool):

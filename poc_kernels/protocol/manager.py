@@ -305,22 +305,30 @@ class PoCManager:
     def validation(self, batch: ProofBatch) -> Iterator[ValidatedBatch | None]:
         """Recompute ``batch`` forward by forward: None after each but the last, the verdict after the last.
 
-        So whoever schedules the device decides when each forward runs. Errors as `validate`.
+        So whoever schedules the device decides when each forward runs. The batch belongs to the round of this call,
+        however late its steps are taken. Errors as `validate`, the first two raised by this call.
         """
         current = self._current("validate", _VALIDATING_STATES)
+        self._check_belongs(batch, current.config)
+        return self._validation(current, batch)
+
+    def _validation(self, current: _Round, batch: ProofBatch) -> Iterator[ValidatedBatch | None]:
         config = current.config
-        self._check_belongs(batch, config)
         recomputed: list[float] = []
         for start in range(0, len(batch), config.batch_size):
             if start > 0:
                 yield None
+            self._check_goes_on(current)
             nonces = batch.nonces[start : start + config.batch_size]
             with self._compute_lock:
                 recomputed += self._compute(current, batch.public_key, nonces, "validate")
-            with self._lock:
-                if self._round is not current or self._state == PoCState.STOPPED:
-                    raise RoundEndedError("the round ended while the batch was validated")
+        self._check_goes_on(current)
         yield validate_distances(batch, recomputed, config.r_target, config.fraud_threshold)
+
+    def _check_goes_on(self, current: _Round) -> None:
+        with self._lock:
+            if self._round is not current or self._state == PoCState.STOPPED:
+                raise RoundEndedError("the round ended while the batch was validated")
 
     def validate(self, batch: ProofBatch) -> ValidatedBatch:
         """Recompute every distance of ``batch`` and judge it. Allowed in every state of a round but STOPPED.
