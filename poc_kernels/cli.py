@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import __version__, backends, definition, demo
+from . import __version__, backends, definition
 from .kernels import native
 
 
@@ -71,26 +74,120 @@ def verify() -> int:
     return 1 if failed else 0
 
 
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a language model, and prove its compute in rounds",
+        epilog="POC_KERNELS_TOKEN: bearer token that the PoC routes then ask for. "
+        "POC_KERNELS_CALLBACK_KEY: key that callbacks are signed under.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="directory, or id on the Hugging Face hub, of a causal language model")
+    add("--served-name", help="what clients call the model, if not that")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the weights'")
+    add("--random-projection", action="store_true", help="projections before and after the model in rounds")
+    add("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="do not capture the proof forward")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port to listen on")
+    add("--temperature", type=float, help="of sampling, 0 for greedy; the model's generation configuration if not set")
+    add("--max-new-tokens", type=int, default=1024, help="most tokens of one answer")
+    add("--kv-blocks", type=int, help="blocks of the KV cache")
+    add("--kv-block-size", type=int, help="tokens of a block")
+    add("--max-batch-tokens", type=int, help="most tokens of one step of inference")
+    add("--kv-memory", type=float, help="share of the free memory for the KV cache")
+    add("--max-in-flight", type=int, default=256, help="most requests under /v1 at once")
+    add("--max-body-bytes", type=int, default=2**20, help="largest body under /v1")
+    add("--max-pow-body-bytes", type=int, default=2**23, help="largest body under /api/v1/pow")
+    add("--body-seconds", type=float, default=30.0, help="a client's time to send its body")
+    add("--max-queued-nonces", type=int, default=100_000, help="most nonces waiting to be validated")
+    add("--max-proof-tokens", type=int, default=65536, help="most batch_size * seq_len of a round")
+    add("--drain-seconds", type=float, default=5.0, help="requests in flight go on so long when GENERATING begins")
+    add("--retry-after-seconds", type=int, default=10, help="Retry-After of 503 while GENERATING")
+    add("--stall-seconds", type=float, default=120.0, help="without progress for so long, /health turns 503")
+    add("--shutdown-seconds", type=float, default=10.0, help="how long SIGTERM waits for requests and callbacks")
+    add("--callback-batches", type=int, default=1000, help="most batches kept for a receiver that does not answer")
+    add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="least level logged")
+    add("--log-format", default="json", choices=["json", "text"], help="JSON objects or plain lines")
+
+
+def _library(error: ModuleNotFoundError) -> str:
+    return (error.name or str(error)).split(".")[0]
+
+
+def serve(chosen: argparse.Namespace) -> int:
+    """Serve a node until SIGTERM; the exit status."""
+    values = {key: value for key, value in vars(chosen).items() if key not in ("command", "log_level", "log_format")}
+    try:
+        from .serving import logs
+        from .serving.node import serve as serve_node
+        from .serving.settings import CALLBACK_KEY_VARIABLE, TOKEN_VARIABLE, Settings
+    except ModuleNotFoundError as error:
+        print(f"poc-kernels: serving needs {_library(error)}: pip install 'poc-kernels[serve]'", file=sys.stderr)
+        return 1
+    logs.configure(chosen.log_level, chosen.log_format)
+    try:
+        settings = Settings(
+            **values, token=os.environ.get(TOKEN_VARIABLE), callback_key=os.environ.get(CALLBACK_KEY_VARIABLE)
+        )
+        serve_node(settings)
+    except (OSError, ValueError) as error:
+        print(f"poc-kernels: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="serve a model and play a round on it as a validator and a user would",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", help="directory or hub id; a small model with random weights is built if not set")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the weights'")
+    parser.add_argument("--report", type=Path, default=Path("report.html"), help="where the report is written")
+    parser.add_argument("--port", type=int, default=0, help="port of loopback for the server; 0 for a free one")
+    parser.add_argument("--seconds", type=float, default=12.0, help="how long to look for nonces, at least")
+
+
+def demo(chosen: argparse.Namespace) -> int:
+    """Play the demonstration; the exit status."""
+    try:
+        from .demo.play import Plan
+        from .demo.run import run
+    except ModuleNotFoundError as error:
+        print(f"poc-kernels: the demo needs {_library(error)}: pip install 'poc-kernels[demo]'", file=sys.stderr)
+        return 1
+    if (trouble := _serving(torch.device("cpu"))[1]) is not None:
+        print(f"poc-kernels: {trouble}", file=sys.stderr)
+        return 1
+    return run(
+        model=chosen.model,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        report=chosen.report,
+        port=chosen.port,
+        plan=Plan(generate_seconds=chosen.seconds),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit status."""
     parser = argparse.ArgumentParser(prog="poc-kernels", description="Random projection layers for proof of compute.")
     parser.add_argument("--version", action="version", version=f"poc-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="check every backend on every device against the known answers")
-    shown = commands.add_parser(
-        "demo", help="project activations for a round, in every way, and compare bits and times"
-    )
-    shown.add_argument("--block-hash", default=demo.BLOCK_HASH, help="block hash of the round (default: %(default)s)")
-    shown.add_argument("--dim", type=int, default=4096, help="hidden size (default: %(default)s)")
-    shown.add_argument("--rows", type=int, default=32, help="rows of activations (default: %(default)s)")
+    _add_serve(commands)
+    _add_demo(commands)
     chosen = parser.parse_args(arguments)
     if chosen.command == "verify":
         return verify()
-    if not 1 <= chosen.dim <= demo.MAX_DIM:
-        parser.error(f"--dim must be in [1, {demo.MAX_DIM}], where P stored still fits, got {chosen.dim}")
-    if chosen.rows < 2:
-        parser.error(f"--rows must be at least 2, got {chosen.rows}")
-    if (trouble := _serving(torch.device("cpu"))[1]) is not None:
-        print(f"poc-kernels: {trouble}", file=sys.stderr)
-        return 1
-    return demo.run(chosen.block_hash, chosen.dim, chosen.rows)
+    if chosen.command == "serve":
+        return serve(chosen)
+    return demo(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

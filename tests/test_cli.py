@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
 import torch
+from helpers import run_python
 
 import poc_kernels
-from poc_kernels import backends, cli, demo, kernels, reference
+from poc_kernels import backends, cli, kernels, reference
+from poc_kernels.serving.settings import Settings
 
 
 def test_version_is_the_packages(capsys):
@@ -72,31 +75,14 @@ def test_verify_says_that_there_is_no_native_core(monkeypatch):
     assert cli._native_core() == "not there"
 
 
-@pytest.mark.parametrize("dim", [1, 100])
-def test_demo_finds_one_answer(capsys, dim):
-    assert cli.main(["demo", "--dim", str(dim), "--rows", "3", "--block-hash", "abc123"]) == 0
-    output = capsys.readouterr().out
-    assert "seed 83c870ca523da16c, 3 rows" in output
-    assert output.count("same bits") == 4 + sum(
-        backend.unavailable(torch.device("cpu")) is None for backend in backends.backends()
-    )
-    assert "DIFFERENT" not in output
-
-
-def test_demo_reports_different_answers(capsys, monkeypatch):
-    answers = iter("abcdefghijklmnopqrstuvwxyz")
-    monkeypatch.setattr(demo, "digest", lambda values: next(answers))
-    assert cli.main(["demo", "--dim", "32", "--rows", "2"]) == 1
-    assert "DIFFERENT BITS" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--dim", "0"], "--dim must be in [1, 16384]"),
-        (["demo", "--dim", "16385"], "got 16385"),
-        (["demo", "--rows", "1"], "--rows must be at least 2, got 1"),
         ([], "required: command"),
+        (["serve"], "required: --model"),
+        (["serve", "--model", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["serve", "--model", "x", "--port", "http"], "invalid int value: 'http'"),
+        (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_bad_arguments_are_named(capsys, arguments, message):
@@ -104,3 +90,88 @@ def test_bad_arguments_are_named(capsys, arguments, message):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def logs_as_before():
+    root, transformers = logging.getLogger(), logging.getLogger("transformers")
+    before = root.handlers, root.level, transformers.handlers, transformers.level
+    yield
+    root.handlers, root.level, transformers.handlers, transformers.level = before
+
+
+@pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "poc-kernels: port must be in [0, 65536), got 70000"),
+        (["--temperature", "-1"], "poc-kernels: temperature must be at least 0, got -1.0"),
+        (["--max-in-flight", "0"], "poc-kernels: max_in_flight must be positive, got 0"),
+        (["--kv-memory", "1.5"], "poc-kernels: kv_memory must be in (0, 1), got 1.5"),
+        ([], "poc-kernels: "),
+    ],
+)
+def test_serve_says_why_it_does_not_start(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["serve", "--model", str(tmp_path / "nowhere"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_serve_takes_settings_and_secrets(monkeypatch):
+    served = []
+    monkeypatch.setattr("poc_kernels.serving.node.serve", served.append)
+    monkeypatch.setenv("POC_KERNELS_TOKEN", "secret")
+    monkeypatch.setenv("POC_KERNELS_CALLBACK_KEY", "key")
+    assert cli.main(["serve", "--model", "m", "--random-projection", "--no-cuda-graphs", "--port", "0"]) == 0
+    (settings,) = served
+    assert settings == Settings(
+        model="m", random_projection=True, cuda_graphs=False, port=0, token="secret", callback_key="key"
+    )
+
+
+def test_serve_s_defaults_are_the_settings_(monkeypatch):
+    served = []
+    monkeypatch.setattr("poc_kernels.serving.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.serving.logs.configure", lambda *_: None)
+    for variable in ("POC_KERNELS_TOKEN", "POC_KERNELS_CALLBACK_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cli.main(["serve", "--model", "m"]) == 0
+    assert served == [Settings(model="m")]
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.stderr = sys.stdout
+sys.modules["transformers"] = None
+from poc_kernels import cli
+print(cli.main({arguments}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--model", "m"], "poc-kernels: serving needs transformers: pip install 'poc-kernels[serve]'"),
+        (["demo"], "poc-kernels: the demo needs transformers: pip install 'poc-kernels[demo]'"),
+    ],
+)
+def test_missing_libraries_are_named(tmp_path, arguments, message):
+    script = WITHOUT_TRANSFORMERS.format(arguments=arguments).replace(
+        "import sys", "import sys; sys.stderr = sys.stdout"
+    )
+    assert run_python(script, tmp_path).splitlines() == [message, "1"]
+
+
+def test_demo_passes_its_options_on(monkeypatch, tmp_path):
+    played = []
+    monkeypatch.setattr("poc_kernels.demo.run.run", lambda **options: played.append(options) or 0)
+    assert cli.main(["demo", "--model", "m", "--device", "cuda", "--report", str(tmp_path / "r.html")]) == 0
+    (options,) = played
+    assert (options["model"], options["device"], options["report"]) == ("m", "cuda", tmp_path / "r.html")
+
+
+def test_demo_needs_a_backend(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_serving", lambda device: (None, "no backend"))
+    assert cli.main(["demo"]) == 1
+    assert "poc-kernels: no backend" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""A whole round, played against a real server by a validator and its users, on any machine."""

@@ -1,0 +1,158 @@
+"""What a chain's node and a user say to the server: the routes of a round, metrics, and chats that are timed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+from .results import Chat
+
+_TIMEOUT_SECONDS = 120.0
+QUESTIONS = (
+    "Tell me how a computer adds two numbers.",
+    "Please write a short story about a quiet village near the sea.",
+    "What is the difference between a promise and a proof?",
+    "Describe the colour of the morning sky in winter.",
+    "Give three reasons to check the work of others.",
+)
+
+
+class Node:
+    """The routes of a round under /api/v1/pow, and /metrics.
+
+    Calls raise ``httpx2.HTTPStatusError`` for an answer that is not 2xx, except where they say otherwise.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx2.Client(base_url=url, timeout=_TIMEOUT_SECONDS, trust_env=False)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _call(self, method: str, path: str, body: object | None = None) -> Any:
+        answer = self._http.request(method, f"/api/v1/pow{path}", json=body)
+        answer.raise_for_status()
+        return answer.json()
+
+    def status(self) -> dict[str, Any]:
+        """State and progress of the round."""
+        status: dict[str, Any] = self._call("GET", "/status")
+        return status
+
+    def generate(self, config: dict[str, Any]) -> None:
+        """Begin a round in GENERATING."""
+        self._call("POST", "/init/generate", config)
+
+    def phase(self, name: str) -> None:
+        """Go to the phase "generate" or "validate"."""
+        self._call("POST", f"/phase/{name}")
+
+    def stop(self) -> None:
+        """End the round."""
+        self._call("POST", "/stop")
+
+    def validate(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Have a ProofBatch recomputed."""
+        verdict: dict[str, Any] = self._call("POST", "/validate", batch)
+        return verdict
+
+    def refusal(self, batch: dict[str, Any]) -> tuple[int, str]:
+        """Status and text of the answer to a ProofBatch, whatever it is."""
+        answer = self._http.post("/api/v1/pow/validate", json=batch)
+        return answer.status_code, answer.text[:300]
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A counter's values by the value of its one label, "" where it has none."""
+        answer = self._http.get("/metrics")
+        answer.raise_for_status()
+        return {
+            ",".join(sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+            if sample.name == name
+        }
+
+
+class Chatter:
+    """A user: asks questions and notes when the answer's pieces arrive.
+
+    Args:
+        url: of the server.
+        model: the name that it serves.
+        clock: seconds.
+        max_tokens: of each answer.
+    """
+
+    def __init__(self, url: str, model: str, clock: Callable[[], float], max_tokens: int) -> None:
+        self._client = openai.OpenAI(
+            base_url=f"{url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=_TIMEOUT_SECONDS,
+            http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy before loopback
+        )
+        self._model = model
+        self._clock = clock
+        self._max_tokens = max_tokens
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ask(self, question: str, state: str) -> Chat:
+        """One chat, streamed; a refusal or a failure is in the record."""
+        arrivals: list[float] = []
+        pieces: list[str] = []
+        began = self._clock()
+        try:
+            with self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=self._max_tokens,
+                stream=True,
+            ) as stream:
+                for chunk in stream:
+                    piece = chunk.choices[0].delta.content if chunk.choices else None
+                    if piece:
+                        arrivals.append(self._clock())
+                        pieces.append(piece)
+        except openai.APIStatusError as error:
+            retry_after = error.response.headers.get("retry-after")
+            return Chat(
+                state, began, self._clock(), status=error.status_code, retry_after=retry_after, error=error.message
+            )
+        except openai.APIError as error:  # no answer, or an error within the stream
+            return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces), status=0, error=error.message)
+        return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces))
+
+
+@contextmanager
+def chatting(chatters: Sequence[Chatter], state: str, chats: list[Chat]) -> Iterator[None]:
+    """Every user asks one question after the other, all at once, while the block runs; ``chats`` gets the records.
+
+    The block's end waits for the answers that are being written.
+    """
+    over = threading.Event()
+
+    def talk(number: int) -> None:
+        turn = number
+        while not over.is_set():
+            chats.append(chatters[number].ask(QUESTIONS[turn % len(QUESTIONS)], state))
+            turn += 1
+
+    threads = [threading.Thread(target=talk, args=(number,), daemon=True) for number in range(len(chatters))]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,142 @@
+"""The figures of the report, as SVG that follows the reader's light or dark setting."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from . import theory
+from .results import Results
+
+BLUE, ORANGE, GREEN, RED, GREY = "#4a90d9", "#e08a2e", "#3f9e63", "#d64f4f", "#8a8a8a"
+STATE_COLOURS = {"IDLE": GREY, "GENERATING": ORANGE, "VALIDATING": BLUE, "STOPPED": "#9a6fc0"}
+
+# Stands for the reader's text colour while matplotlib draws.
+_INK = "#010203"
+_SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "poc_kernels",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.2,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
+    ),
+}
+_STYLE = "<style>svg{color:#222}@media (prefers-color-scheme:dark){svg{color:#ddd}}</style>"
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as one SVG element whose ink is the reader's."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub(r"(<svg[^>]*>)", rf"\1{_STYLE}", text, count=1)
+
+
+def distances(results: Results) -> str:
+    """Distances of nonces that nobody selected, against the density of theory."""
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        axes = figure.subplots()
+        deviation = (2 * results.vocab_size) ** -0.5
+        low, high = np.sqrt(2) - 4.5 * deviation, min(2.0, np.sqrt(2) + 4.5 * deviation)
+        x = np.linspace(max(low, 0.0), high, 400)
+        y = theory.density(x, results.vocab_size)
+        if results.survey:
+            axes.hist(
+                results.survey,
+                bins=min(40, max(8, len(results.survey) // 8)),
+                density=True,
+                color=BLUE,
+                alpha=0.45,
+                label=f"{len(results.survey)} nonces recomputed",
+            )
+        axes.plot(x, y, color=BLUE, label=f"theory, {results.vocab_size} dimensions")
+        inside = x < results.r_target
+        axes.fill_between(x[inside], y[inside], color=GREEN, alpha=0.35, linewidth=0)
+        found = results.valid / results.checked if results.checked else 0.0
+        axes.axvline(
+            results.r_target,
+            color=GREEN,
+            label=f"r_target {results.r_target:.4f}: {results.expected_share:.1%} expected, {found:.1%} found",
+        )
+        axes.set(xlabel="distance to the target", ylabel="density", xlim=(x[0], x[-1]))
+        figure.legend(loc="outside upper center", ncols=3)
+        return _svg(figure)
+
+
+def timeline(results: Results) -> str:
+    """States as bands, nonces checked and found over time, every chat as a mark."""
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for axes in (upper, lower):
+            for band in results.bands:
+                axes.axvspan(band.began, band.ended, color=STATE_COLOURS.get(band.state, GREY), alpha=0.18, linewidth=0)
+        at = [sample.at for sample in results.samples]
+        upper.plot(at, [sample.checked for sample in results.samples], color=ORANGE, label="nonces checked")
+        upper.plot(at, [sample.valid for sample in results.samples], color=GREEN, label="valid nonces found")
+        states = list(dict.fromkeys(band.state for band in results.bands))
+        patches = [Patch(color=STATE_COLOURS.get(state, GREY), alpha=0.3, label=state) for state in states]
+        figure.legend(handles=[*upper.get_lines(), *patches], loc="outside upper center", ncols=6, columnspacing=1.2)
+        upper.set(ylabel="nonces")
+        served = [(chat.began, chat.ended) for chat in results.chats if chat.served]
+        refused = [chat.began for chat in results.chats if chat.status == 503]
+        lower.hlines([1.0] * len(served), *_columns(served), color=BLUE, linewidth=5, alpha=0.5)
+        lower.plot([began for began, _ in served], [1.0] * len(served), "|", color=BLUE, markersize=12)
+        lower.plot(refused, [0.0] * len(refused), "x", color=RED)
+        lower.set(xlabel="seconds", ylim=(-0.6, 1.6))
+        lower.set_yticks([0, 1], ["503", "chat served"])
+        lower.grid(visible=False)
+        return _svg(figure)
+
+
+def _columns(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [began for began, _ in spans], [ended for _, ended in spans]
+
+
+def latency(results: Results) -> str:
+    """Times between tokens and times to the first token, idle against validating, as distributions."""
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, title, values in (
+            (left, "time to the first token", results.firsts),
+            (right, "time between tokens", results.gaps),
+        ):
+            counts: list[str] = []
+            low, high = math.inf, 0.0
+            for state in ("IDLE", "VALIDATING"):
+                milliseconds = [value * 1e3 for value in values(state)]
+                counts.append(f"{len(milliseconds)} {state.lower()}")
+                if milliseconds:
+                    axes.ecdf(milliseconds, color=STATE_COLOURS[state])
+                    # Wide enough for a few of the ticks at 1, 2 and 5 times powers of ten.
+                    low, high = min(low, min(milliseconds) / 1.6), max(high, max(milliseconds) * 1.6)
+            axes.set(title=f"{title}: {', '.join(counts)}", xlabel="milliseconds", xscale="log")
+            if low < high:
+                axes.set_xlim(max(low, high / 500), high)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        left.set(ylabel="share of values up to this")
+        handles = [Line2D([], [], color=STATE_COLOURS[state], label=state) for state in ("IDLE", "VALIDATING")]
+        figure.legend(handles=handles, loc="outside upper center", ncols=2)
+        return _svg(figure)

@@ -1,0 +1,98 @@
+"""The chain's side of callbacks: a small HTTP server that checks every signature and keeps what it got."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from ..serving.callbacks import verify
+from .results import Callback
+
+_HEADER = "X-Signature"
+_MAX_BODY = 2**24
+
+
+class Receiver:
+    """What arrived, in order. The first ``refuse`` messages are answered 503, so that they have to come again."""
+
+    def __init__(self, key: bytes, clock: Callable[[], float], refuse: int = 0) -> None:
+        self._key = key
+        self._clock = clock
+        self._refuse = refuse
+        self._calls: list[Callback] = []
+        self._arrived = threading.Condition()
+        self.url = ""
+
+    @property
+    def calls(self) -> list[Callback]:
+        """All messages until now, refused ones too."""
+        with self._arrived:
+            return list(self._calls)
+
+    def nonces(self, path: str, block_hash: str) -> list[int]:
+        """Nonces of the messages of a block that were taken on a path, in order; repeated if they came repeatedly."""
+        return [
+            nonce
+            for call in self.calls
+            if call.path == path and call.block_hash == block_hash and call.answered == 200
+            for nonce in call.nonces
+        ]
+
+    def wait_for(self, predicate: Callable[[], bool], seconds: float) -> bool:
+        """Wait until ``predicate`` holds, looked at whenever a message arrived; whether it did."""
+        deadline = time.monotonic() + seconds
+        with self._arrived:
+            return self._arrived.wait_for(predicate, deadline - time.monotonic())
+
+    def take(self, path: str, body: bytes, signature: str) -> int:
+        """Keep one message; the status to answer."""
+        signed = verify(body, signature, self._key)
+        try:
+            batch = json.loads(body)
+            nonces = tuple(int(nonce) for nonce in batch["nonces"])
+            block_hash, public_key = str(batch["block_hash"]), str(batch["public_key"])
+        except (ValueError, KeyError, TypeError):
+            return 400
+        fraud: Any = batch.get("fraud_detected")
+        with self._arrived:
+            status = 503 if self._refuse > 0 else 200 if signed else 401
+            self._refuse -= status == 503
+            self._calls.append(Callback(self._clock(), path, status, signed, block_hash, public_key, nonces, fraud))
+            self._arrived.notify_all()
+        return status
+
+
+@contextmanager
+def receiving(key: bytes, clock: Callable[[], float], refuse: int = 0) -> Iterator[Receiver]:
+    """A `Receiver` that listens on a free port of loopback until the block ends; its ``url`` is the callback_url."""
+    receiver = Receiver(key, clock, refuse)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            length = min(int(self.headers.get("Content-Length", 0)), _MAX_BODY)
+            status = receiver.take(self.path, self.rfile.read(length), self.headers.get(_HEADER, ""))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing is written: the report has the log."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    receiver.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, name="callback-receiver", kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield receiver
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

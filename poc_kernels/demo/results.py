@@ -1,0 +1,184 @@
+"""What happened in the demonstration: the records that the table and the report are made from.
+
+Times are seconds since the server was ready, rates are per second.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that should hold, and whether it did."""
+
+    name: str
+    held: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One chat as its user saw it.
+
+    ``state`` is the node's state when it began; ``arrivals`` the times of the pieces of text; ``status`` the HTTP
+    status, 0 where there was no answer; ``error`` what was said instead of an answer.
+    """
+
+    state: str
+    began: float
+    ended: float
+    arrivals: tuple[float, ...] = ()
+    text: str = ""
+    status: int = 200
+    retry_after: str | None = None
+    error: str = ""
+
+    @property
+    def served(self) -> bool:
+        """Whether text came."""
+        return self.status == 200 and bool(self.arrivals)
+
+    @property
+    def first(self) -> float | None:
+        """Time to the first token, in seconds."""
+        return self.arrivals[0] - self.began if self.arrivals else None
+
+    @property
+    def gaps(self) -> list[float]:
+        """Times between tokens, in seconds."""
+        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A message that the receiver got."""
+
+    at: float
+    path: str
+    answered: int
+    signed: bool
+    block_hash: str
+    public_key: str
+    nonces: tuple[int, ...]
+    fraud_detected: bool | None
+
+
+@dataclass(frozen=True)
+class Band:
+    """The node was in a state from ``began`` to ``ended``."""
+
+    state: str
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Nonces of the round that were checked and found at a time."""
+
+    at: float
+    checked: int
+    valid: int
+
+
+@dataclass
+class Results:
+    """The whole demonstration.
+
+    Args:
+        about: name and value of what was run, and where.
+        hidden_size, vocab_size, r_target, expected_share: the model's sizes and the round's threshold; the share of
+            nonces that theory expects below it.
+        held_bytes, stored_bytes: what the projections hold for P before and P after the model, and what both would take
+            if they were stored.
+        survey: recomputed distances of consecutive nonces, selected by nobody.
+        parts: seconds of the round by part: inputs, projection, forward, distance.
+        generating_rate, validating_rate: nonces per second.
+    """
+
+    about: dict[str, str]
+    hidden_size: int
+    vocab_size: int
+    r_target: float
+    expected_share: float
+    held_bytes: int
+    stored_bytes: int
+    checks: list[Check] = field(default_factory=list)
+    chats: list[Chat] = field(default_factory=list)
+    callbacks: list[Callback] = field(default_factory=list)
+    bands: list[Band] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    survey: list[float] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
+    generating_rate: float = 0.0
+    validating_rate: float = 0.0
+
+    @property
+    def held(self) -> bool:
+        """Whether there were checks, and all of them held."""
+        return bool(self.checks) and all(check.held for check in self.checks)
+
+    @property
+    def checked(self) -> int:
+        """Nonces that were checked in the round."""
+        return self.samples[-1].checked if self.samples else 0
+
+    @property
+    def valid(self) -> int:
+        """Valid nonces that were found in the round."""
+        return self.samples[-1].valid if self.samples else 0
+
+    @property
+    def projection_share(self) -> float:
+        """Share of the round's compute that the two projections took."""
+        total = sum(self.parts.values())
+        return self.parts.get("projection", 0.0) / total if total else 0.0
+
+    def firsts(self, state: str) -> list[float]:
+        """Times to the first token of the chats served in a state."""
+        return [chat.first for chat in self.chats if chat.state == state and chat.served and chat.first is not None]
+
+    def gaps(self, state: str) -> list[float]:
+        """Times between tokens of the chats served in a state."""
+        return [gap for chat in self.chats if chat.state == state and chat.served for gap in chat.gaps]
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The closing table: what was measured, and the value."""
+        found = self.valid / self.checked if self.checked else 0.0
+        rows = [
+            ("nonces checked, generating", f"{self.generating_rate:.1f} per second"),
+            ("nonces recomputed, validating beside chats", f"{self.validating_rate:.1f} per second"),
+            (
+                f"valid nonces, distance below {self.r_target:.4f}",
+                f"{self.valid} of {self.checked}: {found:.1%}, theory {self.expected_share:.1%}",
+            ),
+            ("share of the round spent in the two projections", f"{self.projection_share:.2%}"),
+            ("bytes held for P", f"{size(self.held_bytes)}, its seed; stored it would take {size(self.stored_bytes)}"),
+        ]
+        for name, values in (("time to first token", self.firsts), ("time between tokens", self.gaps)):
+            rows += [
+                (f"{name}, {state}", median_and_tail(values(word)))
+                for state, word in (("idle", "IDLE"), ("validating", "VALIDATING"))
+            ]
+        return rows
+
+
+def size(count: int) -> str:
+    """A number of bytes, in the largest binary unit in which it is at least 1."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 10 or value == int(value) else f"{value:.1f} {unit}"
+
+
+def median_and_tail(seconds: Sequence[float]) -> str:
+    """Median and 95th percentile in milliseconds."""
+    if not seconds:
+        return "not measured"
+    tail = statistics.quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]
+    return f"median {statistics.median(seconds) * 1e3:.1f} ms, 95 % below {tail * 1e3:.1f} ms"

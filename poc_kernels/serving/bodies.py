@@ -1,0 +1,223 @@
+"""Bodies of the OpenAI routes: their types are checked here, so that the handlers behind never fall over one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from .admission import AdmissionError
+
+logger = logging.getLogger("poc_kernels")
+
+# Continuous batching samples all requests alike: these are checked, and said once to have no effect. (`seed` would even
+# seed the generators of the whole process.)
+IGNORED = ("seed", "temperature", "top_p", "logit_bias", "frequency_penalty", "presence_penalty", "stop")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _TextPart(_Model):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+_Content = str | list[_TextPart] | None
+
+
+def _json_object(text: str) -> str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("must be JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return text
+
+
+_Arguments = Annotated[str, AfterValidator(_json_object)] | dict[str, Any]
+
+
+class _CalledFunction(_Model):
+    name: str
+    arguments: _Arguments
+
+
+class _ToolCall(_Model):
+    function: _CalledFunction
+
+
+class _Message(_Model):
+    role: Annotated[str, Field(min_length=1)]
+    content: _Content = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class _Function(_Model):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(_Model):
+    type: Literal["function"]
+    function: _Function
+
+
+class _FlatTool(_Function):
+    type: Literal["function"]
+
+
+class _TemplateArguments(BaseModel):
+    """What a client may hand to the chat template; more would be arguments of the tokenizer's own method."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+
+
+class _Body(_Model):
+    model: str | None = None
+    stream: bool | None = None
+    seed: int | None = None
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1)
+    logit_bias: dict[str, float] | None = None
+    frequency_penalty: float | None = Field(None, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, allow_inf_nan=False)
+    stop: str | list[str] | None = None
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[_Message] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: Literal[1] | None = None
+    tools: list[_Tool] | None = None
+    chat_template_kwargs: _TemplateArguments | None = None
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions."""
+
+    prompt: str
+    max_tokens: int | None = None
+    n: Literal[1] | None = None
+    best_of: Literal[1] | None = None
+    suffix: str | None = None
+
+
+class _InputMessage(_Model):
+    type: Literal["message"] | None = None
+    role: Annotated[str, Field(min_length=1)]
+    content: _Content = None
+
+
+class _InputCall(_Model):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: _Arguments
+
+
+class _InputCallOutput(_Model):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[_TextPart]
+
+
+class _ReasoningText(_Model):
+    text: str
+
+
+class _InputReasoning(_Model):
+    type: Literal["reasoning"]
+    content: list[_ReasoningText] | None = None
+
+
+_Items = Annotated[list[_InputMessage | _InputCall | _InputCallOutput | _InputReasoning], Field(min_length=1)]
+_Parts = Annotated[list[_TextPart], Field(min_length=1)]
+
+
+class ResponseBody(_Body):
+    """POST /v1/responses."""
+
+    input: str | _Parts | _Items
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    parallel_tool_calls: bool | None = None
+    tools: list[_FlatTool | _Tool] | None = None
+
+
+def _without_nones(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry for key, entry in value.items() if entry is not None}
+
+
+def check_encodable(body: Mapping[str, Any]) -> None:
+    """Refuse what JSON can escape but no answer, log or tokenizer can encode.
+
+    Raises:
+        AdmissionError: 400; a name or a text has half of a surrogate pair.
+    """
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise AdmissionError(400, "the body has a lone surrogate, which is no character of UTF-8") from error
+
+
+def cleaned(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """``body`` as the handlers may have it: of the right types, without nulls and without fields that have no effect.
+
+    Raises:
+        AdmissionError: 400, naming the field that is wrong.
+    """
+    if body.get("generation_config") is not None:
+        raise AdmissionError(
+            400, "generation_config is the server's and cannot be set by a request", "generation_config"
+        )
+    try:
+        model.model_validate(dict(body))
+    except ValidationError as error:
+        raise _refusal(error) from error
+    result = _without_nones(dict(body))
+    for field in IGNORED:
+        if result.pop(field, None) is not None:
+            _say_ignored(field)
+    if "messages" in result:
+        result["messages"] = [_without_nones(message) for message in result["messages"]]
+    return result
+
+
+def _refusal(error: ValidationError) -> AdmissionError:
+    # Of a union each member complains: the one that is meant got furthest into the value.
+    errors = error.errors(include_url=False, include_input=False)
+    fields = [[part for part in entry["loc"] if not _names_a_type(part)] for entry in errors]
+    furthest = max(fields, key=lambda path: (len(path), [part for part in path if isinstance(part, int)]))
+    field = ".".join(map(str, furthest))
+    meant = [entry for entry, path in zip(errors, fields, strict=True) if path == furthest]
+    if meant[0]["type"] == "missing":
+        return AdmissionError(400, f"{field} is missing", field)
+    messages = dict.fromkeys(entry["msg"] for entry in meant)
+    return AdmissionError(400, f"{field} is wrong: {'; or: '.join(messages)}", field)
+
+
+def _names_a_type(part: int | str) -> bool:
+    """Whether a part of pydantic's location is a member of a union, not a field: str, list[...], _Message, ..."""
+    return isinstance(part, str) and (part in ("str", "dict") or part.startswith(("_", "list[", "dict[", "function-")))
+
+
+_said: set[str] = set()
+
+
+def _say_ignored(field: str) -> None:
+    if field not in _said:
+        _said.add(field)
+        logger.warning("requests set %s, which has no effect here: the server samples all requests alike", field)

@@ -1,0 +1,216 @@
+"""In front of every route: the gate that GENERATING shuts for users, bounds on bodies, the token of the PoC routes."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+USER_PREFIX = "/v1/"
+POC_PREFIX = "/api/v1/pow"
+_DONE = b"data: [DONE]\n\n"
+
+
+class BodyTooLargeError(Exception):
+    """The body is larger than its route takes."""
+
+
+class Gate:
+    """Refuses what cannot be served now, and counts what is being served.
+
+    Users' requests, under /v1, get 503 with Retry-After while ``closed`` gives a reason, and 429 above
+    ``max_in_flight``; their errors are OpenAI error objects. Their event streams end with ``data: [DONE]``.
+    Bodies are read here, to their bound and in ``body_seconds``: larger ones get 413, slower ones 408.
+    With a token, the PoC routes get 401 without it.
+
+    Args:
+        app: what is behind the gate.
+        closed: (code, message, Retry-After in seconds) while users are refused, else None. Asked for each request,
+            before and after its body is read.
+        refused: told the reason of each refusal.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        closed: Callable[[], tuple[str, str, int] | None],
+        refused: Callable[[str], None],
+        max_in_flight: int,
+        max_body_bytes: int,
+        max_pow_body_bytes: int,
+        body_seconds: float,
+        token: str | None,
+    ) -> None:
+        self._app = app
+        self._closed = closed
+        self._refused = refused
+        self._max_in_flight = max_in_flight
+        self._max_body_bytes = max_body_bytes
+        self._max_pow_body_bytes = max_pow_body_bytes
+        self._body_seconds = body_seconds
+        self._token = None if token is None else f"Bearer {token}".encode()
+        self._in_flight = 0
+        self._idle = threading.Condition()
+
+    @property
+    def in_flight(self) -> int:
+        """Users' requests that are being served."""
+        return self._in_flight
+
+    def wait_idle(self, timeout_seconds: float) -> bool:
+        """Wait until no user's request is being served; whether none is. Not for the event loop's thread."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._in_flight == 0, timeout_seconds)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI interface."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["path"].startswith(USER_PREFIX):
+            await self._user(scope, receive, send)
+        else:
+            await self._other(scope, receive, send)
+
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(POC_PREFIX) and not self._authorized(scope):
+            self._refused("token")
+            headers = [(b"www-authenticate", b"Bearer")]
+            await _answer(send, 401, {"detail": "the PoC routes ask for the node's bearer token"}, headers)
+            return
+        try:
+            receive = await self._read_body(scope, receive, self._max_pow_body_bytes)
+        except BodyTooLargeError as error:
+            self._refused("body")
+            await _answer(send, 413, {"detail": str(error)})
+        except asyncio.TimeoutError:
+            self._refused("slow")
+            await _answer(send, 408, {"detail": f"the body did not come within {self._body_seconds:g} s"})
+        except ClientDisconnect:
+            return
+        else:
+            await self._app(scope, receive, send)
+
+    def _authorized(self, scope: Scope) -> bool:
+        if self._token is None:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._token)
+
+    async def _user(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if await self._shut(send):
+            return
+        with self._idle:
+            admitted = self._in_flight < self._max_in_flight
+            self._in_flight += admitted
+        if not admitted:
+            message = f"at most {self._max_in_flight} requests are served at once"
+            await self._refuse_user(send, 429, "overloaded", message, 1)
+            return
+        try:
+            await self._admitted(scope, receive, send)
+        finally:
+            with self._idle:
+                self._in_flight -= 1
+                self._idle.notify_all()
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            receive = await self._read_body(scope, receive, self._max_body_bytes)
+        except BodyTooLargeError as error:
+            await self._refuse_user(send, 413, "body_too_large", str(error))
+        except asyncio.TimeoutError:
+            message = f"the body did not come within {self._body_seconds:g} s"
+            await self._refuse_user(send, 408, "body_too_slow", message)
+        except ClientDisconnect:
+            return
+        else:
+            # Asked again: the gate may have been shut while the body came.
+            if not await self._shut(send):
+                await self._app(scope, receive, _ends_streams(send))
+
+    async def _shut(self, send: Send) -> bool:
+        """Whether users are refused now; then this one is."""
+        closed = self._closed()
+        if closed is not None:
+            code, message, seconds = closed
+            await self._refuse_user(send, 503, code, message, seconds)
+        return closed is not None
+
+    async def _refuse_user(
+        self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
+    ) -> None:
+        self._refused(code)
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
+        await _answer(send, status, openai_error(message, kind, code=code), headers)
+
+    async def _read_body(self, scope: Scope, receive: Receive, limit: int) -> Receive:
+        """Read the whole body, and give a ``receive`` that plays it back and then listens for the client again."""
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise BodyTooLargeError(f"the body must have at most {limit} bytes, got {declared[:20].decode()}")
+        parts: list[bytes] = []
+        size = 0
+        deadline = time.monotonic() + self._body_seconds
+        while True:
+            message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise BodyTooLargeError(f"the body must have at most {limit} bytes, got more")
+            if not message.get("more_body", False):
+                break
+        body: list[bytes] = [b"".join(parts)]
+
+        async def replay() -> Message:
+            if body:
+                return {"type": "http.request", "body": body.pop(), "more_body": False}
+            return await receive()
+
+        return replay
+
+
+def _ends_streams(send: Send) -> Send:
+    """``send``, with the end that OpenAI's event streams have."""
+    streaming = False
+
+    async def sending(message: Message) -> None:
+        nonlocal streaming
+        if message["type"] == "http.response.start":
+            content_type = dict(message["headers"]).get(b"content-type", b"")
+            streaming = message["status"] == 200 and content_type.startswith(b"text/event-stream")
+        elif streaming and message["type"] == "http.response.body" and not message.get("more_body", False):
+            message = {**message, "body": message.get("body", b"") + _DONE}
+        await send(message)
+
+    return sending
+
+
+def openai_error(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of an error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def _answer(
+    send: Send, status: int, content: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    body = json.dumps(content).encode()
+    start = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        # The request's body may be unread: the connection cannot be used again.
+        *([(b"connection", b"close")] if status in (408, 413) else []),
+        *(headers or []),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body})

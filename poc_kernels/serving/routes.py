@@ -1,0 +1,245 @@
+"""The PoC routes, under /api/v1/pow, and /health and /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from ..protocol import (
+    UNSET,
+    IllegalTransitionError,
+    PoCConfig,
+    PoCState,
+    ProofBatch,
+    RoundEndedError,
+    ValidatedBatch,
+)
+from .gate import POC_PREFIX, USER_PREFIX
+from .worker import QueueFullError
+
+if TYPE_CHECKING:
+    from .node import Node
+
+_BUSY_SECONDS = 5
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class RoundBody(_Body):
+    """Body of /init, /init/generate and /init/validate: a `PoCConfig`; unknown keys are ignored."""
+
+    block_hash: str
+    block_height: int
+    public_key: str
+    r_target: float
+    fraud_threshold: float = 0.01
+    node_id: int = UNSET
+    node_count: int = UNSET
+    batch_size: int = 32
+    seq_len: int = 256
+    callback_url: str | None = None
+    use_random_projection: bool | None = None
+    group_id: int = 0
+    n_groups: int = 1
+
+
+class ProofBody(_Body):
+    """Body of /validate: a `ProofBatch`."""
+
+    public_key: str
+    block_hash: str
+    block_height: int
+    nonces: list[int]
+    dist: list[float] = []
+    node_id: int = UNSET
+
+
+class PhaseAnswer(BaseModel):
+    """Answer of the routes that change the state."""
+
+    status: str
+    pow_status: dict[str, Any]
+
+
+class ValidateAnswer(BaseModel):
+    """Answer of /validate; computed_distances repeats distances for older clients."""
+
+    status: str
+    nonces: list[int]
+    distances: list[float]
+    computed_distances: list[float]
+    valid: list[bool]
+    fraud_detected: bool
+    n_invalid: int
+    probability_honest: float
+
+
+def poc_router(node: Node) -> APIRouter:
+    """The eight routes of a node's rounds."""
+    router = APIRouter(prefix=POC_PREFIX, tags=["pow"])
+    manager = node.manager
+
+    def to_config(body: RoundBody) -> PoCConfig:
+        values = body.model_dump()
+        if values["use_random_projection"] is None:
+            values["use_random_projection"] = node.settings.random_projection
+        config = PoCConfig(**values)
+        tokens, most = config.batch_size * config.seq_len, node.settings.max_proof_tokens
+        if tokens > most:
+            raise ValueError(f"batch_size * seq_len must be at most {most} on this node, got {tokens}")
+        return config
+
+    def changed(change: Callable[[], None]) -> PhaseAnswer:
+        if node.stopping:
+            raise HTTPException(503, "the server is shutting down")
+        try:
+            change()
+        except (ValueError, TypeError) as error:
+            raise HTTPException(400, str(error)) from error
+        except IllegalTransitionError as error:
+            raise HTTPException(400 if manager.config is None else 409, str(error)) from error
+        finally:
+            node.worker.wake()
+        return PhaseAnswer(status="OK", pow_status=node.status())
+
+    errors: dict[int | str, dict[str, Any]] = {
+        400: {"description": "A value that a round does not take, or no round was begun"},
+        409: {"description": "The state does not allow it"},
+        503: {"description": "The server is shutting down, or the batch could not be computed"},
+    }
+
+    @router.post("/init", responses=errors)
+    def init(body: RoundBody) -> PhaseAnswer:
+        """Begin a round; no phase runs yet."""
+        return changed(lambda: manager.init_round(to_config(body)))
+
+    @router.post("/init/generate", responses=errors)
+    def init_generate(body: RoundBody) -> PhaseAnswer:
+        """Begin a round and look for nonces in the background. Users get 503 meanwhile."""
+        return changed(lambda: manager.start_round(to_config(body), PoCState.GENERATING))
+
+    @router.post("/init/validate", responses=errors)
+    def init_validate(body: RoundBody) -> PhaseAnswer:
+        """Begin a round and validate the proofs that come. Users are served meanwhile."""
+        return changed(lambda: manager.start_round(to_config(body), PoCState.VALIDATING))
+
+    @router.post("/phase/generate", responses=errors)
+    def phase_generate() -> PhaseAnswer:
+        """Look for nonces in the round that was begun."""
+        return changed(lambda: manager.set_phase(PoCState.GENERATING))
+
+    @router.post("/phase/validate", responses=errors)
+    def phase_validate() -> PhaseAnswer:
+        """Validate proofs in the round that was begun."""
+        return changed(lambda: manager.set_phase(PoCState.VALIDATING))
+
+    @router.post(
+        "/validate",
+        responses={
+            **errors,
+            429: {"description": "Too many nonces wait to be validated"},
+        },
+    )
+    async def validate(body: ProofBody) -> ValidateAnswer:
+        """Recompute the distances of a proof batch, and judge it if it has distances."""
+        try:
+            batch = ProofBatch(**body.model_dump())
+            result = node.worker.submit(batch)
+        except (ValueError, TypeError) as error:
+            raise HTTPException(400, str(error)) from error
+        except QueueFullError as error:
+            raise HTTPException(429, str(error), {"Retry-After": str(_BUSY_SECONDS)}) from error
+        except IllegalTransitionError as error:
+            raise HTTPException(400 if manager.config is None else 409, str(error)) from error
+        except RoundEndedError as error:
+            raise HTTPException(409, str(error)) from error
+        try:
+            # Shielded: the verdict goes to the callback even if this client does not wait for it.
+            verdict = await asyncio.shield(asyncio.wrap_future(result))
+        except (ValueError, IllegalTransitionError, RoundEndedError) as error:
+            raise HTTPException(409, str(error)) from error
+        except Exception as error:
+            detail = f"the batch could not be computed: {error}"
+            raise HTTPException(503, detail, {"Retry-After": str(_BUSY_SECONDS)}) from error
+        return _answer(verdict)
+
+    @router.get("/status")
+    def status() -> dict[str, Any]:
+        """State and progress of the round."""
+        return node.status()
+
+    @router.post("/stop", responses=errors)
+    def stop() -> PhaseAnswer:
+        """End the round."""
+        return changed(manager.stop_round)
+
+    return router
+
+
+def _answer(verdict: ValidatedBatch) -> ValidateAnswer:
+    return ValidateAnswer(
+        status="OK",
+        nonces=verdict.nonces,
+        distances=verdict.dist,
+        computed_distances=verdict.dist,
+        valid=[distance < verdict.r_target for distance in verdict.dist],
+        fraud_detected=verdict.fraud_detected,
+        n_invalid=verdict.n_invalid,
+        probability_honest=verdict.probability_honest,
+    )
+
+
+def operation_router(node: Node) -> APIRouter:
+    """/health and /metrics."""
+    router = APIRouter(tags=["operation"])
+
+    @router.get("/health", responses={503: {"description": "Something makes no progress"}})
+    def health() -> JSONResponse:
+        """Whether inference and proofs make progress."""
+        troubles = node.troubles()
+        content = {"status": "unhealthy" if troubles else "ok", "state": node.manager.state.value, "reasons": troubles}
+        return JSONResponse(content, 503 if troubles else 200)
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        """All metrics in Prometheus' text format."""
+        return Response(node.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def handle_invalid_bodies(app: FastAPI) -> None:
+    """Answer bodies that do not fit their model with 422, whatever they hold: also what JSON cannot say back.
+
+    Users' routes keep the handler that ``app`` has.
+    """
+    users: Any = app.exception_handlers[RequestValidationError]
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if request.url.path.startswith(USER_PREFIX):
+            answer: Response = await users(request, error)
+            return answer
+        details = [
+            {"loc": list(detail["loc"]), "msg": detail["msg"], "type": detail["type"], "input": _shown(detail["input"])}
+            for detail in error.errors()[:20]
+        ]
+        return JSONResponse({"detail": details}, 422)
+
+
+def _shown(value: object) -> object:
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    text = ascii(value) if not isinstance(value, int) else "an int beyond 64 bits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

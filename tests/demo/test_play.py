@@ -1,0 +1,300 @@
+"""The acts of the demonstration, against a node of a few lines: what a right one passes, and what a wrong one fails."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+
+import numpy as np
+import pytest
+from records import results
+from rich.console import Console
+
+from poc_kernels.demo import play as acts
+from poc_kernels.demo import theory
+from poc_kernels.demo.play import Plan, Play
+from poc_kernels.demo.receiver import Receiver
+from poc_kernels.demo.results import Chat
+from poc_kernels.demo.show import Show
+from poc_kernels.protocol import ProofBatch, validate_distances
+from poc_kernels.serving.callbacks import canonical_json, sign
+
+KEY = b"key"
+PLAN = Plan(idle_seconds=0.05, generate_seconds=0.05, proofs=64, survey=64, users=2)
+
+
+def distance(batch: dict, nonce: int) -> float:
+    """As geometry says, and as good as random in all that it depends on."""
+    text = f"{batch['block_hash']} {batch['public_key']} {nonce}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return 2 * float(np.random.default_rng(seed).beta(2047 / 2, 2047 / 2)) ** 0.5
+
+
+class RightNode:
+    """A node whose model is `distance`, and which does all that it should."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.state = "IDLE"
+        self.config: dict = {}
+        self.found: list[tuple[int, float]] = []
+        self.checked = 0
+
+    def generate(self, config):
+        self.state, self.config, self.found, self.checked = "GENERATING", config, [], 0
+
+    def phase(self, name):
+        self.state = {"validate": "VALIDATING", "generate": "GENERATING"}[name]
+
+    def stop(self):
+        self.state = "STOPPED"
+
+    def status(self):
+        if self.state == "GENERATING":
+            batch = self.batch([], [])
+            for nonce in range(self.checked, self.checked + 100):
+                made = self.distance(self.config, nonce)
+                if made < self.config["r_target"]:
+                    batch["nonces"].append(nonce)
+                    batch["dist"].append(made)
+            self.checked += 100
+            self.found += zip(batch["nonces"], batch["dist"], strict=True)
+            self.post("/generated", batch)
+        return {
+            "state": self.state,
+            "valid_nonces": [nonce for nonce, _ in self.found],
+            "valid_distances": [made for _, made in self.found],
+            "total_checked": self.checked,
+            "total_valid": len(self.found),
+            "rate_per_second": 100.0,
+        }
+
+    def batch(self, nonces, dist):
+        names = ("public_key", "block_hash", "block_height", "node_id")
+        return {**{name: self.config[name] for name in names}, "nonces": nonces, "dist": dist}
+
+    def post(self, path, batch):
+        body = canonical_json(batch)
+        while self.receiver.take(path, body, self.signature(body)) == 503:
+            pass
+
+    def signature(self, body):
+        return sign(body, KEY)
+
+    def recomputed(self, batch):
+        return [self.distance(batch, nonce) for nonce in batch["nonces"]]
+
+    def distance(self, batch, nonce):
+        return distance(batch, nonce)
+
+    def validate(self, batch):
+        r_target, threshold = self.config["r_target"], self.config["fraud_threshold"]
+        verdict = validate_distances(ProofBatch(**batch), self.recomputed(batch), r_target, threshold)
+        self.post("/validated", verdict.to_dict())
+        return {**verdict.to_dict(), "distances": verdict.dist}
+
+    def refusal(self, batch):
+        return (200, "OK") if batch["block_hash"] == self.config["block_hash"] else (400, "another block")
+
+    def metrics(self, name):
+        assert name == "poc_part_seconds_total"
+        projection = 0.01 * self.checked
+        return {"inputs": projection, "projection": projection, "forward": 98 * projection, "distance": 0.0}
+
+
+class RightUser:
+    """A user who is served unless the node generates."""
+
+    def __init__(self, node: RightNode) -> None:
+        self.node = node
+
+    def ask(self, question, state):
+        threading.Event().wait(0.005)
+        if self.node.state == "GENERATING":
+            return Chat(state, 0.0, 0.0, status=503, retry_after="10", error="come back later")
+        return Chat(state, 0.0, 0.3, (0.1, 0.2), "a text [with] brackets")
+
+
+class LivingServer:
+    def check(self):
+        """It runs."""
+
+
+def played(monkeypatch, node_type=RightNode, user_type=RightUser, plan=PLAN):
+    monkeypatch.setattr(acts, "_POLL_SECONDS", 0.005)
+    monkeypatch.setattr(acts, "_CALLBACK_SECONDS", 0.2)
+    receiver = Receiver(KEY, lambda: 0.0, refuse=2)
+    receiver.url = "http://127.0.0.1:1"
+    node = node_type(receiver)
+    r_target = theory.distance_at(0.2, 2048)
+    empty = results(checks=[], chats=[], callbacks=[], bands=[], samples=[], survey=[], parts={}, r_target=r_target)
+    shown = io.StringIO()
+    show = Show(Console(file=shown, width=120))
+    users = [user_type(node) for _ in range(plan.users)]
+    Play(plan, LivingServer(), node, receiver, users, empty, show, acts.time.monotonic).play()
+    return empty, shown.getvalue()
+
+
+def failures(outcome):
+    return [check.name for check in outcome.checks if not check.held]
+
+
+def test_a_right_node_passes(monkeypatch):
+    outcome, shown = played(monkeypatch)
+    assert failures(outcome) == []
+    assert outcome.held
+    assert len(outcome.checks) == 16
+    assert shown.count("ok  ") == 16
+    assert "FAILED" not in shown
+    assert "with [brackets]" not in shown
+    assert "a text [with] brackets" in shown
+    states = [band.state for band in outcome.bands]
+    assert states == ["IDLE", "GENERATING", "STOPPED", "GENERATING", "VALIDATING", "STOPPED"]
+    assert all(before.ended == after.began for before, after in zip(outcome.bands, outcome.bands[1:], strict=False))
+    assert len(outcome.survey) == 64
+    assert outcome.checked >= 100
+    assert outcome.valid >= 64
+    assert outcome.projection_share == pytest.approx(0.01)
+    assert {chat.state for chat in outcome.chats} == {"IDLE", "GENERATING", "VALIDATING", "STOPPED"}
+
+
+class Gullible(RightNode):
+    def validate(self, batch):
+        return {**super().validate(batch), "fraud_detected": False}
+
+
+class Distrustful(RightNode):
+    def validate(self, batch):
+        return {**super().validate(batch), "fraud_detected": True, "n_invalid": 1}
+
+
+class Forgetful(RightNode):
+    """Takes whatever block a batch names for its own."""
+
+    def refusal(self, batch):
+        return 200, "OK"
+
+
+class Imprecise(RightNode):
+    def recomputed(self, batch):
+        return [value * (1 - 1e-7) for value in super().recomputed(batch)]
+
+
+class Lazy(RightNode):
+    """Keys do not matter to it."""
+
+    def recomputed(self, batch):
+        return super().recomputed({**batch, "public_key": acts.PUBLIC_KEY})
+
+
+class Replayed(RightNode):
+    """Blocks do not matter to it."""
+
+    def distance(self, batch, nonce):
+        return distance({**batch, "block_hash": acts.BLOCK_HASH}, nonce)
+
+
+class Unprojected(RightNode):
+    def metrics(self, name):
+        return {**super().metrics(name), "projection": 0.0}
+
+
+class Biased(RightNode):
+    def recomputed(self, batch):
+        return [value * 0.9 for value in super().recomputed(batch)]
+
+
+class Silent(RightNode):
+    def post(self, path, batch):
+        """No callback."""
+
+
+class Unsigned(RightNode):
+    def signature(self, body):
+        return ""
+
+
+class Stubborn(RightNode):
+    """Does not go on to validate."""
+
+    def phase(self, name):
+        """Stays."""
+
+
+class Rude(RightUser):
+    def ask(self, question, state):
+        chat = super().ask(question, state)
+        return chat if chat.served else Chat(state, 0.0, 0.0, status=503, error="no")
+
+
+class Served(RightUser):
+    def ask(self, question, state):
+        threading.Event().wait(0.005)
+        return Chat(state, 0.0, 0.3, (0.1, 0.2), "text")
+
+
+class CutOff(RightUser):
+    def ask(self, question, state):
+        chat = super().ask(question, state)
+        return Chat(state, 0.0, 0.0, status=0, error="gone") if state == "VALIDATING" else chat
+
+
+REFUSED = "chats are refused with 503 and Retry-After while GENERATING"
+HONEST = "honest proofs are accepted"
+BITS = "recomputed beside chats, distances have the very bits of the proofs"
+SURVEY = "distances lie where geometry says"
+MADE_UP = "made-up distances: fraud detected"
+OTHER_KEY = "proofs of another public key: fraud detected"
+REPLAY = "proofs of the block before, under this block's hash: fraud detected"
+PROOFS = "every proof reached the callback's receiver, once"
+VERDICTS = "the verdicts reached it, three frauds among them"
+SIGNED = "every callback was signed with the shared key"
+
+
+@pytest.mark.parametrize(
+    ("node_type", "user_type", "expected"),
+    [
+        (Gullible, RightUser, [MADE_UP, OTHER_KEY, REPLAY]),
+        (Distrustful, RightUser, [HONEST]),
+        (Forgetful, RightUser, ["a batch of another block hash is refused with 400"]),
+        (Imprecise, RightUser, [BITS]),
+        (Lazy, RightUser, [OTHER_KEY, VERDICTS]),
+        (Replayed, RightUser, [REPLAY, VERDICTS]),
+        (Unprojected, RightUser, ["both projections ran"]),
+        (Biased, RightUser, [BITS, SURVEY, MADE_UP, OTHER_KEY, REPLAY, VERDICTS]),
+        (Silent, RightUser, [PROOFS, VERDICTS, SIGNED]),
+        (Unsigned, RightUser, [PROOFS, VERDICTS, SIGNED]),
+        (RightNode, Rude, [REFUSED]),
+        (RightNode, Served, [REFUSED]),
+        (RightNode, CutOff, ["chats stream while VALIDATING"]),
+    ],
+)
+def test_what_is_wrong_fails_its_check_and_no_other(monkeypatch, node_type, user_type, expected):
+    outcome, shown = played(monkeypatch, node_type, user_type)
+    assert failures(outcome) == expected
+    assert not outcome.held
+    assert shown.count("FAILED") == len(expected)
+
+
+def test_a_node_that_stays_in_a_state_is_noticed(monkeypatch):
+    outcome, shown = played(monkeypatch, Stubborn)
+    assert "the node is VALIDATING" in failures(outcome)
+    assert "it says GENERATING" in shown
+
+
+def test_generating_ends_where_nothing_is_found(monkeypatch):
+    class Fruitless(RightNode):
+        def generate(self, config):
+            super().generate({**config, "r_target": 0.1})
+
+    outcome, _ = played(monkeypatch, Fruitless, plan=Plan(idle_seconds=0.01, generate_most_seconds=0.1, survey=32))
+    assert "32 proofs are found within 0 s" in failures(outcome)
+    assert HONEST in failures(outcome)
+
+
+def test_long_validation_is_cut_short_after_two_batches(monkeypatch):
+    plan = Plan(idle_seconds=0.01, generate_seconds=0.01, proofs=200, validate_seconds=0.0, survey=32)
+    outcome, shown = played(monkeypatch, plan=plan)
+    assert failures(outcome) == []
+    assert "2 batches, 64 nonces, 0 invalid" in shown

@@ -1,0 +1,180 @@
+"""The demonstration from beginning to end, and how it ends where it cannot go on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx2
+import pytest
+from rich.console import Console
+
+from poc_kernels.demo import run as demo
+from poc_kernels.demo.play import Plan
+from poc_kernels.demo.results import Check
+from poc_kernels.demo.server import ServerFailedError, free_port
+from poc_kernels.demo.show import Show
+
+PACKAGES = str(Path(demo.__file__).parents[2])
+
+
+@pytest.fixture
+def shown(monkeypatch, tmp_path):
+    """What the demonstration shows; temporary directories are made in a folder that is empty again afterwards."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    yield io.StringIO()
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_round_on_the_real_server(shown, tmp_path):
+    outcome = []
+
+    class Kept(Show):
+        def summary(self, results):
+            outcome.append(results)
+            super().summary(results)
+
+    report = tmp_path / "report.html"
+    plan = Plan(idle_seconds=1.0, generate_seconds=1.0, proofs=40, survey=64, users=2, max_tokens=6)
+    status = demo.run(report=report, plan=plan, show=Kept(Console(file=shown, width=120)))
+    text = shown.getvalue()
+    assert status == 0, text
+    assert "all 16 checks held" in text
+    assert "All 16 checks held." in report.read_text(encoding="utf-8")
+    (results,) = outcome
+    assert (results.hidden_size, results.vocab_size) == (256, 2048)
+    assert (results.held_bytes, results.stored_bytes) == (8, 2 * 256 * 256 * 4)
+    assert set(results.parts) == {"inputs", "projection", "forward", "distance"}
+    assert 0 < results.projection_share < 0.5
+    assert results.generating_rate > 0
+    assert results.validating_rate > 0
+    assert min(len(results.gaps(state)) for state in ("IDLE", "VALIDATING")) > 5
+
+
+@contextlib.contextmanager
+def no_server(*_args, **_arguments):
+    yield None
+
+
+def quick(monkeypatch, play, server=no_server):
+    """The demonstration without a server: ``play`` takes the place of the round."""
+    monkeypatch.setattr(demo, "serving", server)
+    monkeypatch.setattr(demo, "_play", play)
+
+
+def test_a_check_that_failed_is_the_exit_status(monkeypatch, shown, tmp_path):
+    def play(server, key, plan, results, show):
+        results.checks += [Check("a", True), Check("b", False)]
+
+    quick(monkeypatch, play)
+    report = tmp_path / "report.html"
+    assert demo.run(report=report, show=Show(Console(file=shown))) == 1
+    assert "1 of 2 checks FAILED" in shown.getvalue()
+    assert "FAILED" in report.read_text(encoding="utf-8")
+
+
+def test_a_server_that_fails_is_said(monkeypatch, shown, tmp_path):
+    @contextlib.contextmanager
+    def dead(*_args, **_arguments):
+        raise ServerFailedError("the server ended with status 3")
+        yield
+
+    quick(monkeypatch, None, dead)
+    assert demo.run(report=tmp_path / "report.html", show=Show(Console(file=shown))) == 1
+    assert "The demonstration failed: the server ended with status 3" in shown.getvalue()
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_an_answer_that_never_comes_is_said_with_the_servers_log(monkeypatch, shown, tmp_path):
+    class Logging:
+        def end_of_log(self):
+            return "its last words"
+
+    @contextlib.contextmanager
+    def silent(*_args, **_arguments):
+        yield Logging()
+
+    def play(server, key, plan, results, show):
+        raise httpx2.ReadTimeout("no answer")
+
+    quick(monkeypatch, play, silent)
+    assert demo.run(report=tmp_path / "report.html", show=Show(Console(file=shown))) == 1
+    assert "no answer; the end of the server's log:\nits last words" in shown.getvalue()
+
+
+def test_a_model_that_is_not_there_is_said(shown, tmp_path):
+    show = Show(Console(file=shown, width=500))
+    assert demo.run(model=str(tmp_path / "no-model"), report=tmp_path / "report.html", show=show) == 1
+    assert "no-model" in shown.getvalue()
+
+
+def test_it_runs_beside_the_main_thread(monkeypatch, shown, tmp_path):
+    quick(monkeypatch, lambda server, key, plan, results, show: results.checks.append(Check("a", True)))
+    statuses = []
+    show = Show(Console(file=shown))
+    thread = threading.Thread(target=lambda: statuses.append(demo.run(report=tmp_path / "report.html", show=show)))
+    thread.start()
+    thread.join(60)
+    assert statuses == [0]
+
+
+def test_sigterm_unwinds_as_ctrl_c_does(monkeypatch, shown, tmp_path):
+    ended = []
+
+    @contextlib.contextmanager
+    def server(*_args, **_arguments):
+        try:
+            yield None
+        finally:
+            ended.append(True)
+
+    def play(server, key, plan, results, show):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(30)
+
+    quick(monkeypatch, play, server)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        demo.run(report=tmp_path / "report.html", show=Show(Console(file=shown)))
+    assert stopped.value.code == 143
+    assert ended == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_ends_the_server_and_leaves_nothing(tmp_path):
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "poc_kernels.cli", "demo", "--port", str(port), "--report", str(tmp_path / "r.html")],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": PACKAGES, "TMPDIR": str(tmp_path)},
+    )
+    watchdog = threading.Timer(90, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("IDLE"):
+                break
+        with socket.create_connection(("127.0.0.1", port), timeout=10):
+            process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(30) == 130, rest
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait(30)
+        process.stdout.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=10)
+    assert [path for path in tmp_path.iterdir() if "poc-kernels-demo" in path.name or path.name == "r.html"] == []

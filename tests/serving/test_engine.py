@@ -1,0 +1,244 @@
+"""TransformersEngine: the model's own bits on shared weights, against float64, and apart from what serves users."""
+
+import copy
+
+import numpy as np
+import poc2_oracle
+import pytest
+import torch
+from helpers import assert_same_bits
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
+
+from poc_kernels.protocol import PoCConfig, PoCManager, ProofBatch
+from poc_kernels.serving.engine import TransformersEngine
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+CONFIGS = {
+    "qwen3": Qwen3Config(**SMALL),
+    "qwen3, tied": Qwen3Config(**SMALL, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SMALL),
+    "gemma2, capped logits": Gemma2Config(**SMALL, final_logit_softcapping=3.0, sliding_window=16),
+    "granite, scaled logits": GraniteConfig(**SMALL, logits_scaling=7.0),
+    "cohere2, scaled logits": Cohere2Config(**SMALL, logit_scale=0.3, sliding_window=16),
+    "mixtral, experts": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2, learned positions": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=128),
+}
+
+
+def make(config, dtype=torch.float32, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype).eval()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request):
+    return make(CONFIGS[request.param])
+
+
+def random_inputs(engine, batch=3, seq_len=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, seq_len, engine.hidden_size, generator=generator).to(engine.device, engine.dtype)
+
+
+def test_the_model_s_own_logits(model):
+    engine = TransformersEngine(model)
+    x = random_inputs(engine)
+    with torch.inference_mode():
+        expected = model(inputs_embeds=x, use_cache=False).logits[:, -1]
+    hidden = engine.forward(x)
+    assert hidden.shape == x.shape
+    assert engine.vocab_size == 300
+    assert engine.max_positions == 128
+    assert_same_bits(engine.compute_logits(hidden[:, -1]), expected)
+
+
+def test_weights_are_shared_not_copied(model):
+    engine = TransformersEngine(model)
+    served = {name: tensor.data_ptr() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    twin = engine._twin
+    assert {name: tensor.data_ptr() for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]} == served
+    pointers = {tensor.data_ptr() for tensor in engine._head.parameters()}
+    assert pointers <= set(served.values())
+
+
+def test_what_is_set_on_the_served_model_does_not_show(model):
+    engine = TransformersEngine(model)
+    x = random_inputs(engine)
+    before = engine.compute_logits(engine.forward(x)[:, -1]).clone()
+    keys = set(model.state_dict())
+    model.set_attn_implementation("eager")
+    model.config.is_causal = False
+    model.config.use_cache = True
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+
+    def hook(module, arguments, output):
+        raise AssertionError("a proof ran through the served module")
+
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    assert_same_bits(engine.compute_logits(engine.forward(x)[:, -1]), before)
+    for handle in handles:
+        handle.remove()
+    assert set(model.state_dict()) == keys
+
+
+def test_a_forward_leaves_the_served_model_as_it_was(model):
+    text = str(model), str(model.config)
+    engine = TransformersEngine(model)
+    engine.forward(random_inputs(engine))
+    assert (str(model), str(model.config)) == text
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_distance_does_not_depend_on_the_batch(dtype, projection):
+    manager = PoCManager(TransformersEngine(make(CONFIGS["qwen3"], dtype)))
+    manager.start_round(PoCConfig("block", 1, "key", 1.4, batch_size=8, seq_len=24, use_random_projection=projection))
+    known = {}
+    for _ in range(2):
+        batch = manager.run_batch()
+        known |= dict(zip(batch.nonces, batch.dist, strict=True))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
+    for nonces in (order, order[:3], [order[5]], order[::-1][:11]):
+        verdict = manager.validate(ProofBatch("key", "block", 1, nonces, [known[nonce] for nonce in nonces]))
+        assert verdict.dist == [known[nonce] for nonce in nonces]
+
+
+def test_phases_1_to_5_against_float64():
+    model = make(CONFIGS["qwen3"])
+    manager = PoCManager(TransformersEngine(model))
+    manager.start_round(PoCConfig("block", 1, "key", 1.4, batch_size=4, seq_len=12))
+    computed = manager.run_batch()
+    wide = make(CONFIGS["qwen3"]).double()
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    for nonce, distance in zip(computed.nonces, computed.dist, strict=True):
+        x = torch.from_numpy(poc2_oracle.inputs("block", "key", nonce, 12, 64)).unsqueeze(0)
+        with torch.inference_mode():
+            logits = wide(inputs_embeds=x, use_cache=False).logits[0, -1].numpy()
+        assert distance == pytest.approx(poc2_oracle.distance(np.asarray(logits), "block", "key", nonce), abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(2, 64), ValueError, r"inputs_embeds must have shape \[batch, seq_len, 64\], got \[2, 64\]"),
+        (torch.zeros(2, 3, 63), ValueError, r"inputs_embeds must have shape \[batch, seq_len, 64\], got \[2, 3, 63\]"),
+        (torch.zeros(2, 3, 64).half(), TypeError, "inputs_embeds must be torch.float32, got torch.float16"),
+    ],
+)
+def test_inputs_that_do_not_fit(x, error, message):
+    engine = TransformersEngine(make(CONFIGS["qwen3"]))
+    with pytest.raises(error, match=message):
+        engine.forward(x)
+
+
+def test_models_that_cannot_prove():
+    with pytest.raises(ValueError, match="causal language model of transformers with a decoder and a head, got Linear"):
+        TransformersEngine(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model must have dtype float32, bfloat16 or float16, got torch\.float64"):
+        TransformersEngine(make(CONFIGS["qwen3"]).double())
+    model = make(CONFIGS["qwen3"])
+    original = model.forward
+
+    def noisy(*arguments, **options):
+        output = original(*arguments, **options)
+        output.logits = output.logits + 1
+        return output
+
+    model.forward = noisy
+    with pytest.raises(ValueError, match="logits through its decoder and head apart, Qwen3ForCausalLM does not"):
+        TransformersEngine(model)
+
+
+def test_any_model_by_directory(tmp_path):
+    model = make(CONFIGS["llama"])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
+    engines = TransformersEngine(model), TransformersEngine(loaded)
+    x = random_inputs(engines[0])
+    assert_same_bits(engines[0].forward(x), engines[1].forward(x))
+
+
+class _Graphs(TransformersEngine):
+    """The path of CUDA graphs on a CPU: what is captured is counted, and replayed by running it again."""
+
+    def __init__(self, model, fails=False):
+        super().__init__(model)
+        self._cuda_graphs = True
+        self.captured, self.fails = [], fails
+
+    def _capture(self, example):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured.append(tuple(example.shape))
+        static_input = example.clone()
+        static_output = self._run(static_input).clone()
+        run = self._run
+
+        class Graph:
+            def replay(self):
+                static_output.copy_(run(static_input))
+
+        return Graph(), static_input, static_output
+
+
+def test_graphs_are_captured_once_a_shape_and_replayed():
+    model = make(CONFIGS["qwen3"])
+    plain, graphs = TransformersEngine(model), _Graphs(model)
+    for seq_len in (5, 5, 9, 5):
+        for seed in range(3):
+            x = random_inputs(plain, seq_len=seq_len, seed=seed)
+            assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert graphs.captured == [(3, 5, 64), (3, 9, 64), (3, 5, 64)]
+    assert len(graphs._graphs) == 1
+
+
+def test_a_model_that_cannot_be_captured_runs_without(caplog):
+    model = make(CONFIGS["qwen3"])
+    plain, graphs = TransformersEngine(model), _Graphs(model, fails=True)
+    x = random_inputs(plain)
+    for _ in range(3):
+        assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert [record.message for record in caplog.records] == [
+        "the model's forward cannot be captured as a CUDA graph and runs without: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mixtral, experts"])
+def test_cuda_graphs_give_the_bits_of_the_model(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make(CONFIGS[name], torch.bfloat16).cuda()
+    plain, graphs = TransformersEngine(model, cuda_graphs=False), TransformersEngine(model)
+    for seq_len in (16, 24):
+        for seed in range(3):
+            x = random_inputs(plain, batch=8, seq_len=seq_len, seed=seed)
+            assert_same_bits(graphs.forward(x), plain.forward(x))
