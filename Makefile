@@ -5,17 +5,23 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc poc_kernels -type f -not -name '*.pyc')
+DEVICE ?= cpu
+MODEL ?=
 RESULT ?= bench/results/projection-cpu
+ROUND_RESULT ?= bench/results/round-$(DEVICE)
+GPU_TESTS := $(wildcard tests/test_*.py) tests/kernels tests/protocol tests/serving/test_engine.py
+gpu-check: DEVICE = cuda
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-projection bench-round gpu-check clean
 
+# make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model.
 demo: $(VENV)/installed
 	$(BIN)/poc-kernels verify
 	@echo
-	$(BIN)/poc-kernels demo
+	$(BIN)/poc-kernels demo --device $(DEVICE) $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/pytest --timeout=300 --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -28,10 +34,30 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/installed-dev
+bench: bench-projection bench-round
+
+bench-projection: $(VENV)/installed-dev
 	mkdir -p $(dir $(RESULT))
-	$(BIN)/pytest bench --benchmark-json=$(RESULT).json
+	$(BIN)/pytest bench/test_projection_speed.py --benchmark-json=$(RESULT).json
 	$(BIN)/python bench/report.py $(RESULT).json
+
+# make bench-round DEVICE=cuda measures on a GPU; ROUND_ARGS takes options of bench/README.md.
+bench-round: $(VENV)/installed-dev
+	mkdir -p $(dir $(ROUND_RESULT))
+	$(BIN)/pytest bench/test_round_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
+	$(BIN)/python bench/round_report.py $(ROUND_RESULT).json
+
+# On a machine with a GPU and perhaps no network, into PYTHON's own packages, which have torch, transformers, the build's
+# needs (pybind11, scikit-build-core, cmake, ninja) and the tests' (pytest, pytest-benchmark, hypothesis, scipy,
+# matplotlib). WHEELS is a folder with wheels of what they lack.
+gpu-check:
+	$(if $(WHEELS),$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
+	$(PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(PYTHON) -P -m poc_kernels.cli verify
+	$(PYTHON) -P -m pytest -m gpu -rs $(GPU_TESTS)
+	mkdir -p $(dir $(ROUND_RESULT))
+	$(PYTHON) -P -m pytest bench/test_round_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
+	$(PYTHON) -P bench/round_report.py $(ROUND_RESULT).json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
@@ -44,7 +70,7 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet .
+	$(BIN)/python -m pip install --quiet '.[demo]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)

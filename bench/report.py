@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from report_text import figures, header, milliseconds, table
 
 _VARIANTS = {
     ("bfloat16", 16): ("bfloat16, 16 bits", "tab:blue", "o"),
@@ -106,47 +106,15 @@ def read_bounds(results: dict[str, Any]) -> list[Bounds]:
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def _figures(value: float) -> str:
-    """Three significant figures, no exponent."""
-    return f"{float(f'{value:.3g}'):g}"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else _figures(1e3 * seconds)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---:"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _header(results: dict[str, Any]) -> str:
-    machine, commit = results["machine_info"], results["commit_info"]
-    bfloat16 = ", ".join(machine["bfloat16_instructions"]) or "none"
-    changed = ", with uncommitted changes" if commit["dirty"] else ""
-    return "\n".join(
-        [
-            f"- CPU: {machine['cpu']} ({machine['architecture']}), {machine['logical_cores']} logical cores, "
-            f"bfloat16 instructions: {bfloat16}",
-            f"- backend: {machine['backend']}, {machine['threads']} threads; load average before the run: "
-            f"{machine['load_before']:.2f}",
-            f"- OS: {machine['os']}",
-            f"- {machine['python']}, torch {machine['torch']}",
-            f"- date: {results['datetime'][:16].replace('T', ' ')} UTC",
-            f"- commit: {commit['id']}{changed}",
-        ]
-    )
-
-
 def _ratio(ratio: dict[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}-{ratio['p90']:.2f})"
 
 
 def _case_row(case: Case) -> list[str]:
-    times = {dtype: _milliseconds(case.stored_in(dtype)) for dtype in ("bfloat16", "float32")}
+    times = {dtype: milliseconds(case.stored_in(dtype)) for dtype in ("bfloat16", "float32")}
     times[case.best_dtype] = f"**{times[case.best_dtype]}**"
     sizes = [
-        f"{_figures(case.stored_bytes[dtype] / 2**20)} {label}"
+        f"{figures(case.stored_bytes[dtype] / 2**20)} {label}"
         for dtype, label in (("bfloat16", "bf16"), ("float32", "f32"))
         if dtype in case.stored_bytes
     ]
@@ -154,14 +122,14 @@ def _case_row(case: Case) -> list[str]:
         str(case.size),
         str(case.rows),
         _VARIANTS[case.variant][0],
-        _milliseconds(case.op),
+        milliseconds(case.op),
         times["bfloat16"],
         times["float32"],
         _ratio(case.ratios.get("bfloat16")),
         _ratio(case.ratios["best"]),
         f"{case.generation_share:.2f}",
         ", ".join(sizes),
-        _figures(case.held_bytes / 2**20),
+        figures(case.held_bytes / 2**20),
         str(case.rounds),
     ]
 
@@ -198,19 +166,19 @@ def _stored_rate(cases: list[Case], size: int, dtype: str) -> str:
     for case in cases:
         seconds = case.stored_in(dtype)
         if (case.size, case.rows) == (size, 1) and seconds is not None:
-            return _figures(case.stored_bytes[dtype] / seconds / 1e9)
+            return figures(case.stored_bytes[dtype] / seconds / 1e9)
     return ""
 
 
 def _bound_row(bound: Bounds, cases: list[Case]) -> list[str]:
     return [
         str(bound.size),
-        _figures(bound.entries / 1e9),
-        *(_figures(bound.multiply_adds[bits] / 1e9) for bits in ("16", "8")),
+        figures(bound.entries / 1e9),
+        *(figures(bound.multiply_adds[bits] / 1e9) for bits in ("16", "8")),
         *(
             rate
             for dtype in ("bfloat16", "float32")
-            for rate in (_figures(bound.read_bytes[dtype] / 1e9), _stored_rate(cases, bound.size, dtype))
+            for rate in (figures(bound.read_bytes[dtype] / 1e9), _stored_rate(cases, bound.size, dtype))
         ),
     ]
 
@@ -233,14 +201,14 @@ def markdown(results: dict[str, Any], plot: str) -> str:
     cases, bounds = read_cases(results), read_bounds(results)
     parts = [
         "# x + x @ P: drawn in the product against stored",
-        _header(results),
+        header(results),
         f"![op / best stored by M]({plot})",
-        _table(_CASE_COLUMNS, map(_case_row, cases)),
+        table(_CASE_COLUMNS, map(_case_row, cases)),
         _CASE_NOTE,
     ]
     if bounds:
         rows = [_bound_row(bound, cases) for bound in bounds]
-        parts += ["## What bounds it", _table(_bound_columns(bounds[0].product_rows), rows), _BOUND_NOTE]
+        parts += ["## What bounds it", table(_bound_columns(bounds[0].product_rows), rows), _BOUND_NOTE]
     return "\n\n".join(parts) + "\n"
 
 

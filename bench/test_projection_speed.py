@@ -11,9 +11,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_memory
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -77,18 +77,11 @@ class Interleaved:
             del result  # freed outside the timing, as for the op
 
 
-def _available_memory() -> int:
-    """Bytes that can be taken without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return 1024 * int(kibibytes)
-
-
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"D{size}")
 def stored(request: pytest.FixtureRequest) -> Stored:
     size = request.param
     needed = 14 * size**2 + 2**29  # three stored forms, two more while they are made; x and results
-    available = _available_memory()
+    available = bench_memory.available(torch.device("cpu"))
     if available < needed:
         pytest.skip(f"P stored at D = {size} needs {needed >> 20} MiB of memory, {available >> 20} are available")
     seed = poc_kernels.seed_tensor(20_240_607)
