@@ -57,7 +57,7 @@ gpu-check:
 	$(PYTHON) -P -m pytest -m gpu -rs $(GPU_TESTS)
 	mkdir -p $(dir $(ROUND_RESULT))
 	$(PYTHON) -P -m pytest bench/test_round_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
-	$(PYTHON) -P bench/round_report.py $(ROUND_RESULT).json
+	$(PYTHON) bench/round_report.py $(ROUND_RESULT).json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

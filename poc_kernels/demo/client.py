@@ -46,9 +46,9 @@ class Node:
         status: dict[str, Any] = self._call("GET", "/status")
         return status
 
-    def generate(self, config: dict[str, Any]) -> None:
-        """Begin a round in GENERATING."""
-        self._call("POST", "/init/generate", config)
+    def begin(self, name: str, config: dict[str, Any]) -> None:
+        """Begin a round in the phase "generate" or "validate"."""
+        self._call("POST", f"/init/{name}", config)
 
     def phase(self, name: str) -> None:
         """Go to the phase "generate" or "validate"."""

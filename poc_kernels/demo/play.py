@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from . import theory
 from .client import QUESTIONS, Chatter, Node, chatting
 from .receiver import Receiver
@@ -25,7 +27,13 @@ OTHER_KEY = "another-node"
 FRAUD_THRESHOLD = 0.01
 
 _FAR = 10**9
-"""First nonce of the survey; the forged ones follow. No round of the demonstration comes so far."""
+"""First nonce of the survey; no round of the demonstration comes so far."""
+_FARTHER = 2 * _FAR
+"""First forged nonce."""
+_FARTHEST = 3 * _FAR
+"""First nonce of the survey that sets r_target."""
+_EVERY_NONCE = 2.0
+"""An r_target that all distances are below."""
 _LEAST_P = 1e-6
 """Agreement with theory is denied only to what happens by chance once in a million times."""
 _POLL_SECONDS = 0.25
@@ -40,8 +48,10 @@ class Plan:
         idle_seconds: chats before the round.
         generate_seconds: least time in GENERATING, which goes on until ``proofs`` are found.
         generate_most_seconds: most time in GENERATING, of either round.
-        validate_seconds: after so long no further honest batch is sent, once two were.
+        validate_seconds: after so long no further batch is sent, of the honest ones and in each survey, once two were.
         proofs: least valid nonces to find; at least one batch.
+        earlier: nonces checked in the round of the block before, the best of which are replayed.
+        calibrate: nonces recomputed to set r_target, where geometry does not.
         survey: nonces recomputed for the distribution of distances.
         batch: nonces of a proof batch.
         rows: of every forward; less of them let tokens of chats pass sooner.
@@ -55,6 +65,8 @@ class Plan:
     generate_most_seconds: float = 300.0
     validate_seconds: float = 20.0
     proofs: int = 64
+    earlier: int = 256
+    calibrate: int = 128
     survey: int = 512
     batch: int = 32
     rows: int = 16
@@ -85,12 +97,14 @@ class Play:
         self.clock = clock
         self._state = "IDLE"
         self._since = clock()
-        self._earlier: dict[str, Any] = {}
+        self._earlier: list[tuple[float, int]] = []
         self._round: dict[str, Any] = {}
 
     def play(self) -> None:
         """The whole of it."""
         self.idle()
+        if not self.results.geometric:
+            self.calibrating()
         self.earlier_round()
         self.generating()
         self.validating()
@@ -114,12 +128,12 @@ class Play:
         if said != state:
             self.check(f"the node is {state}", False, f"it says {said}")
 
-    def _config(self, block_hash: str, height: int) -> dict[str, Any]:
+    def _config(self, block_hash: str, height: int, r_target: float) -> dict[str, Any]:
         return {
             "block_hash": block_hash,
             "block_height": height,
             "public_key": PUBLIC_KEY,
-            "r_target": self.results.r_target,
+            "r_target": r_target,
             "fraud_threshold": FRAUD_THRESHOLD,
             "node_id": 0,
             "node_count": 1,
@@ -155,7 +169,7 @@ class Play:
         self.check(f"chats stream while {state}", bool(chats) and not failed, detail)
         if len(failed) < len(chats):
             text = next(chat.text for chat in chats if chat.served)
-            self.show.note(f'"{" ".join(text.split())[:90]}..." says the model of random weights')
+            self.show.note(f'"{" ".join(text.split())[:90]}..." says the model')
 
     # ---- the acts ----
 
@@ -166,12 +180,25 @@ class Play:
         with self._chats("IDLE"):
             time.sleep(self.plan.idle_seconds)
 
+    def calibrating(self) -> None:
+        """A survey of the block's distances sets r_target, so that the plan's share of nonces is below it."""
+        self.show.act("VALIDATING", "a survey of this model's distances sets r_target")
+        self.node.begin("validate", self._config(BLOCK_HASH, BLOCK_HEIGHT, _EVERY_NONCE))
+        self._enter("VALIDATING")
+        surveyed = self._recomputed(_FARTHEST, self.plan.calibrate)
+        self.results.r_target = float(np.quantile(surveyed, self.plan.share))
+        self.results.expected_share = self.plan.share
+        self.show.note(f"r_target {self.results.r_target:.4f}, after {len(surveyed)} nonces")
+        self.node.stop()
+        self._enter("STOPPED")
+
     def earlier_round(self) -> None:
-        """A short round of the block before: its proofs are what a cheat replays later."""
+        """A short round of the block before, every nonce kept: the best are what a cheat replays later."""
         self.show.act("GENERATING", f"a short round of the block before, {EARLIER_HASH}")
-        self.node.generate(self._config(EARLIER_HASH, EARLIER_HEIGHT))
+        self.node.begin("generate", self._config(EARLIER_HASH, EARLIER_HEIGHT, _EVERY_NONCE))
         self._enter("GENERATING")
-        self._earlier = self._generate_until(0.0, self.plan.batch, record=False)
+        status = self._generate_until(0.0, self.plan.earlier, record=False)
+        self._earlier = sorted(zip(status["valid_distances"], status["valid_nonces"], strict=True))[: self.plan.batch]
         self.node.stop()
         self._enter("STOPPED")
 
@@ -180,7 +207,7 @@ class Play:
         self.show.act("GENERATING", f"block {BLOCK_HASH}; P is drawn anew by setting 8 bytes")
         before = self.node.metrics("poc_part_seconds_total")
         chats = len(self.results.chats)
-        self.node.generate(self._config(BLOCK_HASH, BLOCK_HEIGHT))
+        self.node.begin("generate", self._config(BLOCK_HASH, BLOCK_HEIGHT, self.results.r_target))
         self._enter("GENERATING")
         self._generate_until(self.plan.generate_seconds, self.plan.proofs, record=True)
         self.node.phase("validate")
@@ -202,12 +229,13 @@ class Play:
             results.parts.get("projection", 0.0) > 0,
             f"they took {results.projection_share:.2%} of the round's compute",
         )
-        p = theory.share_agreement(results.valid, max(1, results.checked), results.expected_share)
-        self.check(
-            "as many nonces are valid as geometry says",
-            results.checked > 0 and p > _LEAST_P,
-            f"{results.valid} of {results.checked}, {results.expected_share:.1%} expected, p = {p:.2g}",
-        )
+        if results.geometric:
+            p = theory.share_agreement(results.valid, max(1, results.checked), results.expected_share)
+            self.check(
+                "as many nonces are valid as geometry says",
+                results.checked > 0 and p > _LEAST_P,
+                f"{results.valid} of {results.checked}, {results.expected_share:.1%} expected, p = {p:.2g}",
+            )
 
     def _generate_until(self, seconds: float, proofs: int, *, record: bool) -> dict[str, Any]:
         """Follow /status until both the time is over and the proofs are found; the last status."""
@@ -273,29 +301,43 @@ class Play:
         )
         return sent
 
+    def _recomputed(self, first: int, count: int) -> list[float]:
+        """Distances of nonces that nobody selected, recomputed without a verdict."""
+        deadline = time.monotonic() + self.plan.validate_seconds
+        distances: list[float] = []
+        for start in range(first, first + count, self.plan.batch):
+            if len(distances) >= 2 * self.plan.batch and time.monotonic() > deadline:
+                break
+            nonces = list(range(start, min(start + self.plan.batch, first + count)))
+            distances += self.node.validate(self._batch(nonces, []))["distances"]
+        return distances
+
     def _survey(self) -> int:
-        """Recompute nonces that nobody selected, without a verdict: how distances are distributed."""
-        survey = self.results.survey
-        for start in range(0, self.plan.survey, self.plan.batch):
-            nonces = list(range(_FAR + start, _FAR + min(start + self.plan.batch, self.plan.survey)))
-            survey += self.node.validate(self._batch(nonces, []))["distances"]
-        p = theory.agreement(survey, self.results.vocab_size)
-        self.check(
-            "distances lie where geometry says",
-            p > _LEAST_P,
-            f"Kolmogorov-Smirnov test of {len(survey)} nonces in {self.results.vocab_size} dimensions, p = {p:.2g}",
-        )
+        """How distances are distributed; the number of nonces that were recomputed."""
+        results = self.results
+        survey = results.survey = self._recomputed(_FAR, self.plan.survey)
+        p = theory.agreement(survey, results.vocab_size)
+        test = f"Kolmogorov-Smirnov test of {len(survey)} nonces in {results.vocab_size} dimensions, p = {p:.2g}"
+        if results.geometric:
+            self.check("distances lie where geometry says", p > _LEAST_P, test)
+        else:
+            self.show.note(f"against logits of mean zero: {test}")
+            below = sum(distance < results.r_target for distance in survey)
+            p = theory.same_share(results.valid, results.checked, below, len(survey))
+            self.check(
+                "as many nonces are valid as in a survey",
+                p > _LEAST_P,
+                f"{results.valid} of {results.checked}, and {below} of {len(survey)}, p = {p:.2g}",
+            )
         return len(survey)
 
     def _cheats(self) -> None:
         plan, r_target = self.plan, self.results.r_target
         nonces = self._round["valid_nonces"][: plan.batch]
         dist = self._round["valid_distances"][: plan.batch]
-        old_nonces = self._earlier["valid_nonces"][: plan.batch]
-        old_dist = self._earlier["valid_distances"][: plan.batch]
-        first = _FAR + plan.survey
+        old_dist, old_nonces = [made for made, _ in self._earlier], [nonce for _, nonce in self._earlier]
         made_up = [r_target * (0.9 + 0.09 * row / plan.batch) for row in range(plan.batch)]
-        self._caught("made-up distances", self._batch(list(range(first, first + plan.batch)), made_up))
+        self._caught("made-up distances", self._batch(list(range(_FARTHER, _FARTHER + plan.batch)), made_up))
         self._caught("proofs of another public key", self._batch(nonces, dist, public_key=OTHER_KEY))
         self._caught("proofs of the block before, under this block's hash", self._batch(old_nonces, old_dist))
         status, text = self.node.refusal(self._batch(nonces, dist, block_hash=UNKNOWN_HASH))

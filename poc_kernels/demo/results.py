@@ -91,7 +91,9 @@ class Results:
     Args:
         about: name and value of what was run, and where.
         hidden_size, vocab_size, r_target, expected_share: the model's sizes and the round's threshold; the share of
-            nonces that theory expects below it.
+            nonces expected below it.
+        geometric: whether the logits are known to have no mean of their own, so that geometry alone says where
+            distances lie; otherwise r_target and expected_share come from a survey.
         held_bytes, stored_bytes: what the projections hold for P before and P after the model, and what both would take
             if they were stored.
         survey: recomputed distances of consecutive nonces, selected by nobody.
@@ -106,6 +108,7 @@ class Results:
     expected_share: float
     held_bytes: int
     stored_bytes: int
+    geometric: bool = True
     checks: list[Check] = field(default_factory=list)
     chats: list[Chat] = field(default_factory=list)
     callbacks: list[Callback] = field(default_factory=list)
@@ -153,7 +156,7 @@ class Results:
             ("nonces recomputed, validating beside chats", f"{self.validating_rate:.1f} per second"),
             (
                 f"valid nonces, distance below {self.r_target:.4f}",
-                f"{self.valid} of {self.checked}: {found:.1%}, theory {self.expected_share:.1%}",
+                f"{self.valid} of {self.checked}: {found:.1%}, expected {self.expected_share:.1%}",
             ),
             ("share of the round spent in the two projections", f"{self.projection_share:.2%}"),
             ("bytes held for P", f"{size(self.held_bytes)}, its seed; stored it would take {size(self.stored_bytes)}"),

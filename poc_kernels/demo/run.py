@@ -50,7 +50,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _prepared(model: str, device: str, dtype: str | None, plan: Plan) -> Results:
+def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometric: bool) -> Results:
     """Results with what is known before the round."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     weights = getattr(torch, dtype) if dtype not in (None, "auto") else getattr(config, "dtype", None) or torch.float32
@@ -69,6 +69,7 @@ def _prepared(model: str, device: str, dtype: str | None, plan: Plan) -> Results
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         r_target=r_target,
+        geometric=geometric,
         expected_share=theory.share_below(r_target, config.vocab_size),
         held_bytes=sum(buffer.nbytes for buffer in RandomProjection(0, config.hidden_size).buffers()),
         stored_bytes=2 * config.hidden_size**2 * weights.itemsize,
@@ -123,7 +124,7 @@ def run(
                 directory = str(Path(scratch) / "model")
                 small_model.build(Path(directory))
                 show.say("Built a small Qwen3-like model of random weights: its text is noise, its compute is real.")
-            results = _prepared(directory, device, dtype, plan)
+            results = _prepared(directory, device, dtype, plan, geometric=model is None)
             show.say(f"{results.about['model']}, on {results.about['device']}")
             show.say("Starting the server ...")
             key = secrets.token_hex(32)

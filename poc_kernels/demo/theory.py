@@ -3,6 +3,10 @@
 The cosine c of a random direction with a fixed one has a density proportional to (1 - c**2)**((V - 3) / 2), that is,
 (1 + c) / 2 has the beta distribution with both parameters (V - 1) / 2. The distance of the two unit vectors is
 sqrt(2 - 2c): near sqrt(2), with a standard deviation of about 1 / sqrt(2V).
+
+Permuted logits have such a direction if their mean is near zero, against their standard deviation. A permutation
+leaves the mean: logits with one of their own, as many trained models give, have distances that lie closer together,
+around a centre that moves a little from block to block.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, binomtest, kstest
+from scipy.stats import beta, binomtest, fisher_exact, kstest
 
 
 def share_below(distance: float, dimensions: int) -> float:
@@ -44,3 +48,9 @@ def agreement(distances: Sequence[float], dimensions: int) -> float:
 def share_agreement(valid: int, checked: int, share: float) -> float:
     """p-value of finding ``valid`` valid nonces among ``checked`` where a ``share`` is expected, two-sided."""
     return float(binomtest(valid, checked, share).pvalue)
+
+
+def same_share(valid: int, checked: int, other_valid: int, other_checked: int) -> float:
+    """p-value of Fisher's exact test that two samples of nonces have one share of valid ones."""
+    table = [[valid, checked - valid], [other_valid, other_checked - other_valid]]
+    return float(fisher_exact(table).pvalue)

@@ -151,7 +151,7 @@ def test_routes_of_a_round(served):
     node = Node(url)
     config, batch = {"block_hash": "a"}, {"block_hash": "a", "nonces": [1], "dist": []}
     assert node.status()["state"] == "IDLE"
-    node.generate(config)
+    node.begin("generate", config)
     node.phase("validate")
     assert node.validate(batch)["path"] == "validate"
     node.stop()

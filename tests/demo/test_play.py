@@ -21,6 +21,7 @@ from poc_kernels.protocol import ProofBatch, validate_distances
 from poc_kernels.serving.callbacks import canonical_json, sign
 
 KEY = b"key"
+STATES = {"validate": "VALIDATING", "generate": "GENERATING"}
 PLAN = Plan(idle_seconds=0.05, generate_seconds=0.05, proofs=64, survey=64, users=2)
 
 
@@ -41,11 +42,12 @@ class RightNode:
         self.found: list[tuple[int, float]] = []
         self.checked = 0
 
-    def generate(self, config):
-        self.state, self.config, self.found, self.checked = "GENERATING", config, [], 0
+    def begin(self, name, config):
+        self.config, self.found, self.checked = config, [], 0
+        self.state = STATES[name]
 
     def phase(self, name):
-        self.state = {"validate": "VALIDATING", "generate": "GENERATING"}[name]
+        self.state = STATES[name]
 
     def stop(self):
         self.state = "STOPPED"
@@ -121,14 +123,15 @@ class LivingServer:
         """It runs."""
 
 
-def played(monkeypatch, node_type=RightNode, user_type=RightUser, plan=PLAN):
+def played(monkeypatch, node_type=RightNode, user_type=RightUser, plan=PLAN, geometric=True):
     monkeypatch.setattr(acts, "_POLL_SECONDS", 0.005)
     monkeypatch.setattr(acts, "_CALLBACK_SECONDS", 0.2)
     receiver = Receiver(KEY, lambda: 0.0, refuse=2)
     receiver.url = "http://127.0.0.1:1"
     node = node_type(receiver)
     r_target = theory.distance_at(0.2, 2048)
-    empty = results(checks=[], chats=[], callbacks=[], bands=[], samples=[], survey=[], parts={}, r_target=r_target)
+    lists = {name: [] for name in ("checks", "chats", "callbacks", "bands", "samples", "survey")}
+    empty = results(**lists, parts={}, r_target=r_target, geometric=geometric)
     shown = io.StringIO()
     show = Show(Console(file=shown, width=120))
     users = [user_type(node) for _ in range(plan.users)]
@@ -277,6 +280,34 @@ def test_what_is_wrong_fails_its_check_and_no_other(monkeypatch, node_type, user
     assert shown.count("FAILED") == len(expected)
 
 
+class Shifted(RightNode):
+    """Its logits have a mean of their own: distances lie closer together, elsewhere."""
+
+    def distance(self, batch, nonce):
+        return 1.43 + 0.5 * (super().distance(batch, nonce) - 2**0.5)
+
+
+def test_a_model_whose_logits_have_a_mean_passes_by_a_survey(monkeypatch):
+    outcome, shown = played(monkeypatch, Shifted, geometric=False)
+    assert failures(outcome) == []
+    assert len(outcome.checks) == 15
+    assert 1.41 < outcome.r_target < 1.43
+    assert outcome.expected_share == 0.2
+    assert 0.1 < outcome.valid / outcome.checked < 0.35
+    assert "as many nonces are valid as in a survey" in shown
+    assert [band.state for band in outcome.bands][:3] == ["IDLE", "VALIDATING", "STOPPED"]
+
+
+def test_a_node_that_finds_more_than_the_survey_is_noticed(monkeypatch):
+    class Generous(Shifted):
+        def distance(self, batch, nonce):
+            return super().distance(batch, nonce) - (0.008 if nonce < 10**8 else 0)
+
+    plan = Plan(idle_seconds=0.01, generate_seconds=0.05, survey=256)
+    outcome, _ = played(monkeypatch, Generous, plan=plan, geometric=False)
+    assert failures(outcome) == ["as many nonces are valid as in a survey"]
+
+
 def test_a_node_that_stays_in_a_state_is_noticed(monkeypatch):
     outcome, shown = played(monkeypatch, Stubborn)
     assert "the node is VALIDATING" in failures(outcome)
@@ -285,11 +316,11 @@ def test_a_node_that_stays_in_a_state_is_noticed(monkeypatch):
 
 def test_generating_ends_where_nothing_is_found(monkeypatch):
     class Fruitless(RightNode):
-        def generate(self, config):
-            super().generate({**config, "r_target": 0.1})
+        def begin(self, name, config):
+            super().begin(name, config if config["block_hash"] == acts.EARLIER_HASH else {**config, "r_target": 0.1})
 
     outcome, _ = played(monkeypatch, Fruitless, plan=Plan(idle_seconds=0.01, generate_most_seconds=0.1, survey=32))
-    assert "32 proofs are found within 0 s" in failures(outcome)
+    assert "64 proofs are found within 0 s" in failures(outcome)
     assert HONEST in failures(outcome)
 
 

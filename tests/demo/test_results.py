@@ -37,7 +37,7 @@ def test_summary_says_what_was_measured():
     rows = dict(results().summary())
     assert rows["nonces checked, generating"] == "500.0 per second"
     assert rows["nonces recomputed, validating beside chats"] == "250.0 per second"
-    assert rows["valid nonces, distance below 1.4010"] == "210 of 1000: 21.0%, theory 20.0%"
+    assert rows["valid nonces, distance below 1.4010"] == "210 of 1000: 21.0%, expected 20.0%"
     assert rows["share of the round spent in the two projections"] == "1.00%"
     assert rows["bytes held for P"] == "8 B, its seed; stored it would take 512 KiB"
     assert rows["time to first token, idle"] == "median 20.0 ms, 95 % below 20.0 ms"
@@ -48,7 +48,7 @@ def test_summary_of_nothing_says_so():
     rows = dict(results(chats=[], samples=[], parts={}).summary())
     assert rows["time to first token, idle"] == "not measured"
     assert rows["share of the round spent in the two projections"] == "0.00%"
-    assert rows["valid nonces, distance below 1.4010"] == "0 of 0: 0.0%, theory 20.0%"
+    assert rows["valid nonces, distance below 1.4010"] == "0 of 0: 0.0%, expected 20.0%"
 
 
 def test_median_and_tail():

@@ -22,7 +22,7 @@ from poc_kernels.demo.results import Check
 from poc_kernels.demo.server import ServerFailedError, free_port
 from poc_kernels.demo.show import Show
 
-PACKAGES = str(Path(demo.__file__).parents[2])
+SEARCH = os.pathsep.join([str(Path(demo.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": PACKAGES, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": SEARCH, "TMPDIR": str(tmp_path)},
     )
     watchdog = threading.Timer(90, process.kill)
     watchdog.start()

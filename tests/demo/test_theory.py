@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 
 from poc_kernels.demo import theory
 
@@ -30,9 +31,9 @@ def grid(dimensions: int) -> np.ndarray:
 def test_density_integrates_to_one_and_to_the_share_below(dimensions):
     x = grid(dimensions)
     y = theory.density(x, dimensions)
-    assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-6)
+    assert trapezoid(y, x) == pytest.approx(1, abs=1e-6)
     half = len(x) // 3
-    below = np.trapezoid(y[: half + 1], x[: half + 1])
+    below = trapezoid(y[: half + 1], x[: half + 1])
     assert below == pytest.approx(theory.share_below(x[half], dimensions), abs=1e-6)
 
 
@@ -67,3 +68,8 @@ def test_another_distribution_does_not():
     assert theory.agreement((distances * 0.99).tolist(), 512) < 1e-6
     assert theory.agreement(distances.tolist(), 2048) < 1e-6
     assert theory.share_agreement(600, 2000, 0.2) < 1e-6
+
+
+def test_two_samples_have_one_share_or_not():
+    assert theory.same_share(200, 1000, 24, 100) > 0.2
+    assert theory.same_share(200, 1000, 60, 100) < 1e-12
