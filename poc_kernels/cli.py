@@ -107,7 +107,7 @@ def _add_serve(commands: Any) -> None:
     add("--retry-after-seconds", type=int, default=10, help="Retry-After of 503 while GENERATING")
     add("--stall-seconds", type=float, default=120.0, help="without progress for so long, /health turns 503")
     add("--shutdown-seconds", type=float, default=10.0, help="how long SIGTERM waits for requests and callbacks")
-    add("--callback-batches", type=int, default=1000, help="most batches kept for a receiver that does not answer")
+    add("--callback-nonces", type=int, default=100_000, help="most nonces kept for receivers that do not answer")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="least level logged")
     add("--log-format", default="json", choices=["json", "text"], help="JSON objects or plain lines")
 

@@ -125,6 +125,7 @@ def serving(
     # The package that runs this, wherever it lies: the working directory, which Python looks into first, is the log's.
     search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), CALLBACK_KEY_VARIABLE: callback_key}
+    environment["NO_PROXY"] = ",".join(filter(None, [HOST, os.environ.get("NO_PROXY")]))  # callbacks come to loopback
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     with log.open("wb") as output:

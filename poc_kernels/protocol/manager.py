@@ -68,6 +68,7 @@ class _Stopwatch:
     """Seconds of each part of a batch, by events on the current stream of a GPU and by the clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
 
@@ -75,7 +76,7 @@ class _Stopwatch:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     @contextlib.contextmanager

@@ -213,7 +213,8 @@ class Batching:
 
     def stalled_for(self) -> float:
         """Seconds since the last progress while requests are in flight; 0 while a step may not begin."""
-        if self._turn.waiting or self._turns.inference_held or self._router.in_flight() == 0:
+        held = self._turns.inference_held and not self._turn.computing
+        if self._turn.waiting or held or self._router.in_flight() == 0:
             return 0.0
         return time.monotonic() - self._progress
 

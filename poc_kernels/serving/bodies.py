@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +18,12 @@ logger = logging.getLogger("poc_kernels")
 IGNORED = ("seed", "temperature", "top_p", "logit_bias", "frequency_penalty", "presence_penalty", "stop")
 
 
+_T = TypeVar("_T")
+# The first wrong item ends it: a body can have a million of them, each with an error for each member of a union.
+_List = Annotated[list[_T], Field(fail_fast=True)]
+_Items = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -27,7 +33,7 @@ class _TextPart(_Model):
     text: str
 
 
-_Content = str | list[_TextPart] | None
+_Content = str | _List[_TextPart] | None
 
 
 def _json_object(text: str) -> str:
@@ -55,7 +61,7 @@ class _ToolCall(_Model):
 class _Message(_Model):
     role: Annotated[str, Field(min_length=1)]
     content: _Content = None
-    tool_calls: list[_ToolCall] | None = None
+    tool_calls: _List[_ToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -88,20 +94,20 @@ class _Body(_Model):
     seed: int | None = None
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     frequency_penalty: float | None = Field(None, allow_inf_nan=False)
     presence_penalty: float | None = Field(None, allow_inf_nan=False)
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
 
 
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: _Items[_Message]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: Literal[1] | None = None
-    tools: list[_Tool] | None = None
+    tools: _List[_Tool] | None = None
     chat_template_kwargs: _TemplateArguments | None = None
 
 
@@ -131,7 +137,7 @@ class _InputCall(_Model):
 class _InputCallOutput(_Model):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[_TextPart]
+    output: str | _List[_TextPart]
 
 
 class _ReasoningText(_Model):
@@ -140,21 +146,17 @@ class _ReasoningText(_Model):
 
 class _InputReasoning(_Model):
     type: Literal["reasoning"]
-    content: list[_ReasoningText] | None = None
-
-
-_Items = Annotated[list[_InputMessage | _InputCall | _InputCallOutput | _InputReasoning], Field(min_length=1)]
-_Parts = Annotated[list[_TextPart], Field(min_length=1)]
+    content: _List[_ReasoningText] | None = None
 
 
 class ResponseBody(_Body):
     """POST /v1/responses."""
 
-    input: str | _Parts | _Items
+    input: str | _Items[_TextPart] | _Items[_InputMessage | _InputCall | _InputCallOutput | _InputReasoning]
     instructions: str | None = None
     max_output_tokens: int | None = None
     parallel_tool_calls: bool | None = None
-    tools: list[_FlatTool | _Tool] | None = None
+    tools: _List[_FlatTool | _Tool] | None = None
 
 
 def _without_nones(value: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 import httpx2
 
-from .callback_lines import GENERATED, VALIDATED, Batch, Failure, Line, canonical_json, merged
+from .callback_lines import GENERATED, VALIDATED, Backlog, Batch, Failure, Line, canonical_json, merged
 
 __all__ = ["CallbackObserver", "CallbackSender", "canonical_json", "sign", "verify"]
 
@@ -69,9 +69,13 @@ class CallbackSender:
     A failed attempt (an answer other than 2xx, or none) is repeated without end, with exponential backoff. A body that
     is refused (4xx other than 408, 425, 429) goes to the back of its line, and a merged one is taken apart again.
 
+    Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) are honoured. Where one is set, NO_PROXY must name
+    the receivers to reach without it: 127.0.0.1 and localhost for those on loopback.
+
     Args:
         key: signs every body (`sign`), in the header X-Signature; None sends no such header.
-        max_batches: batches that may wait, over all destinations; beyond it the oldest is dropped, with a warning.
+        max_nonces: nonces that may wait, over all destinations, a batch counted with at least one. Beyond it the oldest
+            batches are dropped, with a warning; a single batch larger than it is kept until a newer one waits.
         max_nonces_per_post: generated batches are merged up to this many nonces; a single larger one goes as it is.
         flush_seconds: how long a generated batch waits at most for others to merge with.
         first_retry_seconds, max_retry_seconds: the backoff doubles from the one to the other, less up to a quarter at
@@ -88,7 +92,7 @@ class CallbackSender:
         self,
         *,
         key: bytes | None = None,
-        max_batches: int = 1000,
+        max_nonces: int = 100_000,
         max_nonces_per_post: int = 1000,
         flush_seconds: float = 1.0,
         first_retry_seconds: float = 0.5,
@@ -100,7 +104,7 @@ class CallbackSender:
             raise TypeError(f"key must be bytes or None, got {type(key).__name__}")
         if key == b"":
             raise ValueError("key must be None or at least one byte, got none")
-        for name, count in (("max_batches", max_batches), ("max_nonces_per_post", max_nonces_per_post)):
+        for name, count in (("max_nonces", max_nonces), ("max_nonces_per_post", max_nonces_per_post)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not flush_seconds >= 0:
@@ -113,7 +117,6 @@ class CallbackSender:
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
         self._key = key
-        self._max_batches = max_batches
         self._max_nonces_per_post = max_nonces_per_post
         self._flush_seconds = flush_seconds
         self._retry_seconds = (first_retry_seconds, max_retry_seconds)
@@ -123,6 +126,7 @@ class CallbackSender:
         self._lock = threading.Lock()  # held for moments only, never while anything waits
         self._all_sent = threading.Condition(self._lock)
         self._lines: dict[str, Line] = {}  # by url; only those with batches: a line that empties is forgotten
+        self._backlog = Backlog(max_nonces)
         self._arrivals = 0
         self._delivered = self._failed = self._dropped = self._dropped_nonces = 0
         self._last_error: str | None = None
@@ -176,15 +180,25 @@ class CallbackSender:
         self._add(VALIDATED, url, batch)
 
     def pending(self) -> int:
-        """Batches not yet taken: those that wait, at most max_batches, and those on their way."""
+        """Batches not yet taken: those that wait and those on their way."""
         with self._lock:
-            return self._pending()
+            return len(self._backlog)
+
+    def pending_nonces(self) -> int:
+        """Nonces not yet taken: those that wait, at most max_nonces but for a larger batch, and those on their way."""
+        with self._lock:
+            return self._backlog.nonces
 
     def status(self) -> dict[str, Any]:
-        """Counts since the start, and the last error in words (None: there was none)."""
+        """What is pending, counts since the start, and the last error (None: there was none).
+
+        The error is the kind and the status that was answered, or the class of a transport error: who reads this may
+        have chosen the receiver, and is not to read through it what the receiver says. The log has that.
+        """
         with self._lock:
             return {
-                "pending_batches": self._pending(),
+                "pending_batches": len(self._backlog),
+                "pending_nonces": self._backlog.nonces,
                 "delivered_batches": self._delivered,
                 "failed_attempts": self._failed,
                 "dropped_batches": self._dropped,
@@ -210,8 +224,9 @@ class CallbackSender:
                 if self._thread is not None:
                     self._all_sent.wait_for(lambda: not self._lines, max(0.0, deadline - time.monotonic()))
                 self._closed = True
-                unsent = [(line, [*line.on_the_way, *line.batches]) for line in self._lines.values()]
+                unsent = [(line, line.all) for line in self._lines.values()]
                 self._lines.clear()
+                self._backlog.clear()
                 for _, batches in unsent:
                     self._count_dropped(batches)
                 if self._loop is not None:
@@ -240,33 +255,26 @@ class CallbackSender:
                     self._lines[url] = line
                     if self._loop is not None:
                         self._loop.call_soon_threadsafe(self._spawn, line)
-            line.batches.append(batch)
+            line.add(batch)
             if self._closed:
                 self._count_dropped([batch])
-                dropped = [(line, batch)]
+                dropped = {line: [batch]}
             else:
+                self._backlog.add(line, batch)
                 dropped = self._keep_bound()
-        for dropped_line, batch in dropped:
-            self._tell_dropped("callback dropped", dropped_line, [batch])
+        for dropped_line, batches in dropped.items():
+            self._tell_dropped("callback dropped", dropped_line, batches)
 
     # Called with the lock held.
-
-    def _pending(self) -> int:
-        return sum(len(line.batches) + len(line.on_the_way) for line in self._lines.values())
 
     def _wake(self, line: Line) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(line.wake.set)
 
-    def _keep_bound(self) -> list[tuple[Line, Batch]]:
-        """Take out the oldest of the waiting batches until max_batches are left."""
-        dropped = []
-        for _ in range(sum(len(line.batches) for line in self._lines.values()) - self._max_batches):
-            waiting = ((line, batch) for line in self._lines.values() for batch in line.batches)
-            line, oldest = min(waiting, key=lambda each: each[1].arrival)
-            line.batches.remove(oldest)
-            self._count_dropped([oldest])
-            dropped.append((line, oldest))
+    def _keep_bound(self) -> dict[Line, list[Batch]]:
+        dropped = self._backlog.drop_excess()
+        for line, batches in dropped.items():
+            self._count_dropped(batches)
             self._forget_if_empty(line)
         return dropped
 
@@ -329,6 +337,7 @@ class CallbackSender:
                     return
                 now = time.monotonic()
                 post, look_again = line.next_post(now, self._max_nonces_per_post, self._flushing)
+                self._backlog.sent(post)
             if post:
                 await self._post(line, post)
             else:
@@ -341,22 +350,24 @@ class CallbackSender:
         try:
             failure = await self._attempt(line.url, body)
         except asyncio.TimeoutError:
-            failure = Failure(f"no answer in {self._timeout_seconds} s")
+            failure = Failure("TimeoutError", f"no answer in {self._timeout_seconds} s")
         except Exception as error:  # of whatever kind: the batches stay in the line
-            failure = Failure(f"{type(error).__name__}: {error}")
+            failure = Failure(type(error).__name__, str(error))
         with self._lock:
             if self._closed:
                 return
             line.on_the_way = []
-            dropped: list[tuple[Line, Batch]] = []
+            dropped: dict[Line, list[Batch]] = {}
             retry_seconds = 0.0
             if failure is None:
                 self._delivered += len(post)
                 line.taken(post)
+                self._backlog.taken(post)
             else:
                 self._failed += 1
-                self._last_error = f"{line.label}: {failure.text}"
+                self._last_error = f"{line.kind}: {failure.cause}"
                 retry_seconds = line.put_back(post, failure, time.monotonic())
+                self._backlog.put_back(post)
                 dropped = self._keep_bound()
             self._forget_if_empty(line)
         if failure is None:
@@ -365,8 +376,8 @@ class CallbackSender:
         fields = line.fields(post)
         logger.warning("callback failed", extra={**fields, "error": failure.text, "retry_seconds": retry_seconds})
         self._tell("failed", line.kind)
-        for dropped_line, batch in dropped:
-            self._tell_dropped("callback dropped", dropped_line, [batch])
+        for dropped_line, batches in dropped.items():
+            self._tell_dropped("callback dropped", dropped_line, batches)
 
     async def _attempt(self, url: str, body: bytes) -> Failure | None:
         headers = {"Content-Type": "application/json"}
@@ -386,7 +397,7 @@ class CallbackSender:
         status = response.status_code
         retry_after = _retry_after(response.headers.get("Retry-After")) if status in (429, 503) else 0.0
         refused = 400 <= status < 500 and status not in _RETRIED_IN_PLACE
-        return Failure(f"answered {status}: {text}", refused, retry_after)
+        return Failure(f"answered {status}", text, refused, retry_after)
 
 
 async def _answer(response: httpx2.Response) -> str:

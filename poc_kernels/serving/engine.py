@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..definition import DTYPES
@@ -47,8 +48,8 @@ class TransformersEngine:
     of its own, so that whatever serves users may set attention, hooks or caches on the model. Make the engine before
     the model is given to what serves it.
 
-    On CUDA the forward is captured as a graph, once for each shape, and replayed; a model that cannot be captured runs
-    as it is, with a warning.
+    On CUDA the forward is captured as a graph when its shape changes, and replayed; a model that cannot be captured, or
+    whose replay gives other bits, runs as it is, with a warning.
 
     Args:
         model: a ``PreTrainedModel`` with a language model head, loaded, on one device, its attention "sdpa" or "eager".
@@ -84,7 +85,8 @@ class TransformersEngine:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self._cuda_graphs = cuda_graphs and self.device.type == "cuda"
-        self._graphs: dict[tuple[int, ...], tuple[Any, Tensor, Tensor]] = {}
+        self._shape: tuple[int, ...] | None = None
+        self._graph: tuple[Any, Tensor, Tensor] | None = None
         self._check_against(model)
 
     @torch.inference_mode()
@@ -116,31 +118,57 @@ class TransformersEngine:
 
     def _replay(self, inputs_embeds: Tensor) -> Tensor:
         shape = tuple(inputs_embeds.shape)
-        if shape not in self._graphs:
-            self._graphs.clear()  # one shape a round: the memory of the last one is given back first
-            try:
-                self._graphs[shape] = self._capture(inputs_embeds)
-            except (RuntimeError, NotImplementedError) as error:
-                logger.warning("the model's forward cannot be captured as a CUDA graph and runs without: %s", error)
-                self._cuda_graphs = False
-                return self._run(inputs_embeds)
-        graph, static_input, static_output = self._graphs[shape]
+        if shape != self._shape:
+            self._graph = None  # one shape a round: the memory of the last one is given back first
+            self._shape = shape
+            self._graph = self._captured(inputs_embeds)
+        if self._graph is None:
+            return self._run(inputs_embeds)
+        graph, static_input, static_output = self._graph
         static_input.copy_(inputs_embeds)
         graph.replay()
         return static_output
 
+    def _captured(self, example: Tensor) -> tuple[Any, Tensor, Tensor] | None:
+        """The forward of that shape as a graph if its replay gives the same bits; else None, with a warning."""
+        try:
+            captured = self._capture(example)
+            captured[0].replay()
+            if torch.equal(captured[2], self._run(example)):
+                return captured
+            reason = "its replay gives other bits"
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory to capture the model's forward as a CUDA graph; it runs without: %s", error)
+            return None  # another round may have room
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error)
+        logger.warning("the model's forward cannot be captured as a CUDA graph and runs without: %s", reason)
+        self._cuda_graphs = False
+        return None
+
     def _capture(self, example: Tensor) -> tuple[Any, Tensor, Tensor]:
         static_input = example.clone()
+        before = torch.cuda.current_stream(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries set themselves up outside the capture
                 self._run(static_input)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads serve users on this device meanwhile: only this thread's calls are restricted.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            static_output = self._run(static_input)
+        try:
+            # Other threads may use the device meanwhile but not sample: the graph has torch's generator until its end.
+            with (
+                _masks_as_outside_a_capture(),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                static_output = self._run(static_input)
+        except BaseException:
+            # A capture that broke leaves the thread on its stream, and torch's generator in the graph's hands.
+            torch.cuda.set_stream(before)
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph, static_input, static_output
 
     @torch.inference_mode()
@@ -156,6 +184,27 @@ class TransformersEngine:
             raise ValueError(
                 f"model must give the same logits through its decoder and head apart, {type(model).__name__} does not"
             )
+
+
+@contextlib.contextmanager
+def _masks_as_outside_a_capture() -> Iterator[None]:
+    """Have transformers make the masks that it makes for whole sequences, none where attention is simply causal.
+
+    While a graph is captured it cannot look whether a batch is packed or padded, and makes masks to be sure, with which
+    other attention kernels run, and give other bits.
+    """
+    answers: dict[str, Callable[..., Any]] = {
+        "find_packed_sequence_indices": lambda *_, **__: None,
+        "is_tracing": lambda *_, **__: False,
+    }
+    before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+    try:
+        for name in before:
+            setattr(masking_utils, name, answers[name])
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(masking_utils, name, function)
 
 
 @contextlib.contextmanager

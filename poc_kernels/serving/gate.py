@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import hmac
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 USER_PREFIX = "/v1/"
 POC_PREFIX = "/api/v1/pow"
 _DONE = b"data: [DONE]\n\n"
+_LARGE = (f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
+"""Routes outside /v1 that take a body."""
+_MAX_LARGE = 256
+"""Requests for these routes at once: their bodies, each within its bound, lie in memory until they are answered."""
 
-
-class BodyTooLargeError(Exception):
-    """The body is larger than its route takes."""
+_MAX_OTHER_BODY = 1024  # no other route takes one
 
 
 class Gate:
@@ -56,8 +59,9 @@ class Gate:
         self._max_body_bytes = max_body_bytes
         self._max_pow_body_bytes = max_pow_body_bytes
         self._body_seconds = body_seconds
-        self._token = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else token.encode()
         self._in_flight = 0
+        self._large = 0
         self._idle = threading.Condition()
 
     @property
@@ -85,24 +89,26 @@ class Gate:
             headers = [(b"www-authenticate", b"Bearer")]
             await _answer(send, 401, {"detail": "the PoC routes ask for the node's bearer token"}, headers)
             return
-        try:
-            receive = await self._read_body(scope, receive, self._max_pow_body_bytes)
-        except BodyTooLargeError as error:
-            self._refused("body")
-            await _answer(send, 413, {"detail": str(error)})
-        except asyncio.TimeoutError:
-            self._refused("slow")
-            await _answer(send, 408, {"detail": f"the body did not come within {self._body_seconds:g} s"})
-        except ClientDisconnect:
+        refuse: Callable[[int, str, str], Awaitable[None]] = functools.partial(self._refuse_other, send)
+        # The others, among them /stop and /health, are answered however many proofs wait.
+        large = scope["path"].startswith(_LARGE)
+        if large and self._large >= _MAX_LARGE:
+            await self._refuse_other(send, 429, "overloaded", f"at most {_MAX_LARGE} requests are served at once", 1)
             return
-        else:
-            await self._app(scope, receive, send)
+        self._large += large
+        limit = self._max_pow_body_bytes if large else min(self._max_pow_body_bytes, _MAX_OTHER_BODY)
+        try:
+            body = await self._read_body(scope, receive, limit, refuse)
+            if body is not None:
+                await self._app(scope, _play_back(body, receive), send)
+        finally:
+            self._large -= large
 
     def _authorized(self, scope: Scope) -> bool:
         if self._token is None:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._token)
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given, self._token)
 
     async def _user(self, scope: Scope, receive: Receive, send: Send) -> None:
         if await self._shut(send):
@@ -122,19 +128,44 @@ class Gate:
                 self._idle.notify_all()
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refuse: Callable[[int, str, str], Awaitable[None]] = functools.partial(self._refuse_user, send)
+        body = await self._read_body(scope, receive, self._max_body_bytes, refuse)
+        # Asked again: the gate may have been shut while the body came.
+        if body is not None and not await self._shut(send):
+            await self._serve(scope, body, receive, send)
+
+    async def _serve(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Serve a user as long as the user is there: whoever leaves before the answer begins frees the engine."""
+        gone, begun = asyncio.Event(), False
+
+        async def listen() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        async def left() -> Message:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        app: asyncio.Future[None] = asyncio.ensure_future(
+            self._app(scope, _play_back(body, left), _ends_streams(sending))
+        )
+        listener = asyncio.ensure_future(listen())
         try:
-            receive = await self._read_body(scope, receive, self._max_body_bytes)
-        except BodyTooLargeError as error:
-            await self._refuse_user(send, 413, "body_too_large", str(error))
-        except asyncio.TimeoutError:
-            message = f"the body did not come within {self._body_seconds:g} s"
-            await self._refuse_user(send, 408, "body_too_slow", message)
-        except ClientDisconnect:
-            return
-        else:
-            # Asked again: the gate may have been shut while the body came.
-            if not await self._shut(send):
-                await self._app(scope, receive, _ends_streams(send))
+            await asyncio.wait({app, listener}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.is_set() and not begun:
+                app.cancel()
+            with contextlib.suppress(*([asyncio.CancelledError] if gone.is_set() else [])):
+                await app
+        finally:
+            app.cancel()
+            listener.cancel()
+            await asyncio.gather(app, listener, return_exceptions=True)
 
     async def _shut(self, send: Send) -> bool:
         """Whether users are refused now; then this one is."""
@@ -152,32 +183,50 @@ class Gate:
         headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
         await _answer(send, status, openai_error(message, kind, code=code), headers)
 
-    async def _read_body(self, scope: Scope, receive: Receive, limit: int) -> Receive:
-        """Read the whole body, and give a ``receive`` that plays it back and then listens for the client again."""
+    async def _refuse_other(
+        self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
+    ) -> None:
+        self._refused(code)
+        headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
+        await _answer(send, status, {"detail": message}, headers)
+
+    async def _read_body(
+        self, scope: Scope, receive: Receive, limit: int, refuse: Callable[[int, str, str], Awaitable[None]]
+    ) -> bytes | None:
+        """Read the whole body; None if it was refused, or if the client went away."""
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared[:20]) > limit:
-            raise BodyTooLargeError(f"the body must have at most {limit} bytes, got {declared[:20].decode()}")
+        size = int(declared[:20]) if declared.isdigit() else 0
         parts: list[bytes] = []
-        size = 0
+        received, more = 0, True
         deadline = time.monotonic() + self._body_seconds
-        while True:
-            message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
+        while more and max(size, received) <= limit:
+            try:
+                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
+            except asyncio.TimeoutError:
+                await refuse(408, "body_too_slow", f"the body must come within {self._body_seconds:g} s")
+                return None
             if message["type"] == "http.disconnect":
-                raise ClientDisconnect
+                return None
             parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                raise BodyTooLargeError(f"the body must have at most {limit} bytes, got more")
-            if not message.get("more_body", False):
-                break
-        body: list[bytes] = [b"".join(parts)]
+            received += len(parts[-1])
+            more = message.get("more_body", False)
+        if max(size, received) > limit:
+            got = f"got {size}" if size > limit else "got more"
+            await refuse(413, "body_too_large", f"the body must have at most {limit} bytes, {got}")
+            return None
+        return b"".join(parts)
 
-        async def replay() -> Message:
-            if body:
-                return {"type": "http.request", "body": body.pop(), "more_body": False}
-            return await receive()
 
-        return replay
+def _play_back(body: bytes, then: Receive) -> Receive:
+    """A ``receive`` that gives ``body`` once, and then what ``then`` gives."""
+    waiting = [body]
+
+    async def receive() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await then()
+
+    return receive
 
 
 def _ends_streams(send: Send) -> Send:

@@ -16,7 +16,7 @@ class _Plain(logging.Formatter):
     """A line for a terminal, with the event's fields behind the message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        fields = [f"{name}={value}" for name, value in vars(record).items() if name not in _NOT_FIELDS]
+        fields = [f"{name}={value!r}" for name, value in vars(record).items() if name not in _NOT_FIELDS]
         return " ".join([super().formatMessage(record), *fields])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -22,7 +24,7 @@ from .engine import TransformersEngine
 from .gate import Gate
 from .inference import Inference, InferenceLimits
 from .metrics import Metrics
-from .settings import Settings
+from .settings import TOKEN_VARIABLE, Settings
 from .turns import Turns
 from .worker import ProofWorker
 
@@ -45,7 +47,13 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError of a torch without CUDA
         raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model must be a directory, or an id on the Hugging Face hub, of a model with a tokenizer, "
+            f"got {settings.model!r}: {error}"
+        ) from error
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     return model.to(torch.device(device)).eval(), tokenizer
@@ -82,7 +90,7 @@ class Node:
         name = settings.served_name or settings.model
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature)
         key = None if settings.callback_key is None else settings.callback_key.encode()
-        self.callbacks = CallbackSender(key=key, max_batches=settings.callback_batches, observer=self.metrics)
+        self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
         api = self.inference.build_app()
         self.gate = Gate(
             api,
@@ -99,7 +107,7 @@ class Node:
             self.turns,
             self.callbacks,
             self.metrics,
-            drain=self.gate.wait_idle,
+            drain=self.inference.wait_idle,
             drain_seconds=settings.drain_seconds,
             max_queued_nonces=settings.max_queued_nonces,
             stall_seconds=settings.stall_seconds,
@@ -122,6 +130,7 @@ class Node:
         watch("poc_inference_restarts", "Times that continuous batching was rebuilt", lambda: self.inference.restarts)
         watch("poc_validation_queue_nonces", "Nonces waiting to be validated", lambda: self.worker.queued_nonces)
         watch("poc_callback_queue_batches", "Batches waiting to be delivered", self.callbacks.pending)
+        watch("poc_callback_queue_nonces", "Nonces waiting to be delivered", self.callbacks.pending_nonces)
 
     @property
     def stopping(self) -> bool:
@@ -138,8 +147,10 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """State and progress of the round, of the validation queue and of the callbacks."""
+        config = self.manager.config
         return {
             **self.manager.status(),
+            "config": None if config is None else dataclasses.asdict(config),
             "queued_nonces": self.worker.queued_nonces,
             "callbacks": self.callbacks.status(),
         }
@@ -211,6 +222,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._node = node
 
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        host, port, *_ = self.servers[0].sockets[0].getsockname()  # uvicorn does not say it of sockets that it is given
+        logger.info("listening", extra={"host": host, "port": port})
+
     async def shutdown(self, sockets: Any = None) -> None:
         self._node.begin_shutdown()
         ending = asyncio.create_task(self._end_inference())
@@ -226,8 +242,9 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        OSError, ValueError: the model cannot be loaded, or cannot compute proofs.
+        OSError, ValueError: the address cannot be had, the model cannot be loaded, or cannot compute proofs.
     """
+    listener = _bound(settings)  # first: a model takes long to load
     node = Node(settings)
     server = _Server(node)
 
@@ -240,4 +257,20 @@ def serve(settings: Settings) -> None:
         signal.signal(number, exit_soon)
     with contextlib.closing(node):
         node.start()
-        server.run()
+        server.run([listener])
+
+
+def _bound(settings: Settings) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on host {settings.host}, port {settings.port}: {error}") from error
+    if settings.token is None and not listener.getsockname()[0].startswith(("127.", "::1")):
+        logger.warning(
+            "the PoC routes are open to whoever reaches this address: set a token",
+            extra={"host": settings.host, "variable": TOKEN_VARIABLE},
+        )
+    return listener

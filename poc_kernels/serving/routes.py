@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..protocol import (
     UNSET,
@@ -58,8 +58,9 @@ class ProofBody(_Body):
     public_key: str
     block_hash: str
     block_height: int
-    nonces: list[int]
-    dist: list[float] = []
+    # The first wrong value ends it: a body can have a million of them.
+    nonces: Annotated[list[int], Field(fail_fast=True)]
+    dist: Annotated[list[float], Field(fail_fast=True)] = []
     node_id: int = UNSET
 
 

@@ -33,7 +33,7 @@ class Settings:
         retry_after_seconds: Retry-After of 503 while GENERATING.
         stall_seconds: without progress for so long, /health turns 503.
         shutdown_seconds: how long SIGTERM waits for requests in flight, and for callbacks.
-        callback_batches: most batches kept for a receiver that does not answer.
+        callback_nonces: most nonces kept for receivers that do not answer; then the oldest callbacks are dropped.
         token: bearer token that the routes under /api/v1/pow then ask for.
         callback_key: key of the callbacks' signature.
     """
@@ -62,7 +62,7 @@ class Settings:
     retry_after_seconds: int = 10
     stall_seconds: float = 120.0
     shutdown_seconds: float = 10.0
-    callback_batches: int = 1000
+    callback_nonces: int = 100_000
     token: str | None = None
     callback_key: str | None = None
 
@@ -80,7 +80,7 @@ class Settings:
             raise ValueError(f"kv_memory must be in (0, 1), got {self.kv_memory}")
         positive = (
             "max_new_tokens kv_blocks kv_block_size max_batch_tokens max_in_flight max_body_bytes max_pow_body_bytes "
-            "body_seconds max_queued_nonces max_proof_tokens retry_after_seconds stall_seconds callback_batches"
+            "body_seconds max_queued_nonces max_proof_tokens retry_after_seconds stall_seconds callback_nonces"
         )
         for name in positive.split():
             number = getattr(self, name)

@@ -28,6 +28,11 @@ class Turn:
         """Whether a thread waits for this turn now."""
         return self._waiting
 
+    @property
+    def computing(self) -> bool:
+        """Whether this turn has the device now."""
+        return self._turns._computing is self
+
     def __enter__(self) -> Turn:
         """Wait for the device and take it.
 

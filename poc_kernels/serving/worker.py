@@ -120,20 +120,23 @@ class ProofWorker:
 
         Raises:
             QueueFullError: too many nonces wait already.
-            IllegalTransitionError, ValueError: as `PoCManager.check_batch`.
+            IllegalTransitionError, ValueError: as `PoCManager.check_batch`, or the batch has more nonces than can ever
+                wait.
         """
         config = self._manager.check_batch(batch)
+        if len(batch) > self._max_queued_nonces:
+            raise ValueError(f"a batch must have at most {self._max_queued_nonces} nonces, got {len(batch)}")
         result: Future[ValidatedBatch] = Future()
         with self._condition:
             if self._closing:
                 raise RoundEndedError("the node is shutting down")
-            if self._queued_nonces + len(batch) > self._max_queued_nonces:
+            if self._queued_nonces + _weight(batch) > self._max_queued_nonces:
                 raise QueueFullError(
                     f"at most {self._max_queued_nonces} nonces can wait to be validated, {self._queued_nonces} do, "
                     f"and {len(batch)} came"
                 )
             self._jobs.append(_Job(batch, config.callback_url, self._manager.validation(batch), result))
-            self._queued_nonces += len(batch)
+            self._queued_nonces += _weight(batch)
             self._wake()
         return result
 
@@ -167,6 +170,9 @@ class ProofWorker:
             logger.info("the proof thread ends: the device is closed")
         finally:
             self._turns.release_inference()
+            with self._condition:
+                self._closing = True  # whatever ended it: nobody would compute what comes
+            self._fail_jobs(RoundEndedError("the proof thread ended"))
 
     def _wait(self) -> bool:
         with self._condition:
@@ -245,7 +251,7 @@ class ProofWorker:
             if not self._jobs:
                 return False  # `close` did not wait for this one
             self._jobs.popleft()
-            self._queued_nonces -= len(job.batch)
+            self._queued_nonces -= _weight(job.batch)
         if verdict is None:
             assert error is not None
             _settle(job.result, error)
@@ -287,6 +293,10 @@ class ProofWorker:
             self._jobs.clear()
         for job in jobs:
             _settle(job.result, error)
+
+
+def _weight(batch: ProofBatch) -> int:
+    return max(1, len(batch))  # batches of nothing fill a queue too
 
 
 def _settle(future: Future[ValidatedBatch], outcome: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from poc_kernels.serving import bodies
 from poc_kernels.serving.admission import AdmissionError
@@ -185,3 +186,23 @@ FIELDS = [
 def test_any_body_is_cleaned_or_refused(model: type[Any], body: dict[str, Any]) -> None:
     with contextlib.suppress(AdmissionError):
         assert cleaned(body, model).keys() <= body.keys()
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ChatBody, {"messages": [0] * 200_000}),
+        (ChatBody, chat(messages=[{"role": "user", "content": [{}] * 200_000}])),
+        (ChatBody, chat(messages=[{"role": "user", "tool_calls": [0] * 200_000}])),
+        (ChatBody, chat(tools=[{}] * 200_000)),
+        (ChatBody, chat(stop=[0] * 200_000)),
+        (ResponseBody, {"input": [{}] * 200_000}),
+        (ResponseBody, {"input": "hello", "tools": [0] * 200_000}),
+    ],
+)
+def test_a_body_of_wrong_items_is_refused_at_the_first(model: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    assert refused.value.error_count() < 20
+    with pytest.raises(AdmissionError):
+        cleaned(body, model)

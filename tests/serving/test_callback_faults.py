@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import socket
 import threading
 import time
 
@@ -16,28 +17,30 @@ pytest_plugins = ["callback_receivers"]
 
 
 def test_a_dead_receiver_gets_everything_once_and_in_order_when_it_returns(dead, receivers, senders):
-    sender = senders(max_batches=20)
+    sender = senders(max_nonces=20)
     sender.start()
     for nonce in range(20):
         sender.generated(dead.url, alone(nonce))
     sender.observer.wait("failed", 5)
     assert sender.pending() == 20
-    assert "ConnectError" in sender.status()["last_error"]
+    assert sender.status()["last_error"] == "generated: ConnectError"
     receiver = receivers(port=dead.port)
     sender.observer.wait("delivered", 20)
     assert receiver.contents() == [alone(nonce) for nonce in range(20)]
     status = sender.status()
-    assert status["pending_batches"] == status["dropped_batches"] == status["dropped_nonces"] == 0
+    pending = status["pending_batches"], status["pending_nonces"], sender.pending_nonces()
+    assert (pending, status["dropped_batches"], status["dropped_nonces"]) == ((0, 0, 0), 0, 0)
     assert status["delivered_batches"] == 20
     assert status["failed_attempts"] == len(sender.observer.of("failed"))
 
 
 def test_beyond_the_bound_the_oldest_are_dropped_and_it_is_said(dead, receivers, senders, caplog):
-    sender = senders(max_batches=10)
+    sender = senders(max_nonces=32)  # ten batches, and two nonces more
     sender.start()
     for nonce in range(25):
         sender.generated(dead.url, batch(nonce, nonce + 100, nonce + 200, block_height=nonce, block_hash=f"h{nonce}"))
     sender.observer.wait("dropped", 15)  # an older one that was on its way has come back by then
+    assert (sender.pending(), sender.pending_nonces()) == (10, 30)
     receiver = receivers(port=dead.port)
     sender.observer.wait("delivered", 10)
     assert [nonces[0] for nonces in receiver.nonces()] == list(range(15, 25))
@@ -52,9 +55,88 @@ def test_beyond_the_bound_the_oldest_are_dropped_and_it_is_said(dead, receivers,
     ]
 
 
+def test_the_bound_is_on_nonces_not_on_batches(receiver, senders, caplog):
+    sender = senders(max_nonces=100)
+    for nonce in range(100):
+        sender.generated(receiver.url, batch(nonce))
+    assert (sender.pending(), sender.pending_nonces()) == (100, 100)
+    sender.generated(receiver.url, batch(*range(100, 130)))
+    assert (sender.pending(), sender.pending_nonces()) == (71, 100)
+    assert sender.observer.of("dropped") == [("generated", 1)] * 30
+    (said,) = records(caplog, "callback dropped")
+    assert (said.batches, said.nonces, said.first_nonce, said.last_nonce) == (30, 30, 0, 29)
+    sender.start()
+    sender.observer.wait("delivered", 1)
+    assert receiver.nonces() == [list(range(30, 130))]
+
+
+def test_a_batch_without_nonces_counts_as_one(receiver, senders):
+    sender = senders(max_nonces=3)
+    for height in range(5):
+        sender.generated(receiver.url, batch(block_height=height))
+    assert (sender.pending(), sender.pending_nonces()) == (3, 0)
+    assert sender.observer.of("dropped") == [("generated", 0)] * 2
+    assert (sender.status()["dropped_batches"], sender.status()["dropped_nonces"]) == (2, 0)
+
+
+def test_a_batch_above_the_bound_is_kept_until_a_newer_one_waits(receiver, senders):
+    sender = senders(max_nonces=3)
+    sender.generated(receiver.url, batch(1))
+    sender.generated(receiver.url, batch(2, 3, 4, 5, block_height=8))
+    assert sender.observer.of("dropped") == [("generated", 1)]
+    assert (sender.pending(), sender.pending_nonces()) == (1, 4)
+    sender.validated(receiver.url, verdict(6))
+    assert sender.observer.of("dropped") == [("generated", 1), ("generated", 4)]
+    assert (sender.pending(), sender.pending_nonces()) == (1, 1)
+    sender.start()
+    sender.observer.wait("delivered", 1)
+    sender.generated(receiver.url, batch(7, 8, 9, 10))
+    sender.observer.wait("delivered", 2)
+    assert receiver.nonces() == [[6], [7, 8, 9, 10]]
+
+
+def test_what_comes_back_is_older_than_what_came_meanwhile(receivers, senders):
+    released, reached, calls = threading.Event(), threading.Event(), itertools.count()
+
+    def fail_once(path, content):
+        if next(calls) > 0:
+            return OK
+        reached.set()
+        assert released.wait(SECONDS)
+        return 500, {}
+
+    receiver = receivers(answer=fail_once)
+    sender = senders(max_nonces=4, timeout_seconds=SECONDS)
+    sender.generated(receiver.url, batch(1, 2))
+    sender.start()
+    try:
+        assert reached.wait(SECONDS)
+        sender.generated(receiver.url, batch(3, 4, 5))
+        assert (sender.pending_nonces(), sender.observer.of("dropped")) == (5, [])  # on their way they do not count
+    finally:
+        released.set()
+    sender.observer.wait("delivered", 1)
+    assert sender.observer.of("dropped") == [("generated", 2)]
+    assert receiver.nonces(status=200) == [[3, 4, 5]]
+
+
+def test_the_oldest_refused_batch_is_dropped_first(receivers, senders):
+    accepts = threading.Event()
+    receiver = receivers(answer=lambda path, content: OK if accepts.is_set() else (400, {}))
+    sender = senders(max_nonces=3, first_retry_seconds=SECONDS, max_retry_seconds=SECONDS)
+    sender.start()
+    for nonce in range(6):
+        sender.generated(receiver.url, alone(nonce))
+        sender.observer.wait("failed", nonce + 1)
+    sender.observer.wait("dropped", 3)
+    accepts.set()
+    sender.close(SECONDS)
+    assert sorted(receiver.nonces(status=200)) == [[3], [4], [5]]
+
+
 def test_the_bound_is_over_all_destinations(receivers, senders):
     one, other = receivers(), receivers()
-    sender = senders(max_batches=2)
+    sender = senders(max_nonces=2)
     sender.validated(one.url, verdict(1))
     sender.generated(other.url, alone(2))
     sender.generated(other.url, alone(3))
@@ -118,6 +200,7 @@ def test_no_answer_in_time_is_a_failure(receivers, senders):
     finally:
         released.set()
     assert sender.observer.of("failed")
+    assert sender.status()["last_error"] in ("generated: TimeoutError", "generated: ReadTimeout")
     assert receiver.nonces()[0] == [1]
 
 
@@ -182,15 +265,15 @@ def test_a_failed_attempt_is_repeated_before_the_others_go(receivers, senders, c
     sender.observer.wait("delivered", 2)
     assert receiver.nonces() == [[1], [1], [1], [1], [2]]
     assert sender.observer.of("failed") == [("generated", 0)] * 3
-    assert f"answered {status}" in sender.status()["last_error"]
+    assert sender.status()["last_error"] == f"generated: answered {status}"
     said = records(caplog, "callback failed")
-    assert len(said) == 3
+    assert [record.error for record in said] == [f"answered {status}"] * 3
     assert said[0].url == f"{receiver.url}/generated"
     assert 0 < said[0].retry_seconds <= 0.05
 
 
 @pytest.mark.parametrize("status", [500, 200])
-def test_long_answers_are_read_and_quoted_in_part(receivers, senders, status):
+def test_long_answers_are_read_and_quoted_in_part(receivers, senders, caplog, status):
     calls = itertools.count()
     receiver = receivers(answer=lambda path, content: (status if next(calls) == 0 else 200, {}, "why " * 10**6))
     sender = senders()
@@ -198,8 +281,45 @@ def test_long_answers_are_read_and_quoted_in_part(receivers, senders, status):
     sender.generated(receiver.url, batch(1))
     sender.observer.wait("delivered", 1)
     assert receiver.nonces(status=200) == [[1]]
-    error = sender.status()["last_error"]
-    assert error == (None if status == 200 else f"{receiver.url}/generated: answered 500: {'why ' * 50}")
+    quoted = [record.error for record in records(caplog, "callback failed")]
+    assert quoted == ([] if status == 200 else [f"answered 500: {'why ' * 50}"])
+
+
+@pytest.mark.parametrize("status", [500, 404])
+@pytest.mark.parametrize("kind", ["generated", "validated"])
+def test_what_a_receiver_answers_is_not_to_be_read_in_the_status(receivers, senders, caplog, kind, status):
+    text = "secret\nWARNING forged\r\x1b[2J\u2028\x85é"
+    receiver = receivers(answer=lambda path, content: (status, {"X-Header": "secret"}, text))
+    sender = senders()
+    sender.start()
+    getattr(sender, kind)(f"{receiver.url}/path", verdict(1))
+    sender.observer.wait("failed", 1)
+    assert sender.status()["last_error"] == f"{kind}: answered {status}"
+    sender.close(0)
+    assert "secret" not in str(sender.status())
+    error = records(caplog, "callback failed")[0].error
+    assert error == f"answered {status}: secret\\nWARNING forged\\r\\x1b[2J\\u2028\\x85é"
+
+
+def test_what_is_no_http_is_not_to_be_read_in_the_status(senders, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(SECONDS)
+
+        def greet():
+            with server.accept()[0] as connection:
+                connection.settimeout(SECONDS)
+                connection.recv(65536)
+                connection.sendall(b"220 secret\nforged\n\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        sender = senders(first_retry_seconds=SECONDS, max_retry_seconds=SECONDS)
+        sender.start()
+        sender.generated(f"http://127.0.0.1:{server.getsockname()[1]}", batch(1))
+        sender.observer.wait("failed", 1)
+        thread.join(SECONDS)
+    assert sender.status()["last_error"] == "generated: RemoteProtocolError"
+    assert "\n" not in records(caplog, "callback failed")[0].error
 
 
 @pytest.mark.parametrize("status", [301, 307, 308])
@@ -340,4 +460,5 @@ def test_close_returns_by_the_deadline_and_says_what_is_lost(dead, receivers, se
     assert said["validated"].block_hash == "0xabc"
     status = sender.status()
     assert (status["pending_batches"], status["dropped_batches"], status["dropped_nonces"]) == (0, 4, 5)
+    assert status["pending_nonces"] == sender.pending_nonces() == 0
     assert sorted(sender.observer.of("dropped")) == [("generated", 1)] * 3 + [("validated", 2)]

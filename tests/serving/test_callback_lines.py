@@ -1,11 +1,14 @@
 """The lines of callbacks, on a clock of the test's own."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from poc_kernels.serving.callback_lines import GENERATED, VALIDATED, Backoff, Batch, Failure, Line
+from poc_kernels.serving.callback_lines import GENERATED, VALIDATED, Backlog, Backoff, Batch, Failure, Line, merged
 
 REFUSED = Failure("answered 400", refused=True)
 FAILED = Failure("answered 500")
+ANSWERS = {"taken": None, "failed": FAILED, "refused": REFUSED}
 
 
 def batch(nonce, due=0.0, **keys):
@@ -16,7 +19,8 @@ def batch(nonce, due=0.0, **keys):
 
 def line_of(*batches, kind=GENERATED):
     line = Line(kind, f"http://node/{kind}", (1.0, 8.0))
-    line.batches.extend(batches)
+    for each in batches:
+        line.add(each)
     return line
 
 
@@ -74,7 +78,7 @@ def test_verdicts_go_alone():
 def test_a_failed_post_keeps_its_place_and_later_batches_join_it():
     line = line_of(batch(1), batch(2))
     assert next_nonces(line, now=0.0) == [1, 2]
-    line.batches.append(batch(3))
+    line.add(batch(3))
     answer(line, 0.0, FAILED)
     assert 0.75 <= next_nonces(line, now=0.5) <= 1.0
     assert next_nonces(line, now=1.0) == [1, 2, 3]
@@ -86,7 +90,7 @@ def test_refused_batches_wait_at_the_back_one_by_one():
     line = line_of(batch(1), batch(2))
     next_nonces(line, now=0.0)
     answer(line, 0.0, REFUSED)
-    line.batches.append(batch(3, due=0.5))
+    line.add(batch(3, due=0.5))
     assert next_nonces(line, now=0.1) == 0.5
     assert next_nonces(line, now=0.5) == [3]
     answer(line, 0.5)
@@ -105,7 +109,7 @@ def test_a_newcomer_that_is_refused_does_not_put_off_those_before_it():
     next_nonces(line, now=0.0)
     answer(line, 0.0, REFUSED)
     for nonce in range(2, 10):
-        line.batches.append(batch(nonce, node_id=nonce))
+        line.add(batch(nonce, node_id=nonce))
         assert next_nonces(line, now=nonce / 20) == [nonce]
         answer(line, nonce / 20, REFUSED)
     assert next_nonces(line, now=1.0) == [1]
@@ -115,12 +119,88 @@ def test_a_refused_batch_that_comes_due_is_not_starved_by_a_full_line():
     line = line_of(batch(1, node_id=1))
     next_nonces(line, now=0.0)
     answer(line, 0.0, REFUSED)
-    line.batches.extend(batch(nonce, node_id=nonce) for nonce in range(2, 9))
+    for nonce in range(2, 9):
+        line.add(batch(nonce, node_id=nonce))
     seen = []
     for now in (0.2, 0.4, 1.0, 1.2):
         seen += next_nonces(line, now)
         answer(line, now)
     assert seen == [2, 3, 1, 4]
+
+
+def test_a_refused_batch_that_fails_otherwise_keeps_its_turn():
+    line = line_of(batch(1), batch(2, node_id=2))
+    for nonce in (1, 2):
+        assert next_nonces(line, now=0.0) == [nonce]
+        answer(line, 0.0, REFUSED)
+    line.add(batch(3, node_id=3))
+    assert next_nonces(line, now=1.0) == [1]
+    answer(line, 1.0, FAILED)
+    assert next_nonces(line, now=2.0) == [1]
+    answer(line, 2.0)
+    assert next_nonces(line, now=2.0) == [2]
+    answer(line, 2.0)
+    assert next_nonces(line, now=2.0) == [3]
+
+
+def test_a_refused_batch_lets_pass_those_that_waited_and_no_later_ones():
+    line = line_of(batch(1, node_id=1), batch(2, node_id=2), batch(3, node_id=3))
+    next_nonces(line, now=0.0)
+    answer(line, 0.0, REFUSED)
+    line.add(batch(4, node_id=4))
+    seen = []
+    for now in (5.0, 5.1, 5.2, 5.3):
+        seen += next_nonces(line, now)
+        answer(line, now)
+    assert seen == [2, 3, 1, 4]
+    assert line.empty
+
+
+def test_a_batch_gives_back_its_content_and_shares_what_is_common():
+    contents = [{"nonces": [nonce], "dist": [1.0], "block_hash": "b" * 99, "node_id": nonce // 2} for nonce in range(3)]
+    line = line_of()
+    for content in contents:
+        line.add(Batch(GENERATED, content))
+    assert [each.content for each in line.all] == contents
+    first, second, third = line.all
+    assert first.common is second.common is not third.common
+    assert merged([first, second]) == {**contents[0], "nonces": [0, 1], "dist": [1.0, 1.0]}
+
+
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.sampled_from(["add", "send", *ANSWERS]), st.integers(0, 2), st.integers(0, 5)), max_size=60),
+)
+def test_the_backlog_keeps_the_newest_up_to_the_bound(max_nonces, steps):
+    """Against a plain list of all that wait."""
+    backlog, lines, waiting = Backlog(max_nonces), [line_of() for _ in range(3)], []
+    for arrival, (step, which, nonces) in enumerate(steps):
+        line = lines[which]
+        if step == "add":
+            made = batch(arrival, nonces=[arrival] * nonces, dist=[1.0] * nonces, block_height=nonces % 2)
+            line.add(made)
+            backlog.add(line, made)
+            waiting.append(made)
+        elif step == "send" and not line.on_the_way and not line.empty:
+            post, _ = line.next_post(1000.0 * arrival, max_nonces=6, flush=True)
+            backlog.sent(post)
+            waiting = [each for each in waiting if each not in post]
+        elif step in ANSWERS and line.on_the_way:
+            post = line.on_the_way
+            answer(line, 1000.0 * arrival, ANSWERS[step])
+            if ANSWERS[step] is None:
+                backlog.taken(post)
+            else:
+                backlog.put_back(post)
+                waiting = sorted([*waiting, *post], key=lambda each: each.arrival)
+        excess = []
+        while len(waiting) > 1 and sum(max(1, len(each.nonces)) for each in waiting) > max_nonces:
+            excess.append(waiting.pop(0))
+        dropped = backlog.drop_excess()
+        assert sorted((b for batches in dropped.values() for b in batches), key=lambda each: each.arrival) == excess
+        kept = [each for line in lines for each in line.all]
+        assert {each for each in kept if each.waiting} == set(waiting)
+        assert (len(backlog), backlog.nonces) == (len(kept), sum(len(each.nonces) for each in kept))
 
 
 def test_log_fields_name_the_nonces():
@@ -135,3 +215,11 @@ def test_log_fields_name_the_nonces():
         "first_nonce": 5,
         "last_nonce": 9,
     }
+
+
+def test_log_fields_stay_on_their_line():
+    line = Line(GENERATED, "http://node/\n\x1b[0m/generated", (1.0, 8.0))
+    fields = line.fields([batch(5, block_hash="b\nforged\u2028é\ud800")])
+    assert fields["url"] == "http://node/\\n\\x1b[0m/generated"
+    assert fields["block_hash"] == "b\\nforged\\u2028é\\ud800"
+    assert Failure("answered 500", "no\r\nforged\x00").text == "answered 500: no\\r\\nforged\\x00"

@@ -132,7 +132,7 @@ def test_a_post_that_can_not_grow_does_not_wait(receiver, senders):
     sender.generated(receiver.url, batch(5, node_id=1))  # followed by another
     sender.observer.wait("delivered", 2)
     assert receiver.nonces() == [[1, 2, 3], [4]]
-    assert sender.pending() == 1
+    assert (sender.pending(), sender.pending_nonces()) == (1, 1)
 
 
 def test_a_batch_is_copied(receiver, senders):
@@ -144,6 +144,22 @@ def test_a_batch_is_copied(receiver, senders):
     sender.start()
     receiver.wait(1)
     assert receiver.contents() == [batch(1, 2)]
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_proxies_of_the_environment_are_honoured(receivers, senders, monkeypatch, variable):
+    for name in ("http_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    proxy, direct = receivers(), receivers()
+    monkeypatch.setenv(variable, proxy.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    sender = senders()
+    sender.start()
+    sender.generated("http://node.test", batch(1))
+    sender.generated(direct.url, batch(2))
+    sender.observer.wait("delivered", 2)
+    assert [post[0] for post in proxy.posts] == ["http://node.test/generated"]
+    assert direct.nonces(path="/generated") == [[2]]
 
 
 # The sender as a whole.
@@ -272,7 +288,7 @@ def test_start_is_called_once(senders):
     [
         ({"key": "text"}, TypeError, "key must be bytes or None, got str"),
         ({"key": b""}, ValueError, "key must be None or at least one byte"),
-        ({"max_batches": 0}, ValueError, "max_batches must be at least 1, got 0"),
+        ({"max_nonces": 0}, ValueError, "max_nonces must be at least 1, got 0"),
         ({"max_nonces_per_post": -1}, ValueError, "max_nonces_per_post must be at least 1, got -1"),
         ({"flush_seconds": -1.0}, ValueError, "flush_seconds must be at least 0, got -1.0"),
         ({"first_retry_seconds": 0.0}, ValueError, "first_retry_seconds must be positive"),

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from poc_kernels.protocol import PoCConfig, PoCManager, ProofBatch
-from poc_kernels.serving.engine import TransformersEngine
+from poc_kernels.serving.engine import TransformersEngine, _masks_as_outside_a_capture
 
 SMALL = {
     "vocab_size": 300,
@@ -188,27 +188,27 @@ def test_any_model_by_directory(tmp_path):
 class _Graphs(TransformersEngine):
     """The path of CUDA graphs on a CPU: what is captured is counted, and replayed by running it again."""
 
-    def __init__(self, model, fails=False):
+    def __init__(self, model, failure=None, error=0.0):
         super().__init__(model)
         self._cuda_graphs = True
-        self.captured, self.fails = [], fails
+        self.captured, self.failure, self.error = [], failure, error
 
     def _capture(self, example):
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
         self.captured.append(tuple(example.shape))
+        if self.failure is not None:
+            raise self.failure
         static_input = example.clone()
         static_output = self._run(static_input).clone()
-        run = self._run
+        run, error = self._run, self.error
 
         class Graph:
             def replay(self):
-                static_output.copy_(run(static_input))
+                static_output.copy_(run(static_input) + error)
 
         return Graph(), static_input, static_output
 
 
-def test_graphs_are_captured_once_a_shape_and_replayed():
+def test_graphs_are_captured_when_the_shape_changes_and_replayed():
     model = make(CONFIGS["qwen3"])
     plain, graphs = TransformersEngine(model), _Graphs(model)
     for seq_len in (5, 5, 9, 5):
@@ -216,23 +216,67 @@ def test_graphs_are_captured_once_a_shape_and_replayed():
             x = random_inputs(plain, seq_len=seq_len, seed=seed)
             assert_same_bits(graphs.forward(x), plain.forward(x))
     assert graphs.captured == [(3, 5, 64), (3, 9, 64), (3, 5, 64)]
-    assert len(graphs._graphs) == 1
 
 
-def test_a_model_that_cannot_be_captured_runs_without(caplog):
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"failure": RuntimeError("not permitted when stream is capturing")}, "not permitted when stream is capturing"),
+        ({"error": 1e-3}, "its replay gives other bits"),
+    ],
+)
+def test_a_model_that_cannot_be_captured_runs_without(caplog, options, reason):
     model = make(CONFIGS["qwen3"])
-    plain, graphs = TransformersEngine(model), _Graphs(model, fails=True)
-    x = random_inputs(plain)
-    for _ in range(3):
+    plain, graphs = TransformersEngine(model), _Graphs(model, **options)
+    for seq_len in (5, 5, 9):
+        x = random_inputs(plain, seq_len=seq_len)
         assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert graphs.captured == [(3, 5, 64)]
     assert [record.message for record in caplog.records] == [
-        "the model's forward cannot be captured as a CUDA graph and runs without: "
-        "operation not permitted when stream is capturing"
+        f"the model's forward cannot be captured as a CUDA graph and runs without: {reason}"
     ]
 
 
-@pytest.mark.gpu
+def test_a_shape_that_finds_no_memory_to_be_captured_does_not_decide_for_the_next(caplog):
+    model = make(CONFIGS["qwen3"])
+    plain, graphs = TransformersEngine(model), _Graphs(model, torch.OutOfMemoryError("CUDA out of memory"))
+    for seq_len in (5, 5, 9, 9):
+        if seq_len == 9:
+            graphs.failure = None
+        x = random_inputs(plain, seq_len=seq_len)
+        assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert graphs.captured == [(3, 5, 64), (3, 9, 64)]
+    assert ["no memory to capture" in record.message for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mixtral, experts"])
+def test_masks_in_a_capture_are_those_outside(monkeypatch, name):
+    model = make(CONFIGS[name])
+    engine = TransformersEngine(model)
+    x = random_inputs(engine, seq_len=40)
+    expected = engine.forward(x).clone()
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask=None, is_causal=False, **options):
+        seen.append((attn_mask is None, is_causal))
+        return attention(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    engine._run(x)
+    outside = seen.copy()
+    seen.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with _masks_as_outside_a_capture():
+        assert_same_bits(engine._run(x), expected)
+    assert seen == outside
+    from transformers import masking_utils
+
+    assert masking_utils.is_tracing.__name__ == "is_tracing"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
 def test_cuda_graphs_give_the_bits_of_the_model(name):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -242,3 +286,27 @@ def test_cuda_graphs_give_the_bits_of_the_model(name):
         for seed in range(3):
             x = random_inputs(plain, batch=8, seq_len=seq_len, seed=seed)
             assert_same_bits(graphs.forward(x), plain.forward(x))
+        assert graphs._graph is not None
+
+
+@pytest.mark.gpu
+def test_a_broken_capture_leaves_the_device_usable(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make(CONFIGS["qwen3"], torch.bfloat16).cuda()
+    plain, graphs = TransformersEngine(model, cuda_graphs=False), TransformersEngine(model)
+    run = graphs._run
+
+    def waits(x):
+        result = run(x)
+        result.sum().item()  # not permitted in a capture
+        return result
+
+    monkeypatch.setattr(graphs, "_run", waits)
+    stream = torch.cuda.current_stream()
+    x = random_inputs(plain, batch=8)
+    for _ in range(2):
+        assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert graphs._graph is None
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(4, device="cuda").isfinite().all()

@@ -124,6 +124,25 @@ def test_a_stalled_thread_is_replaced(
         assert inference.restarts == 1
 
 
+def test_a_step_that_hangs_is_a_stall_though_inference_is_held(
+    loaded: tuple[Any, Any], asking: Callable[..., Future[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_module, "_STOP_SECONDS", 0.1)
+    fault = Fault(loaded[0], monkeypatch)
+    with started(*loaded, stall_seconds=0.5) as inference, serving(inference.build_app()) as url, client(url) as http:
+        release = fault.hang = threading.Event()
+        whole = asking(http.post, CHAT, json=chat())
+        assert fault.hanging.wait(TIMEOUT)
+        inference._turns.hold_inference()
+        got = asking(inference._turns.proof().__enter__)
+        assert whole.result(TIMEOUT).status_code == 503
+        got.result(TIMEOUT).end()  # the device is free for proofs
+        eventually(lambda: inference.restarts == 1)
+        release.set()
+        inference._turns.release_inference()
+        assert text_of(http.post(CHAT, json=chat(max_tokens=2)))
+
+
 def test_waiting_for_a_turn_is_no_stall(loaded: tuple[Any, Any], asking: Callable[..., Future[Any]]) -> None:
     with started(*loaded, stall_seconds=0.2) as inference, serving(inference.build_app()) as url, client(url) as http:
         turns = inference._turns
