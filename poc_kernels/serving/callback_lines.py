@@ -235,8 +235,8 @@ class Line:
 class Backlog:
     """The batches of all lines by age, and the bound on those that wait.
 
-    A batch weighs its nonces, at least one. How long a call takes grows with the batches that it moves and those on their
-    way, not with those that are kept.
+    A batch weighs its nonces, at least one. How long a call takes grows with the batches that it moves and with those
+    on their way, not with those that are kept.
 
     Args:
         max_nonces: the most that waiting batches may weigh, but for the last of them.

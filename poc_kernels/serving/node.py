@@ -150,7 +150,9 @@ class Node:
         config = self.manager.config
         return {
             **self.manager.status(),
-            "config": None if config is None else dataclasses.asdict(config),
+            "config": None
+            if config is None
+            else {name: value for name, value in dataclasses.asdict(config).items() if name != "callback_url"},
             "queued_nonces": self.worker.queued_nonces,
             "callbacks": self.callbacks.status(),
         }

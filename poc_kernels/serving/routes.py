@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .node import Node
 
 _BUSY_SECONDS = 5
+_MAX_LOGITS = 2**26
+"""Logits of a batch: each takes some 30 bytes, with its permutation and what the distance needs."""
 
 
 class _Body(BaseModel):
@@ -97,6 +99,9 @@ def poc_router(node: Node) -> APIRouter:
         tokens, most = config.batch_size * config.seq_len, node.settings.max_proof_tokens
         if tokens > most:
             raise ValueError(f"batch_size * seq_len must be at most {most} on this node, got {tokens}")
+        rows = max(1, _MAX_LOGITS // node.engine.vocab_size)
+        if config.batch_size > rows:
+            raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")
         return config
 
     def changed(change: Callable[[], None]) -> PhaseAnswer:

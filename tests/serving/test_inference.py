@@ -129,7 +129,7 @@ def test_a_step_that_hangs_is_a_stall_though_inference_is_held(
 ) -> None:
     monkeypatch.setattr(inference_module, "_STOP_SECONDS", 0.1)
     fault = Fault(loaded[0], monkeypatch)
-    with started(*loaded, stall_seconds=0.5) as inference, serving(inference.build_app()) as url, client(url) as http:
+    with started(*loaded, stall_seconds=3.0) as inference, serving(inference.build_app()) as url, client(url) as http:
         release = fault.hang = threading.Event()
         whole = asking(http.post, CHAT, json=chat())
         assert fault.hanging.wait(TIMEOUT)
