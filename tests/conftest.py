@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from poc_kernels.kernels import Backend, native
 # The reference is many small operators: more threads make it slower, much slower on a busy machine. Tests of threads
 # say how many they take.
 torch.set_num_threads(1)
+
+# Without a GPU, Triton's interpreter runs its kernels; Triton asks when it is imported, so before any test imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if native.load() is None and (Path(poc_kernels.__file__).parents[1] / "pyproject.toml").exists():
     raise pytest.UsageError("the tests import the sources, which have no native core: run them as `make test` does")

@@ -1,18 +1,27 @@
 """Seeded random numbers of a round: inputs and permutations of nonces, batched over nonces on any device.
 
 Everything is drawn from MurmurHash3 of an index under a 32-bit seed. Hashes are exact; the elementary functions of
-`normal` are evaluated in float64 and rounded to float32, so that a value depends neither on its place in a batch nor,
-but for ties that one value in about 2**29 comes near, on the device.
+`normal` are evaluated in float64 and rounded to float32, so that a value depends neither on its place in a batch nor on
+the device: of all the values that a hash can give, none is too close to a tie for float64 functions good to 0.6 ulp.
+
+On GPUs with Triton one kernel draws a batch (`poc_kernels.kernels.triton_inputs`), once it has given the bits of the
+operators of torch there; without, those serve.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
+import logging
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("poc_kernels")
 
 _C1 = 0xCC9E2D51 - 2**32
 _C2 = 0x1B873593
@@ -23,6 +32,8 @@ _SIGN = -(2**31)
 # Numbers worked on at once: what fits the caches of a processor; a GPU wants fewer, larger launches.
 _CHUNK_CPU = 2**16
 _CHUNK_DEVICE = 2**24
+_CHECKED_SEEDS = (0, 1, 2**31, 2**32 - 1)
+_CHECKED_COUNT = 10_001
 
 
 def seed32(text: str) -> int:
@@ -69,8 +80,14 @@ def hash32(seeds: Sequence[int], start: int, count: int, device: torch.device | 
         int32 [len(seeds), count] with the 32 bits of each hash.
     """
     device = torch.device(device)
-    index = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
-    return _hash(index, _seed_column(seeds, device))
+    column = _seed_column(seeds, device)
+    kernels = _kernels(device)
+    return _plain_hash32(column, start, count) if kernels is None else kernels.hash32(column, start, count)
+
+
+def _plain_hash32(seeds: Tensor, start: int, count: int) -> Tensor:
+    index = torch.arange(start, start + count, dtype=torch.int64, device=seeds.device).to(torch.int32)
+    return _hash(index, seeds)
 
 
 def _uniform(index: Tensor, seeds: Tensor) -> Tensor:
@@ -84,23 +101,63 @@ def normal(
 ) -> Tensor:
     """Standard normal numbers by Box and Muller, [len(seeds), count], computed in float32 and cast to ``dtype``."""
     device = torch.device(device)
+    column = _seed_column(seeds, device)
+    kernels = _kernels(device)
+    return _plain_normal(column, count, dtype) if kernels is None else kernels.normal(column, count, dtype)
+
+
+def _plain_normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    device = seeds.device
     half = (count + 1) // 2
     result = torch.empty(len(seeds), count, dtype=dtype, device=device)
     if result.numel() == 0:
         return result
-    column = _seed_column(seeds, device)
     chunk = max(1, (_CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE) // len(seeds))
     for start in range(0, half, chunk):
         end = min(start + chunk, half)
         index = torch.arange(start, end, dtype=torch.int64, device=device)
-        radius = _uniform(index.to(torch.int32), column).clamp_(min=1e-10)
-        radius = radius.double().log_().float().mul_(-2.0).sqrt_()
-        angle = _uniform((index + half).to(torch.int32), column).mul_(2.0 * math.pi).double()
+        radius = _uniform(index.to(torch.int32), seeds).clamp_(min=1e-10)
+        radius = radius.double().log_().float().mul_(-2.0)
+        radius = radius.double().sqrt_().float()  # the float32 root of some CPU libraries is not the nearest
+        angle = _uniform((index + half).to(torch.int32), seeds).mul_(2.0 * math.pi).double()
         result[:, start:end] = torch.cos(angle).float().mul_(radius)
         sines = min(end, count - half) - start
         if sines > 0:
             result[:, half + start : half + start + sines] = angle.sin_().float().mul_(radius)[:, :sines]
     return result
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels that draw on ``device``, or None where torch's operators do; tried once per device."""
+    if device.type != "cuda":
+        return None
+    try:
+        kernels = importlib.import_module("poc_kernels.kernels.triton_inputs")
+    except ImportError:
+        return None
+    try:
+        wrong = _wrong_draws(kernels, device)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
+    except Exception as error:  # whatever it is, such kernels are not to be used
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None:
+        logger.error("poc_kernels draws inputs on %s with plain torch: its Triton kernels fail (%s)", device, wrong)
+        return None
+    return kernels
+
+
+def _wrong_draws(kernels: ModuleType, device: torch.device) -> str | None:
+    """What the kernels draw otherwise than torch's operators on a CPU, or None."""
+    column, local = (_seed_column(_CHECKED_SEEDS, torch.device(place)) for place in (device, "cpu"))
+    expected = _plain_normal(local, _CHECKED_COUNT, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if not torch.equal(kernels.normal(column, _CHECKED_COUNT, dtype).cpu(), expected.to(dtype)):
+            return f"normal numbers in {dtype}"
+    start = 2**31 - 5000
+    hashes = _plain_hash32(local, start, _CHECKED_COUNT)
+    return None if torch.equal(kernels.hash32(column, start, _CHECKED_COUNT).cpu(), hashes) else "hashes"
 
 
 def nonce_inputs(
