@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import logging
 import os
 import threading
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference, self_test
 from .kernels import Backend, native
@@ -32,6 +37,34 @@ def _native_unavailable(supported: bool, device: torch.device) -> str | None:
     return None if supported else "this processor lacks the instructions"
 
 
+def _asked_for() -> str | None:
+    return _forced or os.environ.get("POC_KERNELS_BACKEND")
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and (device.type != "cpu" or _asked_for() != "triton"):
+        return "runs on GPUs only"
+    reason: str | None = _triton().unavailable(device)
+    return reason
+
+
+# Imported when a GPU asks: Triton takes time to import, and a machine without a GPU may not have it.
+def _triton() -> ModuleType:
+    return importlib.import_module("poc_kernels.kernels.triton")
+
+
+def _triton_project(*arguments: Any, **options: Any) -> Tensor:
+    result: Tensor = _triton().project(*arguments, **options)
+    return result
+
+
+def _triton_entries(*arguments: Any, **options: Any) -> Tensor:
+    result: Tensor = _triton().entries(*arguments, **options)
+    return result
+
+
 @functools.cache
 def backends() -> tuple[Backend, ...]:
     """Every backend of this installation, best first, whether or not this machine can run it."""
@@ -45,7 +78,8 @@ def backends() -> tuple[Backend, ...]:
         for name, supported in native.instruction_sets()
     )
     plain = Backend("reference", reference.project, reference.entries, unavailable=lambda device: None)
-    return (*natives, plain)
+    gpu = Backend("triton", _triton_project, _triton_entries, unavailable=_triton_unavailable)
+    return (*natives, gpu, plain)
 
 
 def verdict(backend: Backend, device: torch.device) -> list[str]:
@@ -66,7 +100,7 @@ def verdict(backend: Backend, device: torch.device) -> list[str]:
 
 
 def _choose(device: torch.device) -> Backend:
-    name = _forced or os.environ.get("POC_KERNELS_BACKEND")
+    name = _asked_for()
     candidates = [backend for backend in backends() if name in (None, "", backend.name)]
     if not candidates:
         names = ", ".join(backend.name for backend in backends())

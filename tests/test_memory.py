@@ -8,7 +8,7 @@ from poc_kernels import backends, definition, reference
 
 MIB = 1 << 20
 
-NATIVE = [backend for backend in backends.backends() if backend.name != "reference"]
+NATIVE = [backend for backend in backends.backends() if backend.name.startswith("native-")]
 RUNNABLE = [backend for backend in NATIVE if backend.unavailable(CPU) is None]
 
 

@@ -1,0 +1,79 @@
+"""Which tile a product takes on a GPU: a table. No choice changes a bit; they only change the time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+
+class Tile(NamedTuple):
+    """What one block of threads computes."""
+
+    columns: int
+    """Columns of P, that is, of y: a multiple of 16 * warps."""
+    rows: int
+    """Rows of x."""
+    warps: int
+    stages: int
+    """Panels of x in flight."""
+    run: int = 4
+    """Order of k: how many consecutive k a thread of the matrix unit holds, 4, 8 or 16."""
+
+
+_FEW = (16, 32, 64)
+"""Rows of the tiles for few rows: 64 columns, 4 warps."""
+
+# mma.sync: Triton hands a thread of int8 operands runs of 8 consecutive k, since 3.7 runs of 4.
+_SYNC_RUN = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7) else 4
+
+
+def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> dict[int, tuple[Tile, ...]]:
+    """Tiles by activation bits, fewest rows first; ``largest`` is (columns, rows, warps) for many rows."""
+    few = [(64, rows, 4) for rows in _FEW]
+    return {bits: tuple(Tile(*shape, stages, run) for shape in (*few, many)) for bits, many in largest.items()}
+
+
+# By compute capability, the largest that is not above the device's.
+_TABLE: dict[tuple[int, int], dict[int, tuple[Tile, ...]]] = {
+    (8, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=3, run=_SYNC_RUN),
+    (8, 6): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=_SYNC_RUN),  # less shared memory
+    (9, 0): _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=3, run=4),
+    (10, 0): _tiles({16: (128, 128, 8), 8: (128, 256, 8)}, stages=2, run=_SYNC_RUN),
+    (12, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=_SYNC_RUN),
+}
+
+# Products of float16 hold half as many k in the same registers and shared memory.
+_FP16_TILES = (Tile(64, 16, 4, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2))
+
+# Cards whose int8 rate is far below their float16 rate.
+_FP16 = {(10, 3)}
+
+BLOCKS_PER_MULTIPROCESSOR = 4
+"""How many blocks a product of few tiles is cut into, along K, for each multiprocessor."""
+
+
+def tiles(capability: tuple[int, int], activation_bits: int, arithmetic: str) -> tuple[Tile, ...]:
+    """The tiles for a device, fewest rows first."""
+    if arithmetic == "fp16":
+        return _FP16_TILES
+    known = max((key for key in _TABLE if key <= capability), default=min(_TABLE))
+    return _TABLE[known][activation_bits]
+
+
+def choose(capability: tuple[int, int], rows: int, activation_bits: int, arithmetic: str) -> Tile:
+    """The smallest tile that holds all rows, or the largest there is."""
+    candidates = tiles(capability, activation_bits, arithmetic)
+    return next((tile for tile in candidates if tile.rows >= rows), candidates[-1])
+
+
+def arithmetic(capability: tuple[int, int]) -> str:
+    """``int8``, or ``fp16`` where the same sums are faster from float16 products."""
+    return "fp16" if capability in _FP16 else "int8"
+
+
+def splits(tiles: int, panels: int, multiprocessors: int) -> int:
+    """Into how many parts of K to cut each of ``tiles`` tiles, so that there is work for every multiprocessor."""
+    if tiles >= multiprocessors:
+        return 1
+    return max(1, min(panels, BLOCKS_PER_MULTIPROCESSOR * multiprocessors // tiles))

@@ -1,0 +1,268 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: N803  (constants of a kernel are written in capitals; branches on them are no expressions)
+"""What the Triton kernels share: definition 1 on tiles (``docs/definition.md``; ``csrc/definition.h`` is its twin).
+
+Floats come and go as their bits, so that rows which are copied keep every bit and NaN is the one that is defined.
+Tables, two ways: `byte_perm` looks up four entries at once on NVIDIA; 64-bit constants shifted by 8 * index elsewhere.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+# The order of k in a panel of 128, of which 16 k are one call of Philox (t: call, w: word, i: byte; g: half a panel).
+# Matrix units want a thread to hold runs of 4 (or 8) consecutive k; these orders make such runs of whole words of one
+# call, so that what a thread draws is what it multiplies. k is summed away: the order changes no result.
+PANEL = tl.constexpr(128)
+
+FLOAT32 = tl.constexpr(0)
+BFLOAT16 = tl.constexpr(1)
+FLOAT16 = tl.constexpr(2)
+
+NOT_FINITE = tl.constexpr(128)
+"""The exponent of a row that holds a NaN or an infinity; others have at most 127."""
+_MIN_EXPONENT = tl.constexpr(-100)
+_NAN_BITS = tl.constexpr((0x7FC00000, 0x7FC0, 0x7E00))
+
+# ---- entries of P ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox(calls, columns, domain, seed):
+    """Philox4x32-10 of counters (calls, columns, domain, 0), which broadcast together: four tensors of uint32."""
+    c0, c1 = tl.broadcast(calls, columns)
+    c2 = tl.zeros_like(c0) + domain.to(tl.uint32, bitcast=True)
+    c3 = tl.zeros_like(c0)
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        wide0 = c0.to(tl.uint64) * 0xD2511F53
+        wide2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (wide2 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c1 = wide2.to(tl.uint32)
+        c2 = (wide0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c3 = wide0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _shifted_table(table: tl.constexpr, word, i: tl.constexpr):
+    """Byte i of a lookup: entry (word >> 4 * i) & 7 of a table of eight bytes."""
+    index = ((word >> (4 * i)) & 7).to(tl.uint64)
+    return ((table >> (8 * index)) & 255).to(tl.uint32)
+
+
+@triton.jit
+def half_entries(word, BYTE_PERM: tl.constexpr):
+    """The four v of a word as the bytes of an int32, first k lowest: e = 2 * v + 1, v is u or ~u."""
+    if BYTE_PERM:
+        w = word.to(tl.int32, bitcast=True)
+        indices = w & 0x77777777
+        a = libdevice.byte_perm(0x0B040200, 0x33271C17, indices)
+        b = libdevice.byte_perm(0x08050100, 0x48150F0B, indices >> 16)
+        signs = libdevice.byte_perm(w, w << 4, 0x9D8C)  # bits 3, 7, 11, 15, each through a whole byte
+        return (a + b) ^ signs
+    table_a: tl.constexpr = 0x33271C170B040200
+    table_b: tl.constexpr = 0x48150F0B08050100
+    v = tl.zeros_like(word)
+    for i in tl.static_range(4):
+        u = _shifted_table(table_a, word, i) + _shifted_table(table_b, word >> 16, i)
+        sign = ((word >> (4 * i + 3)) & 1) * 255
+        v |= (u ^ sign) << (8 * i)
+    return v.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def half_entry_tile(
+    panel,
+    first_column,
+    domain,
+    seed,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    RUN: tl.constexpr,
+    BYTE_PERM: tl.constexpr,
+):
+    """v [COLUMNS, PANEL] of columns first_column + 0..COLUMNS-1 as int8; k in the order of runs of RUN.
+
+    Columns are drawn in an order, of 8 a warp, that gives each thread of a matrix unit the rows that it multiplies.
+    """
+    halves: tl.constexpr = PANEL // 64
+    blocks: tl.constexpr = COLUMNS // (16 * WARPS)
+    calls = panel * (PANEL // 16) + tl.arange(0, halves)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    at = tl.arange(0, COLUMNS)
+    column = (at % 8) + at // (8 * WARPS) % 2 * 8 + at // 8 % WARPS * 16 + at // (16 * WARPS) * (16 * WARPS)
+    columns = (first_column + column).to(tl.uint32)[None, :, None]
+    w0, w1, w2, w3 = philox(calls.to(tl.uint32), columns, domain, seed)
+    v02 = tl.join(half_entries(w0, BYTE_PERM), half_entries(w2, BYTE_PERM))
+    v13 = tl.join(half_entries(w1, BYTE_PERM), half_entries(w3, BYTE_PERM))
+    words = tl.join(v02, v13)
+    bytes02 = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    bytes13 = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    # [g, (block, 8s, warp, column), t, w / 2, w % 2, i]
+    v = tl.reshape(tl.join(bytes02, bytes13), [halves, blocks, 2, WARPS, 8, 4, 2, 2, 4])
+    if RUN == 4:
+        v = tl.permute(v, (1, 3, 2, 4, 0, 6, 7, 5, 8))
+    elif RUN == 16:
+        v = tl.permute(v, (1, 3, 2, 4, 0, 5, 6, 7, 8))
+    else:
+        v = tl.permute(v, (1, 3, 2, 4, 0, 6, 5, 7, 8))
+    return tl.reshape(v, [COLUMNS, PANEL])
+
+
+@triton.jit
+def fp16_of(byte):
+    """Signed bytes, as int32 or int8, in float16: exact. 1024 plus a byte has the byte at its end."""
+    shifted = (byte.to(tl.int16) + 128) | 0x6400
+    return shifted.to(tl.float16, bitcast=True) - 1152.0
+
+
+@triton.jit
+def position_of_quad(quad, RUN: tl.constexpr):
+    """Where the four k of ``quad`` = k // 4 lie, in quads, in the order of `half_entry_tile`."""
+    call = quad // 4 % 4
+    word = quad % 4
+    if RUN == 4:
+        return quad // 16 * 16 + word * 4 + call
+    if RUN == 16:
+        return quad
+    return quad // 16 * 16 + word // 2 * 8 + call * 2 + word % 2
+
+
+# ---- floats and their bits -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def widen(bits, DTYPE: tl.constexpr):
+    """The float32 values of the bits (int32 or int16) of a dtype."""
+    if DTYPE == FLOAT32:
+        return bits.to(tl.float32, bitcast=True)
+    if DTYPE == BFLOAT16:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def round_to_bits(value, DTYPE: tl.constexpr):
+    """The bits of float32 values, none of them NaN, rounded to a dtype: nearest, halves to even, subnormals kept."""
+    bits = value.to(tl.int32, bitcast=True)
+    if DTYPE == FLOAT32:
+        return bits
+    if DTYPE == BFLOAT16:
+        wide = value.to(tl.uint32, bitcast=True)
+        return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).to(tl.int16)
+    return value.to(tl.float16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2**exponent in float32, for -126 <= exponent <= 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+# ---- activations and result ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_exponent(largest):
+    """E of a row whose largest magnitude has these float32 bits, or NOT_FINITE."""
+    return tl.maximum((largest >> 23) - 127, _MIN_EXPONENT)
+
+
+@triton.jit
+def round_activation(x, scale):
+    """rint(x * scale) as int32, halves to even, for results within 2**21; 1.5 * 2**23 shifts the point to the end."""
+    return (x * scale + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def rounded_sum(high, low, sum_of_q, TWO_LIMBS: tl.constexpr):
+    """float32(T), T = 2 * (256 * high + low) + sum(q), of up to 40 bits, rounded once, in 32-bit arithmetic.
+
+    T = 512 * top + rest. Below 2**33 the top is exact in float32 and the one rounding is that of the sum. Beyond, the
+    last bits matter only by not being zero: T >> 8 has 26 bits or more of which float32 rounds off at least two.
+    """
+    if not TWO_LIMBS:
+        return (2 * low + sum_of_q).to(tl.float32)  # below 2**31
+    half = low + (sum_of_q >> 1)
+    top = high + (half >> 8)
+    rest = (half & 255) * 2 + (sum_of_q & 1)
+    exact = top.to(tl.float32) * 512.0 + rest.to(tl.float32)
+    sticky = (top * 2 + (rest >> 8)) | ((rest & 255) != 0).to(tl.int32)
+    return tl.where(tl.abs(top) < 1 << 24, exact, sticky.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """The bits of y: of x where the row is not wanted, NaN where it is not finite."""
+    scale = power_of_two(tl.where(exponent == NOT_FINITE, 0, exponent) - SHIFT)
+    g = (total * coefficient) * scale
+    y = round_to_bits(tl.where(is_residual, widen(x_bits, DTYPE) + g, g), DTYPE)
+    nan = tl.full([], _NAN_BITS[DTYPE], tl.int32).to(y.dtype)
+    y = tl.where(exponent == NOT_FINITE, nan, y)
+    return tl.where(wanted, y, x_bits)
+
+
+@triton.jit
+def wanted_rows(row_mask, row, masked_rows):
+    """Which rows the mask, of masked_rows int8 (0: there is none), lets be projected."""
+    return tl.load(row_mask + row, mask=row < masked_rows, other=1) != 0
+
+
+@triton.jit
+def _halves(tile, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, [COLUMNS, 2, ROWS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def finish_tile(
+    x,
+    exponents,
+    sums,
+    row_mask,
+    y,
+    coefficient,
+    high,
+    low,
+    first_row,
+    first_column,
+    rows,
+    row_stride,
+    columns,
+    column_start,
+    residual_columns,
+    masked_rows,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """y from the sums of a tile [COLUMNS, ROWS], 32 rows at a time: more would not fit the registers."""
+    if ROWS > 32:
+        high0, high1 = _halves(high, COLUMNS, ROWS)
+        low0, low1 = _halves(low, COLUMNS, ROWS)
+        finish_tile(
+            *(x, exponents, sums, row_mask, y, coefficient, high0, low0, first_row, first_column, rows, row_stride),
+            *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS // 2),
+        )
+        finish_tile(
+            *(x, exponents, sums, row_mask, y, coefficient, high1, low1, first_row + ROWS // 2, first_column),
+            *(rows, row_stride, columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS // 2),
+        )
+    else:
+        column = first_column + tl.arange(0, COLUMNS)
+        row = first_row + tl.arange(0, ROWS)
+        in_rows = row < rows
+        inside = (column < columns)[:, None] & in_rows[None, :]
+        is_residual = (column < residual_columns)[:, None]
+        sum_of_q = tl.load(sums + row, mask=in_rows, other=0)[None, :]
+        exponent = tl.load(exponents + row, mask=in_rows, other=0)[None, :]
+        x_at = x + row.to(tl.int64)[None, :] * row_stride + (column_start + column)[:, None]
+        x_bits = tl.load(x_at, mask=inside & is_residual, other=0)
+        total = rounded_sum(high, low, sum_of_q, BITS == 16)
+        shift: tl.constexpr = 13 if BITS == 16 else 6
+        wanted = wanted_rows(row_mask, row, masked_rows)[None, :]
+        bits = result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, shift, DTYPE)
+        tl.store(y + row.to(tl.int64)[None, :] * columns + column[:, None], bits, mask=inside)
