@@ -9,7 +9,7 @@ DEVICE ?= cpu
 MODEL ?=
 RESULT ?= bench/results/projection-cpu
 ROUND_RESULT ?= bench/results/round-$(DEVICE)
-GPU_TESTS := $(wildcard tests/test_*.py) tests/kernels tests/protocol tests/serving/test_engine.py
+GPU_CHECK_OUT ?= bench/results
 gpu-check: DEVICE = cuda
 
 .PHONY: demo test lint format bench bench-projection bench-round gpu-check clean
@@ -49,15 +49,12 @@ bench-round: $(VENV)/installed-dev
 
 # On a machine with a GPU and perhaps no network, into PYTHON's own packages, which have torch, transformers, the build's
 # needs (pybind11, scikit-build-core, cmake, ninja) and the tests' (pytest, pytest-benchmark, hypothesis, scipy,
-# matplotlib). WHEELS is a folder with wheels of what they lack.
+# matplotlib). WHEELS is a folder with wheels of what they lack. Known answers, tests marked gpu, compute-sanitizer and
+# both benchmarks, in 10 minutes after the build; results in the folder GPU_CHECK_OUT.
 gpu-check:
 	$(if $(WHEELS),$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) -P -m poc_kernels.cli verify
-	$(PYTHON) -P -m pytest -m gpu -rs $(GPU_TESTS)
-	mkdir -p $(dir $(ROUND_RESULT))
-	$(PYTHON) -P -m pytest bench/test_round_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
-	$(PYTHON) bench/round_report.py $(ROUND_RESULT).json
+	$(PYTHON) -P bench/gpu_check.py $(GPU_CHECK_OUT) --device $(DEVICE) --round-args="$(ROUND_ARGS)"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -53,9 +53,9 @@ def _version(distribution: str) -> str | None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the round's suite; the projection's runs on the CPU."""
-    group = parser.getgroup("round benchmark")
-    group.addoption("--bench-device", choices=["cpu", "cuda"], default="cpu", help="where the round's models run")
+    """Where suites run and the cases of the round; test_projection_speed always takes the CPU."""
+    group = parser.getgroup("benchmarks")
+    group.addoption("--bench-device", choices=["cpu", "cuda"], default="cpu", help="where the calls run")
     group.addoption("--bench-dtype", choices=["float32", "bfloat16", "float16"], help="float32; bfloat16 on a GPU")
     group.addoption("--bench-cases", help="MODEL[:LAYERS]@BATCHxSEQ,... with MODEL demo, qwen3-0.6b or qwen3-8b")
 
@@ -82,6 +82,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "python": f"{machine_info['python_implementation']} {machine_info['python_implementation_version']}",
         "torch": torch.__version__,
         "transformers": _version("transformers"),
+        "triton": _version("triton"),
         "gpu": _gpu() if device.type == "cuda" else None,
     }
     machine_info.clear()

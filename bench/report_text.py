@@ -15,9 +15,24 @@ def milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else figures(1e3 * seconds)
 
 
+def size(count: float) -> str:
+    """Bytes in the largest unit that they fill."""
+    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= unit_bytes:
+            return f"{figures(count / unit_bytes)} {unit}"
+    return f"{count} bytes"
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---:"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gpu_line(gpu: dict[str, Any]) -> str:
+    return (
+        f"- GPU: {gpu['name']}, {size(gpu['memory_bytes'])}, compute capability {gpu['compute_capability']}, "
+        f"driver {gpu['driver']}, CUDA {gpu['cuda']}"
+    )
 
 
 def header(results: dict[str, Any]) -> str:

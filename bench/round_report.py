@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from report_text import figures, header, milliseconds, table
+from report_text import figures, gpu_line, header, milliseconds, size, table
 from round_results import GOALS, PARTS, Batch, Case, Difference, Goal, Spread, applies, judge, read_cases, spread
 
 _COLOURS = {"inputs": "tab:gray", "projection": "tab:red", "forward": "tab:blue", "distance": "tab:olive"}
@@ -22,13 +22,6 @@ _REST = "between parts"
 
 def _percent(value: float) -> str:
     return f"{figures(100 * value)} %"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{figures(count / size)} {unit}"
-    return f"{count} bytes"
 
 
 def _spread(value: Spread, scale: float) -> str:
@@ -55,12 +48,7 @@ def _difference(value: Difference, scale: float) -> str:
 def _hardware(machine: dict[str, Any]) -> str:
     lines = [f"- transformers {machine['transformers']}"]
     if machine["gpu"] is not None:
-        gpu = machine["gpu"]
-        lines.insert(
-            0,
-            f"- GPU: {gpu['name']}, {_bytes(gpu['memory_bytes'])}, compute capability {gpu['compute_capability']}, "
-            f"driver {gpu['driver']}, CUDA {gpu['cuda']}",
-        )
+        lines.insert(0, gpu_line(machine["gpu"]))
     return "\n".join(lines)
 
 
@@ -117,7 +105,7 @@ def _memory_row(case: Case) -> list[str]:
         case.model,
         str(case.hidden_size),
         "0",
-        *(_bytes(memory[name]) for name in ("held", "result", "workspace", "stored")),
+        *(size(memory[name]) for name in ("held", "result", "workspace", "stored")),
     ]
 
 

@@ -1,17 +1,43 @@
-"""On a GPU: the backends that serve there give the definition's bits."""
+"""On a GPU: the backends that serve there give the definition's bits, however they are called."""
+
+import itertools
 
 import pytest
 import torch
-from helpers import DTYPES, PLAIN, assert_same_bits, expected, project, rows_of_every_kind
+from helpers import (
+    CPU,
+    DTYPES,
+    LAYOUTS,
+    PLAIN,
+    assert_same_bits,
+    expected,
+    laid_out,
+    project,
+    rows_of_every_kind,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vectors import VECTORS
 
-from poc_kernels import RandomProjection, backends, self_test
+from poc_kernels import (
+    RandomProjection,
+    backends,
+    definition,
+    projection_entries,
+    projection_matrix,
+    random_projection,
+    residual_projection,
+    seed_tensor,
+    self_test,
+)
+from poc_kernels.protocol import inputs
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 GPU = torch.device("cuda", 0)
+SHAPES = [(1, 1), (1, 1000), (3, 63), (17, 64), (33, 129), (64, 1000), (65, 2048), (200, 515), (300, 4096)]
 
 
 def test_the_reference_gives_the_vectors():
@@ -20,6 +46,11 @@ def test_the_reference_gives_the_vectors():
 
 def test_the_chosen_backend_gives_the_vectors():
     assert self_test.wrong_answers(backends.select(GPU), GPU, VECTORS) == []
+
+
+def test_triton_serves_where_it_is_installed():
+    pytest.importorskip("triton")
+    assert backends.select(GPU).name == "triton"
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -38,3 +69,201 @@ def test_a_round_on_the_gpu():
     assert projections.seed.device == GPU
     y = projections.post(projections.pre(x.to(GPU)))
     assert_same_bits(y, expected(expected(x, seed=5), seed=5, domain=1))
+
+
+# ---- the chosen backend against the CPU ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_shapes(rows, k, dtype, bits):
+    x = rows_of_every_kind(rows, k, dtype, rows + k)
+    seed = seed_tensor(-3)
+    y = residual_projection(x.to(GPU), seed.to(GPU), activation_bits=bits)
+    assert_same_bits(y, residual_projection(x, seed, activation_bits=bits))
+    y = random_projection(x.to(GPU), seed.to(GPU), 77, domain=2, activation_bits=bits, column_start=2**32 - 100)
+    assert_same_bits(y, random_projection(x, seed, 77, domain=2, activation_bits=bits, column_start=2**32 - 100))
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_random_calls(data):
+    rows, k = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 700))
+    dtype, bits = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([16, 8]))
+    seed = seed_tensor(data.draw(st.integers(-(2**63), 2**63 - 1)))
+    start = data.draw(st.integers(0, k - 1))
+    mask = torch.rand(rows, generator=torch.Generator().manual_seed(k)) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    options = {
+        "domain": data.draw(st.integers(0, 2**32 - 1)),
+        "std": data.draw(st.floats(1e-6, 1e3)),
+        "activation_bits": bits,
+        "column_start": start,
+        "columns": data.draw(st.integers(1, k - start)),
+    }
+    x = laid_out(rows_of_every_kind(rows, k, dtype, rows), data.draw(st.sampled_from(LAYOUTS)))
+    storage = torch.empty(0, dtype=dtype).set_(x.untyped_storage()).to(GPU)
+    moved = storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    y = residual_projection(moved, seed.to(GPU), row_mask=mask.to(GPU), **options)
+    assert_same_bits(y, residual_projection(x, seed, row_mask=mask, **options))
+
+
+def test_entries_and_matrices():
+    seed = seed_tensor(11)
+    for window in [(0, 0, 64, 0, 64), (1, 5, 100, 7, 33), (2**32 - 1, 65500, 36, 2**32 - 10, 9), (3, 0, 1, 0, 1)]:
+        assert_same_bits(projection_entries(seed.to(GPU), *window), projection_entries(seed, *window))
+        for dtype in DTYPES:
+            matrix = projection_matrix(seed.to(GPU), *window, dtype=dtype)
+            assert_same_bits(matrix, projection_matrix(seed, *window, dtype=dtype))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_row_does_not_depend_on_its_batch(bits):
+    x, seed = rows_of_every_kind(300, 1000, torch.bfloat16, 4).to(GPU), seed_tensor(5, GPU)
+    whole = residual_projection(x, seed, activation_bits=bits)
+    for rows in (1, 2, 16, 17, 64, 65, 128, 129, 299):
+        assert_same_bits(residual_projection(x[:rows], seed, activation_bits=bits), whole[:rows], f"{rows} rows")
+    assert_same_bits(residual_projection(x[123:124], seed, activation_bits=bits), whole[123:124])
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_shards_make_the_whole(rows, bits):
+    x, seed = rows_of_every_kind(rows, 1000, torch.float16, 6).to(GPU), seed_tensor(5, GPU)
+    whole = residual_projection(x, seed, activation_bits=bits)
+    for count in (2, 3, 7):
+        edges = [1000 * i // count for i in range(count + 1)]
+        shards = [
+            residual_projection(x, seed, activation_bits=bits, column_start=a, columns=b - a)
+            for a, b in itertools.pairwise(edges)
+        ]
+        assert_same_bits(torch.cat(shards, dim=1), whole, f"{count} shards")
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("rows", [5, 150])
+def test_no_configuration_changes_a_bit(rows, bits):
+    triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton")
+    from poc_kernels.kernels import triton_configs
+
+    x = rows_of_every_kind(rows, 1300, torch.bfloat16, 7)
+    y = expected(x, activation_bits=bits)
+    for arithmetic in ("int8", "fp16"):
+        for tile in triton_configs.tiles(torch.cuda.get_device_capability(GPU), bits):
+            for splits in (1, 2, 5):
+                calls = triton.project(
+                    x.to(GPU),
+                    seed_tensor(7, GPU),
+                    domain=0,
+                    coefficient=definition.coefficient(0.01),
+                    activation_bits=bits,
+                    row_mask=None,
+                    column_start=0,
+                    columns=1300,
+                    residual=True,
+                    tile=tile,
+                    splits=splits,
+                    arithmetic=arithmetic,
+                )
+                assert_same_bits(calls, y, f"{tile}, {splits} splits, {arithmetic}")
+
+
+# ---- forms of a call -----------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    x, seed = rows_of_every_kind(5, 40, torch.bfloat16, 1).nan_to_num(0, 1, -1).to(GPU), seed_tensor(9, GPU)
+    ops = torch.ops.poc_kernels
+    torch.library.opcheck(ops.residual_projection, (x, seed), {"activation_bits": 8})
+    torch.library.opcheck(ops.random_projection, (x, seed, 70))
+    torch.library.opcheck(ops.projection_entries, (seed, 0, 3, 40, 5, 60))
+    torch.library.opcheck(ops.projection_matrix, (seed, 0, 3, 40, 5, 60))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fullgraph_serves_every_seed_without_recompiling(backend):
+    if backend == "inductor":
+        pytest.importorskip("triton")
+    x = rows_of_every_kind(6, 40, torch.float32, 2)
+    compiled = torch.compile(lambda x, seed: residual_projection(2 * x, seed), fullgraph=True, backend=backend)
+    compiled(x.to(GPU), seed_tensor(0, GPU))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, -5, 2**62):
+            y = compiled(x.to(GPU), seed_tensor(seed, GPU))
+            assert_same_bits(y, residual_projection(2 * x, seed_tensor(seed)), f"seed {seed}")
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_a_captured_graph_replays_with_a_new_seed_and_new_rows(rows, bits):
+    if backends.select(GPU).name == "reference":
+        pytest.skip("the reference moves constants to the GPU, which no graph captures")
+    x, seed = torch.zeros(rows, 512, dtype=torch.bfloat16, device=GPU), seed_tensor(0, GPU)
+    side = torch.cuda.Stream(GPU)
+    side.wait_stream(torch.cuda.current_stream(GPU))
+    with torch.cuda.stream(side):
+        residual_projection(x, seed, activation_bits=bits)  # compiles
+    torch.cuda.current_stream(GPU).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = residual_projection(x, seed, activation_bits=bits)
+    for value in (1, -7, 2**63 - 1):
+        new = rows_of_every_kind(rows, 512, torch.bfloat16, value % 100)
+        x.copy_(new)
+        seed.fill_(value)
+        graph.replay()
+        assert_same_bits(y, residual_projection(new, seed_tensor(value), activation_bits=bits), f"seed {value}")
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_two_streams_at_once(rows):
+    batches = [rows_of_every_kind(rows, 1000, torch.bfloat16, 8 + i) for i in range(2)]
+    wanted = [residual_projection(batch, seed_tensor(i)) for i, batch in enumerate(batches)]
+    moved = [batch.to(GPU) for batch in batches]
+    seeds = [seed_tensor(i, GPU) for i in range(2)]
+    streams = [torch.cuda.Stream(GPU) for _ in range(2)]
+    torch.cuda.synchronize(GPU)
+    results: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(residual_projection(moved[i], seeds[i]))
+    torch.cuda.synchronize(GPU)
+    for i, wanted_of_stream in enumerate(wanted):
+        for turn, y in enumerate(results[i]):
+            assert_same_bits(y, wanted_of_stream, f"stream {i}, turn {turn}")
+
+
+def test_a_call_waits_for_what_its_own_stream_does_first():
+    x, seed = rows_of_every_kind(40, 1000, torch.float32, 3), seed_tensor(4, GPU)
+    moved, busy = torch.zeros(40, 1000, device=GPU), torch.ones(4096, 4096, device=GPU)
+    stream = torch.cuda.Stream(GPU)
+    torch.cuda.synchronize(GPU)
+    with torch.cuda.stream(stream):
+        for _ in range(10):
+            busy = (busy @ busy).clamp_(max=1.0)
+        moved.copy_(x)
+        y = residual_projection(moved, seed)
+    stream.synchronize()
+    assert_same_bits(y, residual_projection(x, seed_tensor(4)))
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("seq_len", "dim"), [(1, 1), (3, 33), (64, 1000), (256, 4096)])
+def test_inputs_have_the_bits_of_the_cpu(seq_len, dim, dtype):
+    nonces = [5, 0, 2**40]
+    drawn = inputs.nonce_inputs("block", "key", nonces, seq_len, dim, GPU, dtype)
+    assert_same_bits(drawn, inputs.nonce_inputs("block", "key", nonces, seq_len, dim, CPU, dtype))
+
+
+def test_permutations_are_those_of_the_cpu():
+    drawn = inputs.permutations("block", "key", [3, 1], 50_021, GPU)
+    assert torch.equal(drawn.cpu(), inputs.permutations("block", "key", [3, 1], 50_021))
+
+
+def test_triton_draws_where_it_is_installed():
+    pytest.importorskip("triton")
+    assert inputs._kernels(GPU).__name__ == "poc_kernels.kernels.triton_inputs"

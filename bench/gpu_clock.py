@@ -1,0 +1,117 @@
+"""Times of calls on a GPU: one round runs every call once, from graphs, between events, from a cold L2 where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+_FLUSH_BYTES = 2**28
+"""More than any L2 holds."""
+PROFILED_CALLS = 3
+
+
+@contextlib.contextmanager
+def captured(calls: dict[str, Call], device: torch.device) -> Iterator[dict[str, Call]]:
+    """Each call as the replay of a CUDA graph of it; on a CPU the calls themselves.
+
+    A launch from Python takes longer than a kernel for a few rows. What serves models replays graphs as well.
+    """
+    if device.type != "cuda":
+        yield calls
+        return
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    kept = []
+    for name, call in calls.items():
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            call()  # compiles, and fills caches
+        torch.cuda.current_stream(device).wait_stream(side)
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            kept.append(call())
+    try:
+        yield {name: graph.replay for name, graph in graphs.items()}
+    finally:
+        torch.cuda.synchronize(device)
+        graphs.clear()
+        kept.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class Clock:
+    """Runs calls in turns and times each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flush = None
+        if device.type == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def _once(self, calls: list[Call], cold: bool) -> list[float]:
+        if self._flush is None:
+            return [self._seconds(call) for call in calls]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+        for call, (start, end) in zip(calls, events, strict=True):
+            if cold:
+                self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self._device)
+        return [1e-3 * start.elapsed_time(end) for start, end in events]
+
+    @staticmethod
+    def _seconds(call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def interleaved(
+        self, calls: dict[str, Call], seconds: float, least: int, most: int, cold: bool
+    ) -> dict[str, list[float]]:
+        """Seconds of each call in each of ``least`` to ``most`` rounds, as many as fit into ``seconds``."""
+        names = list(calls)
+        start = time.perf_counter()
+        self._once([calls[name] for name in names], cold)
+        rounds = min(max(int(seconds / max(time.perf_counter() - start, 1e-6)), least), most)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(rounds):
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            for name, value in zip(order, self._once([calls[name] for name in order], cold), strict=True):
+                times[name].append(value)
+        return times
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return {"median": statistics.median(samples), "p10": deciles[0], "p90": deciles[-1]}
+
+
+def kernel_seconds(call: Call, device: torch.device) -> dict[str, float]:
+    """Mean time of each kernel of a call, by name; empty on a CPU, and where the driver does not allow profiling."""
+    if device.type != "cuda":
+        return {}
+    call()
+    torch.cuda.synchronize(device)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(PROFILED_CALLS):
+                call()
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return {}
+    return {
+        event.key: 1e-6 * event.self_device_time_total / PROFILED_CALLS
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    }

@@ -1,0 +1,260 @@
+"""python bench/gpu_report.py RESULTS.json: tables and a plot of a run on a GPU beside its JSON; prints a short one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from report_text import figures, gpu_line, header, milliseconds, size, table
+
+_FORMS = {
+    "op_16": ("op, 16 bits", "tab:blue", "o"),
+    "op_8": ("op, 8 bits", "tab:orange", "s"),
+    "normals": ("normals drawn in a product", "tab:gray", "^"),
+}
+_ELEMENT_BYTES = 2  # of bfloat16
+
+_GOALS = (
+    ("op_16", "D = 8192, M <= 64", lambda case: case.size == 8192 and case.rows <= 64, 2.5),
+    ("op_8", "D = 8192, M <= 64", lambda case: case.size == 8192 and case.rows <= 64, 2.5),
+    ("op_16", "M >= 2048", lambda case: case.rows >= 2048, 0.8),
+    ("op_8", "M >= 2048", lambda case: case.rows >= 2048, 1.4),
+)
+"""Speed against stored P that an H200 is meant to reach."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the device did in the same run, at its best."""
+
+    copy_bytes: float
+    """Bytes read and written in a second."""
+    multiply_adds: float
+    """In bfloat16, in a second."""
+    generation: dict[int, float]
+    """Seconds to draw P in order to store it, by D."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``size`` is D, ``rows`` is M; seconds and speeds have median, p10 and p90."""
+
+    size: int
+    rows: int
+    cold: bool
+    graphs: bool
+    rounds: int
+    backend: str
+    seconds: dict[str, dict[str, float]]
+    speedups: dict[str, dict[str, float]]
+    """Stored / form, by form."""
+    kernels: dict[str, dict[str, float]]
+    workspace: dict[str, int | None]
+    held: dict[str, int]
+
+    def median(self, name: str) -> float | None:
+        """Seconds of a form, None if it was not measured."""
+        return self.seconds[name]["median"] if name in self.seconds else None
+
+    def share_of_ceiling(self, name: str, bounds: Bounds) -> float:
+        """The least time that copying and multiplying at the device's measured rates take, over the time taken."""
+        moved = 2 * self.rows * self.size * _ELEMENT_BYTES + (self.held["stored"] if name == "stored" else 0)
+        # Two products of bytes for each of the op's at 16 bits; bytes have twice the rate of bfloat16.
+        work = self.rows * self.size**2 * (0.5 if name == "op_8" else 1.0)
+        floor = max(work / bounds.multiply_adds, moved / bounds.copy_bytes)
+        return floor / self.seconds[name]["median"]
+
+    def quantise_share(self, name: str) -> float | None:
+        """Part of the kernels' time that goes into rounding x, None if it was not measured."""
+        kernels = self.kernels[name]
+        quantise = sum(seconds for kernel, seconds in kernels.items() if "quantise" in kernel)
+        return quantise / sum(kernels.values()) if quantise else None
+
+
+def read(results: dict[str, Any]) -> tuple[list[Case], Bounds | None]:
+    """Cases by D and M, and the bounds, of a pytest-benchmark result."""
+    cases, bounds = [], []
+    for bench in results["benchmarks"]:
+        info = dict(bench["extra_info"])
+        if bench["group"] == "projection-gpu":
+            cases.append(Case(size=info.pop("D"), rows=info.pop("M"), **info))
+        if bench["group"] == "bounds-gpu":
+            bounds.append(info)
+    best = Bounds(
+        copy_bytes=max((info["copy_bytes_per_second"] for info in bounds), default=0.0),
+        multiply_adds=max((info["product_multiply_adds_per_second"] for info in bounds), default=0.0),
+        generation={info["D"]: info["generation_seconds"] for info in bounds},
+    )
+    return sorted(cases, key=lambda case: (case.size, case.rows)), best if bounds else None
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else figures(value)
+
+
+def _speedup(case: Case, name: str) -> str:
+    ratio = case.speedups.get(name)
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}-{ratio['p90']:.2f})"
+
+
+def _once_a_round(case: Case, bounds: Bounds | None) -> str:
+    """Stored and drawn for one use / op."""
+    if bounds is None or case.size not in bounds.generation:
+        return ""
+    return figures((case.seconds["stored"]["median"] + bounds.generation[case.size]) / case.seconds["op_16"]["median"])
+
+
+_COLUMNS = (
+    *("D", "M", "op 16, ms", "op 8, ms", "stored, ms", "normals, ms"),
+    *("stored / op 16 (p10-p90)", "stored / op 8 (p10-p90)", "stored + drawn once / op 16"),
+    *("ceiling: op 16", "op 8", "stored", "quantise / op 16", "P stored", "P held by the op", "workspace 16", "rounds"),
+)
+
+
+def _row(case: Case, bounds: Bounds | None) -> list[str]:
+    shares = [
+        "" if bounds is None else f"{case.share_of_ceiling(name, bounds):.2f}" for name in ("op_16", "op_8", "stored")
+    ]
+    workspace = case.workspace["op_16"]
+    return [
+        str(case.size),
+        f"{case.rows}{' (cold)' if case.cold else ''}",
+        *(milliseconds(case.median(name)) for name in ("op_16", "op_8", "stored", "normals")),
+        _speedup(case, "op_16"),
+        _speedup(case, "op_8"),
+        _once_a_round(case, bounds),
+        *shares,
+        _number(case.quantise_share("op_16")),
+        size(case.held["stored"]),
+        size(case.held["op"]),
+        "" if workspace is None else size(workspace),
+        str(case.rounds),
+    ]
+
+
+_NOTE = """\
+Times are medians, of replays of CUDA graphs, so that launches from Python are not in them. "Cold" cases start from an
+L2 without P or x. Stored is torch.addmm with P in bfloat16. A ratio is the median over rounds with its 10th and 90th
+percentile: above 1 the op is faster. "Stored + drawn once" adds the time to draw P into memory, for a round that uses
+it once. Normals: P drawn by tl.randn inside a product. Ceiling: the least time that the multiply-adds at the measured
+bfloat16 rate (twice that for the op at 8 bits) or the bytes at the measured copy rate take, over the time taken.
+Quantise is its part of the kernels' time, by the profiler; empty where that was not allowed."""
+
+
+def _bounds_text(bounds: Bounds) -> str:
+    drawn = ", ".join(f"D = {size}: {milliseconds(seconds)} ms" for size, seconds in sorted(bounds.generation.items()))
+    return "\n".join(
+        [
+            f"- copy: {figures(bounds.copy_bytes / 1e9)} GB/s, read and written",
+            f"- bfloat16 product: {figures(bounds.multiply_adds / 1e12)} T multiply-adds/s",
+            f"- P drawn into memory: {drawn}",
+        ]
+    )
+
+
+def goals(cases: list[Case]) -> list[str]:
+    """One line for each goal: the slowest case, or that none was measured."""
+    lines = []
+    for name, where, applies, least in _GOALS:
+        judged = [case for case in cases if applies(case)]
+        label = f"{_FORMS[name][0]}, {where}: at least {least} times the speed of stored"
+        if not judged:
+            lines.append(f"- {label}: not measured")
+            continue
+        worst = min(judged, key=lambda case: case.speedups[name]["median"])
+        value = worst.speedups[name]["median"]
+        verdict = "met" if value >= least else "NOT met"
+        lines.append(f"- {label}: {verdict}, at worst {value:.2f} (D = {worst.size}, M = {worst.rows})")
+    return lines
+
+
+def markdown(results: dict[str, Any], plot: str) -> str:
+    """The report of a result; ``plot`` is the file name of its plot."""
+    cases, bounds = read(results)
+    machine = results["machine_info"]
+    gpu = "- no GPU: a rehearsal on a CPU" if machine["gpu"] is None else gpu_line(machine["gpu"])
+    parts = [
+        "# x + x @ P on a GPU: drawn in the product against stored",
+        f"{gpu}\n- Triton {machine['triton']}\n{header(results)}",
+        f"![stored / op by M]({plot})",
+        table(_COLUMNS, (_row(case, bounds) for case in cases)),
+        _NOTE if all(case.graphs for case in cases) else f"{_NOTE} **Not here: these calls are from Python.**",
+    ]
+    if bounds is not None:
+        parts += ["## What bounds it", _bounds_text(bounds)]
+    parts += ["## Goals, on an H200", "\n".join(goals(cases))]
+    return "\n\n".join(parts) + "\n"
+
+
+def short(results: dict[str, Any]) -> str:
+    """The speed of each case against stored P, and the goals, in a few lines for a terminal."""
+    cases, _ = read(results)
+    lines = [f"backend {', '.join(sorted({case.backend for case in cases}))}; times in ms, x: speed against stored"]
+    lines.append(f"{'D':>6}{'M':>7}{'stored':>9}{'op 16':>9}{'x':>6}{'op 8':>9}{'x':>6}{'normals':>9}")
+    for case in cases:
+        ratios = [f"{case.speedups[name]['median']:.2f}" for name in ("op_16", "op_8")]
+        times = [milliseconds(case.median(name)) for name in ("stored", "op_16", "op_8", "normals")]
+        lines.append(
+            f"{case.size:>6}{case.rows:>7}{times[0]:>9}{times[1]:>9}{ratios[0]:>6}{times[2]:>9}{ratios[1]:>6}{times[3]:>9}"
+        )
+    return "\n".join([*lines, *goals(cases)])
+
+
+# ---- plot --------------------------------------------------------------------------------------------------------
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Write stored / form by M, a panel for each D, to ``path``; shades are the 10th to 90th percentile."""
+    cases, _ = read(results)
+    sizes = sorted({case.size for case in cases})
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(max(4.0 * len(sizes), 6), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, columns in zip(panels[0], sizes, strict=True):
+        for name, (label, colour, marker) in _FORMS.items():
+            line = [case for case in cases if case.size == columns and name in case.speedups]
+            rows, ratios = [case.rows for case in line], [case.speedups[name] for case in line]
+            axes.plot(rows, [ratio["median"] for ratio in ratios], color=colour, marker=marker, label=label)
+            axes.fill_between(
+                rows, [r["p10"] for r in ratios], [r["p90"] for r in ratios], color=colour, alpha=0.2, linewidth=0
+            )
+        axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("rows M")
+        axes.set_title(f"D = {columns}")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].set_ylabel("speed against stored P in bfloat16")
+    panels[0][0].legend(loc="best")
+    machine = results["machine_info"]
+    figure.suptitle(machine["cpu"] if machine["gpu"] is None else machine["gpu"]["name"])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write RESULTS.md and RESULTS.png beside RESULTS.json, and print the short table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="JSON that pytest --benchmark-json wrote")
+    path = parser.parse_args().results
+    results = json.loads(path.read_text())
+    if not read(results)[0]:
+        parser.error(f"{path} holds no benchmarks of the projection on a GPU")
+    picture = path.with_suffix(".png")
+    plot(results, picture)
+    path.with_suffix(".md").write_text(markdown(results, picture.name))
+    print(short(results))
+
+
+if __name__ == "__main__":
+    main()

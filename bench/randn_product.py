@@ -1,0 +1,70 @@
+"""The common way to draw P inside a product, as a peer: tl.randn, one Philox call for each entry, rounded to x's dtype.
+
+The result depends on nothing but seed and place, as the op's does, but its sums are floating point.
+"""
+# ruff: noqa: N803  (constants of a kernel are written in capitals)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _entries(seed, k, n, n_total, std, dtype: tl.constexpr):
+    return (tl.randn(seed, k[:, None] * n_total + n[None, :]) * std).to(dtype)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def randn_product_kernel(
+    x, y, m_total, seed, std, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr
+):
+    """y [m, k] = x + x @ P, x [m, k]; a tile of P [INNER, COLUMNS] is drawn for every tile of rows."""
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, INNER)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, SIZE, INNER):
+        k = start + inner
+        rows = tl.load(x + m[:, None] * SIZE + k[None, :], mask=(m[:, None] < m_total) & (k[None, :] < SIZE), other=0.0)
+        sums = tl.dot(rows, _entries(seed, k, n, SIZE, std, x.dtype.element_ty), sums)
+    at = m[:, None] * SIZE + n[None, :]
+    inside = (m[:, None] < m_total) & (n[None, :] < SIZE)
+    tl.store(
+        y + at, (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + sums).to(y.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit(do_not_specialize=["seed"])
+def randn_matrix_kernel(p, seed, std, SIZE: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr):
+    """P itself, to check the product with."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.program_id(1) * INNER + tl.arange(0, INNER)
+    inside = (k[:, None] < SIZE) & (n[None, :] < SIZE)
+    tl.store(p + k[:, None] * SIZE + n[None, :], _entries(seed, k, n, SIZE, std, p.dtype.element_ty), mask=inside)
+
+
+def _tile(rows: int) -> dict[str, Any]:
+    tile_rows = min(max(16, triton.next_power_of_2(rows)), 128)
+    return {"ROWS": tile_rows, "COLUMNS": 128 if tile_rows >= 64 else 64, "INNER": 64}
+
+
+def randn_product(x: Tensor, seed: int, std: float = 0.01) -> Tensor:
+    """x + x @ P for contiguous x [M, D] with D * D < 2**31."""
+    rows, size = x.shape
+    y, tile = torch.empty_like(x), _tile(rows)
+    grid = (triton.cdiv(size, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
+    randn_product_kernel[grid](x, y, rows, seed, std, SIZE=size, **tile, num_warps=4 if tile["ROWS"] < 128 else 8)
+    return y
+
+
+def randn_matrix(size: int, seed: int, dtype: torch.dtype, device: torch.device, std: float = 0.01) -> Tensor:
+    """P [D, D] of `randn_product`."""
+    p = torch.empty(size, size, dtype=dtype, device=device)
+    blocks = triton.cdiv(size, 64)
+    randn_matrix_kernel[(blocks, blocks)](p, seed, std, SIZE=size, INNER=64, COLUMNS=64)
+    return p

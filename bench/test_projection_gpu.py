@@ -1,0 +1,220 @@
+"""x + x @ P on a GPU: the op against P stored, against drawing it as normals, and against what the device can do.
+
+One round runs every call once, one after another, from CUDA graphs; with few rows each starts from a cold L2, as in
+a model. A case is timed only after its results have been checked: the op bit for bit against the CPU.
+POC_BENCH_QUICK=1 runs small cases, on a CPU too (--bench-device cpu), to try the suite itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, NamedTuple
+
+import bench_memory
+import pytest
+import torch
+from gpu_clock import Call, Clock, captured, kernel_seconds, summary
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import poc_kernels
+from poc_kernels import backends
+
+try:
+    import randn_product
+except ImportError:  # no Triton
+    randn_product = None  # type: ignore[assignment]
+
+QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
+SIZES = (128,) if QUICK else (1024, 4096, 5120, 7168, 8192)
+ROWS = (1, 32) if QUICK else (1, 8, 32, 64, 256, 1024, 4096, 8192, 16384)
+COLD_ROWS = 64
+"""Cases of so many rows or fewer start from a cold L2."""
+BITS = (16, 8)
+CASE_SECONDS = 0.1 if QUICK else 1.5
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+COPY_BYTES = 2**22 if QUICK else 2**30
+PRODUCT_SIZE = 256 if QUICK else 8192
+SEED = 20_240_607
+DTYPE = torch.bfloat16
+
+RELATIVE_ERROR = 8e-3
+"""Of a result in bfloat16 from P in bfloat16, as a norm over a row."""
+
+
+class Stored(NamedTuple):
+    """P [D, D] in bfloat16: the definition's, and one of normals that a peer draws (None without Triton or a GPU)."""
+
+    seed: Tensor
+    p: Tensor
+    normals: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return len(self.p)
+
+    @property
+    def device(self) -> torch.device:
+        return self.p.device
+
+
+@pytest.fixture(scope="module")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    kind = request.config.getoption("--bench-device")
+    return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+
+
+@pytest.fixture(scope="module")
+def clock(device: torch.device) -> Clock:
+    return Clock(device)
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"D{size}")
+def stored(request: pytest.FixtureRequest, device: torch.device) -> Stored:
+    size = request.param
+    needed = 24 * size**2 + 16 * max(ROWS) * size + 2**31 * (device.type == "cuda")
+    available = bench_memory.available(device)
+    if available < needed:
+        pytest.skip(f"D = {size} needs {needed >> 20} MiB of memory, {available >> 20} are free")
+    seed = poc_kernels.seed_tensor(SEED, device)
+    draws = randn_product is not None and device.type == "cuda"
+    normals = randn_product.randn_matrix(size, SEED, DTYPE, device) if draws else None
+    return Stored(seed, poc_kernels.projection_matrix(seed, 0, 0, size, 0, size, dtype=DTYPE), normals)
+
+
+def _activations(rows: int, stored: Stored) -> Tensor:
+    generator = torch.Generator().manual_seed(stored.size)
+    return torch.randn(rows, stored.size, generator=generator).to(DTYPE).to(stored.device)
+
+
+def _op(x: Tensor, seed: Tensor, activation_bits: int) -> Call:
+    return lambda: torch.ops.poc_kernels.residual_projection(x, seed, activation_bits=activation_bits)
+
+
+def _calls(x: Tensor, stored: Stored) -> dict[str, Call]:
+    calls: dict[str, Call] = {f"op_{bits}": _op(x, stored.seed, bits) for bits in BITS}
+    calls["stored"] = lambda: torch.addmm(x, x, stored.p)
+    if stored.normals is not None:
+        calls["normals"] = lambda: randn_product.randn_product(x, SEED)
+    return calls
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _assert_bits_of_the_cpu(y: Tensor, x: Tensor, seed: Tensor, activation_bits: int) -> None:
+    rows = sorted({0, len(x) // 2, len(x) - 1})
+    expected = _op(x[rows].cpu(), seed.cpu(), activation_bits)()
+    wrong = (y[rows].cpu().view(torch.int16) != expected.view(torch.int16)).nonzero()
+    assert len(wrong) == 0, (
+        f"{len(wrong)} values differ from the CPU's at {activation_bits} bits, first at [row, column] of rows {rows}: "
+        f"{wrong[0].tolist()}"
+    )
+
+
+def _assert_near(name: str, y: Tensor, x: Tensor, p: Tensor) -> None:
+    exact = x.double() + sum(
+        part @ rows.double() for part, rows in zip(x.double().split(1024), p.split(1024), strict=True)
+    )
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error <= RELATIVE_ERROR, f"{name}: relative error {error:.2e}, at most {RELATIVE_ERROR:.2e} is right"
+
+
+def _check(calls: dict[str, Call], x: Tensor, stored: Stored) -> None:
+    """Fail unless all that is about to be timed gives right results."""
+    for bits in BITS:
+        _assert_bits_of_the_cpu(calls[f"op_{bits}"](), x, stored.seed, bits)
+    last = len(x) - 1
+    _assert_near("stored", calls["stored"]()[last], x[last], stored.p)
+    if stored.normals is not None:
+        _assert_near("normals", calls["normals"]()[last], x[last], stored.normals)
+
+
+# ---- measurements --------------------------------------------------------------------------------------------------
+
+
+def _workspace(x: Tensor, seed: Tensor, activation_bits: int) -> int | None:
+    """Bytes that the op takes for a while beyond its result; None on a CPU."""
+    if x.device.type != "cuda":
+        return None
+    torch.cuda.synchronize(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    y = _op(x, seed, activation_bits)()
+    return max(0, torch.cuda.max_memory_allocated(x.device) - before - y.nbytes)
+
+
+def _graphs(device: torch.device) -> bool:
+    """Whether calls are timed as graphs. The reference moves constants to the GPU, which no graph captures."""
+    return device.type == "cuda" and backends.select(device).name != "reference"
+
+
+def _timed(benchmark: BenchmarkFixture, clock: Clock, calls: dict[str, Call], device: torch.device, cold: bool) -> Any:
+    """Seconds by name and round. What pytest-benchmark itself times is all the rounds together."""
+    if not benchmark.enabled:
+        pytest.skip("--benchmark-disable: checked, not timed")
+    with captured(calls, device) if _graphs(device) else contextlib.nullcontext(calls) as graphs:
+        limits = {"least": LEAST_ROUNDS, "most": MOST_ROUNDS, "cold": cold}
+        return benchmark.pedantic(
+            clock.interleaved, args=(graphs, CASE_SECONDS), kwargs=limits, rounds=1, iterations=1, warmup_rounds=0
+        )
+
+
+@pytest.mark.benchmark(group="projection-gpu")
+@pytest.mark.parametrize("rows", ROWS, ids=lambda rows: f"M{rows}")
+@torch.inference_mode()
+def test_projection(benchmark: BenchmarkFixture, clock: Clock, stored: Stored, rows: int) -> None:
+    x, device = _activations(rows, stored), stored.device
+    calls = _calls(x, stored)
+    _check(calls, x, stored)
+
+    seconds = _timed(benchmark, clock, calls, device, rows <= COLD_ROWS)
+
+    benchmark.extra_info.update(
+        D=stored.size,
+        M=rows,
+        backend=backends.select(device).name,
+        cold=rows <= COLD_ROWS,
+        graphs=_graphs(device),
+        rounds=len(seconds["stored"]),
+        seconds={name: summary(samples) for name, samples in seconds.items()},
+        speedups={
+            name: summary([peer / own for peer, own in zip(seconds["stored"], samples, strict=True)])
+            for name, samples in seconds.items()
+            if name != "stored"
+        },
+        kernels={f"op_{bits}": kernel_seconds(calls[f"op_{bits}"], device) for bits in BITS},
+        workspace={f"op_{bits}": _workspace(x, stored.seed, bits) for bits in BITS},
+        held={"op": 0, "stored": stored.p.nbytes},
+    )
+
+
+@pytest.mark.benchmark(group="bounds-gpu")
+@torch.inference_mode()
+def test_bounds(benchmark: BenchmarkFixture, clock: Clock, stored: Stored) -> None:
+    """What the device can do, and what it takes to draw P once a round in order to store it."""
+    size, device = stored.size, stored.device
+    source = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=DTYPE, device=device) for _ in range(2))
+    calls: dict[str, Call] = {
+        "generation": lambda: poc_kernels.projection_matrix(stored.seed, 0, 0, size, 0, size, dtype=DTYPE),
+        "copy": lambda: target.copy_(source),
+        "product": lambda: a @ b,
+    }
+    assert torch.equal(
+        calls["generation"]()[:, :3].cpu(),
+        poc_kernels.projection_matrix(stored.seed.cpu(), 0, 0, size, 0, 3, dtype=DTYPE),
+    )
+
+    seconds = _timed(benchmark, clock, calls, device, cold=False)
+
+    medians = {name: summary(samples)["median"] for name, samples in seconds.items()}
+    benchmark.extra_info.update(
+        D=size,
+        generation_seconds=medians["generation"],
+        copy_bytes_per_second=2 * COPY_BYTES / medians["copy"],
+        product_multiply_adds_per_second=PRODUCT_SIZE**3 / medians["product"],
+    )
