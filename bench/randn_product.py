@@ -58,7 +58,7 @@ def randn_product(x: Tensor, seed: int, std: float = 0.01) -> Tensor:
     rows, size = x.shape
     y, tile = torch.empty_like(x), _tile(rows)
     grid = (triton.cdiv(size, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
-    randn_product_kernel[grid](x, y, rows, seed, std, SIZE=size, **tile, num_warps=4 if tile["ROWS"] < 128 else 8)
+    randn_product_kernel[grid](x, y, rows, seed, std, SIZE=size, **tile, num_warps=4 if tile["ROWS"] < 64 else 8)
     return y
 
 
