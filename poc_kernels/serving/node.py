@@ -17,6 +17,7 @@ import torch
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..projection import RandomProjection
 from ..protocol import PoCManager, PoCState
 from . import routes
 from .callbacks import CallbackSender
@@ -169,8 +170,18 @@ class Node:
         self.metrics.rate.set(self.manager.status()["rate_per_second"])
         return self.metrics.text()
 
+    @torch.inference_mode()
+    def _compile_projection(self) -> None:
+        """Have a GPU's kernels compiled for the usual shapes of a round, which takes seconds at the first call."""
+        engine = self.engine
+        if self.settings.random_projection and engine.device.type == "cuda":
+            projection = RandomProjection(0, engine.hidden_size, device=engine.device)
+            for rows in (32, 32 * 256):
+                projection.pre(torch.zeros(rows, engine.hidden_size, dtype=engine.dtype, device=engine.device))
+
     def start(self) -> None:
         """Start inference, callbacks and the proof worker."""
+        self._compile_projection()
         self.callbacks.start()
         self.inference.start()
         self.worker.start()
