@@ -34,6 +34,9 @@ logger = logging.getLogger("poc_kernels")
 _LEAST_SECONDS = 1.0
 """What each part of a node is given to end, however little is left until the deadline."""
 
+_KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection is kept: longer than clients keep theirs, or a request meets a connection that closes."""
+
 
 def load_model(settings: Settings) -> tuple[Any, Any]:
     """The model, in eval mode on its device, and its tokenizer.
@@ -230,6 +233,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds + _LEAST_SECONDS),
         )
         super().__init__(config)

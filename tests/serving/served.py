@@ -46,7 +46,11 @@ def started(model: Any, tokenizer: Any, **limits: Any) -> Iterator[Inference]:
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """A real server of ``app`` on a free port of this machine; its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    # Idle connections are kept longer than clients keep theirs, or a request could meet one that closes.
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=2 * TIMEOUT
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     eventually(lambda: server.started)
