@@ -46,7 +46,10 @@ def _triton_unavailable(device: torch.device) -> str | None:
         return "Triton is not installed"
     if device.type != "cuda" and (device.type != "cpu" or _asked_for() != "triton"):
         return "runs on GPUs only"
-    reason: str | None = _triton().unavailable(device)
+    try:
+        reason: str | None = _triton().unavailable(device)
+    except Exception as error:  # a Triton that cannot be imported is one that is not there
+        return f"Triton cannot be used: {type(error).__name__}: {error}"
     return reason
 
 

@@ -189,7 +189,7 @@ def product_kernel(
     offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
     plane = padded_rows.to(tl.int64) * PANEL
     panel_limbs = 2 * plane if two_limbs else plane
-    limbs += (tile // column_tiles) * (ROWS * PANEL) + first.to(tl.int64) * panel_limbs
+    limbs += (tile // column_tiles).to(tl.int64) * (ROWS * PANEL) + first.to(tl.int64) * panel_limbs
     high = tl.zeros([COLUMNS, ROWS], tl.int32)
     low = tl.zeros([COLUMNS, ROWS], tl.int32)
     if FP16:  # sums of 1024 products of bytes stay below 2**24, so they are exact
@@ -250,7 +250,7 @@ def entries_kernel(
 ):
     """One program for CALLS * 16 rows of COLUMNS columns."""
     calls = k_start // 16 + tl.program_id(1) * CALLS + tl.arange(0, CALLS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     n = (n_start + column).to(tl.uint32)
     words = philox(calls.to(tl.uint32)[:, None], n[None, :], domain, tl.load(seed))
     first = calls * 16 - k_start
@@ -364,7 +364,7 @@ def project(
     limb_dtype = torch.float16 if arithmetic == "fp16" else torch.int8
     padded_rows = triton.cdiv(m, tile.rows) * tile.rows
     limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
-    rows = torch.empty(2, m, dtype=torch.int32, device=x.device)
+    rows = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)  # both aligned, whatever m
     totals = torch.empty(planes * m * columns + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         _quantise(x, limbs, rows, totals, activation_bits, tile)
@@ -428,7 +428,7 @@ def warmup(
     *,
     dtype: torch.dtype = torch.bfloat16,
     activation_bits: int = 16,
-    rows: tuple[int, ...] = (1, 32, 64, 2048),
+    rows: tuple[int, ...] = (1, 32, 64, 65, 2048),
 ) -> None:
     """Compile what ``residual_projection`` takes for activations [rows, dim], so that no request waits for it.
 

@@ -3,12 +3,11 @@
 """What the Triton kernels share: definition 1 on tiles (``docs/definition.md``; ``csrc/definition.h`` is its twin).
 
 Floats come and go as their bits, so that rows which are copied keep every bit and NaN is the one that is defined.
-Tables, two ways: `byte_perm` looks up four entries at once on NVIDIA; 64-bit constants shifted by 8 * index elsewhere.
+Tables, two ways: `prmt` looks up four entries at once on NVIDIA; 64-bit constants shifted by 8 * index elsewhere.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
 # The order of k in a panel of 128, of which 16 k are one call of Philox (t: call, w: word, i: byte; g: half a panel).
 # Matrix units want a thread to hold runs of 4 (or 8) consecutive k; these orders make such runs of whole words of one
@@ -54,16 +53,29 @@ def _shifted_table(table: tl.constexpr, word, i: tl.constexpr):
     return ((table >> (8 * index)) & 255).to(tl.uint32)
 
 
+# In PTX itself: the byte_perm of libdevice drops bit 3 of a selector, which fills a byte with its sign.
+@triton.jit
+def _prmt(asm: tl.constexpr, selectors):
+    return tl.inline_asm_elementwise(asm, "=r,r", [selectors], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _signs(w):
+    """Bits 3, 7, 11 and 15, each through a whole byte."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x9D8C;", "=r,r,r", [w, w << 4], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
 @triton.jit
 def half_entries(word, BYTE_PERM: tl.constexpr):
     """The four v of a word as the bytes of an int32, first k lowest: e = 2 * v + 1, v is u or ~u."""
     if BYTE_PERM:
         w = word.to(tl.int32, bitcast=True)
         indices = w & 0x77777777
-        a = libdevice.byte_perm(0x0B040200, 0x33271C17, indices)
-        b = libdevice.byte_perm(0x08050100, 0x48150F0B, indices >> 16)
-        signs = libdevice.byte_perm(w, w << 4, 0x9D8C)  # bits 3, 7, 11, 15, each through a whole byte
-        return (a + b) ^ signs
+        a = _prmt("prmt.b32 $0, 0x0B040200, 0x33271C17, $1;", indices)
+        b = _prmt("prmt.b32 $0, 0x08050100, 0x48150F0B, $1;", indices >> 16)
+        return (a + b) ^ _signs(w)
     table_a: tl.constexpr = 0x33271C170B040200
     table_b: tl.constexpr = 0x48150F0B08050100
     v = tl.zeros_like(word)

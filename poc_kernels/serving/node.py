@@ -179,7 +179,7 @@ class Node:
         engine = self.engine
         if self.settings.random_projection and engine.device.type == "cuda":
             projection = RandomProjection(0, engine.hidden_size, device=engine.device)
-            for rows in (32, 32 * 256):
+            for rows in (32, 65, 32 * 256):
                 projection.pre(torch.zeros(rows, engine.hidden_size, dtype=engine.dtype, device=engine.device))
 
     def start(self) -> None:

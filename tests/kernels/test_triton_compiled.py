@@ -1,14 +1,19 @@
 """The projection's Triton kernels compiled for GPUs that need not be there: what their machine code holds."""
 
 import functools
+import inspect
+import re
 
+import numpy as np
 import pytest
+
+from poc_kernels import definition
 
 triton = pytest.importorskip("triton")
 from triton_compiled import CAPABILITIES, compile_for  # noqa: E402
 
 from poc_kernels.kernels import triton as kernels  # noqa: E402
-from poc_kernels.kernels import triton_configs  # noqa: E402
+from poc_kernels.kernels import triton_configs, triton_device  # noqa: E402
 from poc_kernels.kernels.triton_configs import Tile  # noqa: E402
 
 _LONG = {"x": "*i16", "limbs": "*i8", "exponents": "*i32", "sums": "*i32"}
@@ -131,6 +136,42 @@ def test_quantise_compiles_without_spills(capability, bits, one_block):
     assert compiled.count(r"LDG\.E\.64"), "loads of four numbers"
     # x * 2**n + 1.5 * 2**23 is exact either way; the assembler of 3.6 for sm_100 fuses it all the same.
     assert capability == 100 or not compiled.count("FFMA")
+
+
+def prmt(low, high, selector):
+    """What PTX says of prmt.b32: bits 0 to 2 of a selector's nibble choose a byte, bit 3 takes its sign only."""
+    source = (high << 32) | low
+    result = 0
+    for i in range(4):
+        nibble = (selector >> (4 * i)) & 15
+        byte = (source >> (8 * (nibble & 7))) & 255
+        result |= ((255 if byte >= 128 else 0) if nibble & 8 else byte) << (8 * i)
+    return result
+
+
+def test_byte_permutes_give_the_entries_of_the_definition():
+    """The constants of `half_entries`, as its code for NVIDIA uses them, on words of every kind."""
+    source = inspect.getsource(triton_device.half_entries.fn) + inspect.getsource(triton_device._signs.fn)
+    (a, b), (c, d) = re.findall(r"prmt\.b32 \$0, (0x\w+), (0x\w+), \$1;", source)
+    (selector,) = re.findall(r"prmt\.b32 \$0, \$1, \$2, (0x\w+);", source)
+    random = np.random.default_rng(0)
+    for word in [0, 2**32 - 1, 0x88888888, 0x77777777, *map(int, random.integers(0, 2**32, 3000))]:
+        indices = word & 0x77777777
+        u = prmt(int(a, 16), int(b, 16), indices) + prmt(int(c, 16), int(d, 16), indices >> 16)
+        v = u ^ prmt(word, word << 4 & 0xFFFFFFFF, int(selector, 16))
+        for i in range(4):
+            index_a, index_b = word >> 4 * i & 7, word >> (16 + 4 * i) & 7
+            magnitude = definition.TABLE_A[index_a] + definition.TABLE_B[index_b]
+            expected = magnitude ^ (255 * (word >> (4 * i + 3) & 1))
+            assert v >> 8 * i & 255 == expected
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_sign_selector_reaches_the_code(capability):
+    tile = triton_configs.tiles(divmod(capability, 10), 16, "int8")[-1]
+    ptx = product(capability, 16, tile, False, "int8").ptx
+    signs = [line for line in ptx.splitlines() if "prmt" in line and re.search(r"0x9D8C|0x9d8c|40332", line)]
+    assert signs
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
