@@ -14,6 +14,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .admission import AdmissionError
+
 USER_PREFIX = "/v1/"
 POC_PREFIX = "/api/v1/pow"
 _DONE = b"data: [DONE]\n\n"
@@ -179,9 +181,9 @@ class Gate:
         self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
     ) -> None:
         self._refused(code)
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        kind = "rate_limit_error" if status == 429 else None
         headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
-        await _answer(send, status, openai_error(message, kind, code=code), headers)
+        await _answer(send, status, AdmissionError(status, message, code=code, kind=kind).body(), headers)
 
     async def _refuse_other(
         self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
@@ -243,11 +245,6 @@ def _ends_streams(send: Send) -> Send:
         await send(message)
 
     return sending
-
-
-def openai_error(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of an error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 async def _answer(
