@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from poc_kernels import backends
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
 _LOAD_BEFORE = os.getloadavg()[0]  # read at import: the run itself raises it
+_STARTED = time.monotonic()
 
 
 def _operating_system() -> str:
@@ -53,17 +55,25 @@ def _version(distribution: str) -> str | None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where suites run and the cases of the round; test_projection_speed always takes the CPU."""
+    """Where suites run, for how long, and the cases of the round; test_projection_speed always takes the CPU."""
     group = parser.getgroup("benchmarks")
     group.addoption("--bench-device", choices=["cpu", "cuda"], default="cpu", help="where the calls run")
     group.addoption("--bench-dtype", choices=["float32", "bfloat16", "float16"], help="float32; bfloat16 on a GPU")
     group.addoption("--bench-cases", help="MODEL[:LAYERS]@BATCHxSEQ,... with MODEL demo, qwen3-0.6b or qwen3-8b")
+    group.addoption("--bench-seconds", type=float, help="cases that would begin later than this are skipped")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a GPU that is not there."""
     if config.getoption("--bench-device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device cuda: torch finds no CUDA device")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what --bench-seconds leaves no time for."""
+    seconds = item.config.getoption("--bench-seconds")
+    if seconds is not None and time.monotonic() - _STARTED > seconds:
+        pytest.skip(f"--bench-seconds {seconds:g}: out of time")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -85,11 +85,29 @@ def backends() -> tuple[Backend, ...]:
     return (*natives, gpu, plain)
 
 
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Raise where the current stream is being captured: ``what`` reads results back, which no graph can hold.
+
+    Raises:
+        RuntimeError: ``device`` is a GPU, and a CUDA graph is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} on {device} cannot be chosen while a CUDA graph is being captured: make one call before the "
+            "capture, as poc_kernels.backends.warmup does for the projection"
+        )
+
+
 def verdict(backend: Backend, device: torch.device) -> list[str]:
-    """The known answers that ``backend`` gets wrong on ``device``: tried once, logged as an error if there are any."""
+    """The known answers that ``backend`` gets wrong on ``device``: tried once, logged as an error if there are any.
+
+    Raises:
+        RuntimeError: it was not tried yet and a CUDA graph is being captured, in which it cannot be.
+    """
     with _lock:
         key = (backend.name, device)
         if key not in _verdicts:
+            refuse_capture(device, "the backend")
             wrong = self_test.wrong_answers(backend, device)
             if wrong:
                 logger.error(
@@ -122,7 +140,8 @@ def select(device: torch.device) -> Backend:
 
     Raises:
         ValueError: POC_KERNELS_BACKEND names none of this installation.
-        RuntimeError: none, or not the one asked for, is available on the device and passes its self-test there.
+        RuntimeError: none, or not the one asked for, is available on the device and passes its self-test there; or
+            none was chosen before a CUDA graph is captured.
     """
     backend = _selected.get(device)
     if backend is None:
@@ -130,6 +149,22 @@ def select(device: torch.device) -> Backend:
             backend = _selected[device] = _choose(device)
             logger.info("poc_kernels uses backend %s on %s", backend.name, device)
     return backend
+
+
+def warmup(
+    device: torch.device | str, dim: int, *, dtype: torch.dtype = torch.bfloat16, activation_bits: int = 16
+) -> None:
+    """Choose the backend of ``device`` and have all compiled that ``residual_projection`` takes there.
+
+    No call with activations [..., dim] in ``dtype`` waits for a compiler afterwards, and each may be captured in a
+    CUDA graph.
+
+    Raises:
+        ValueError, RuntimeError: as for `select`.
+    """
+    device = torch.empty(0, device=device).device  # with its index
+    if select(device).name == "triton":
+        _triton().warmup(device, dim, dtype=dtype, activation_bits=activation_bits)
 
 
 @contextlib.contextmanager

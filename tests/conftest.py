@@ -38,6 +38,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests recorded as "summary": figures to be seen whether or not they fail."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    lines = [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "summary"
+    ]
+    if lines:
+        terminalreporter.section("measured by tests")
+    for line in lines:
+        terminalreporter.write_line(str(line))
+
+
 @pytest.fixture(params=[backend.name for backend in backends.backends()])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend of this installation that this processor can run."""

@@ -18,7 +18,8 @@ from helpers import (
 from torch.overrides import TorchFunctionMode
 from vectors import PRODUCTS, VECTORS, activations, options_of, product_id, sha256
 
-from poc_kernels import definition, self_test
+from poc_kernels import backends, definition, self_test
+from poc_kernels.kernels import Backend
 
 
 @pytest.mark.parametrize("case", VECTORS["entries"], ids=lambda c: f"{c['seed']}-{c['domain']}-{c['k0']}-{c['n0']}")
@@ -186,3 +187,64 @@ def test_the_default_dtype_does_not_matter(backend, default):
 def test_autocast_does_not_matter(backend):
     with torch.autocast("cpu", torch.bfloat16):
         assert self_test.wrong_answers(backend, CPU) == []
+
+
+# ---- the first use of a GPU ----------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def serving(fresh_choice, monkeypatch):
+    """Backends that serve a GPU, which need not be there, without a look at its answers."""
+    choice = [
+        Backend(name, project=None, entries=None, unavailable=lambda device: None) for name in ("triton", "plain")
+    ]
+    monkeypatch.setattr(backends, "backends", lambda: tuple(choice))
+    monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: [])
+    return choice
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_first_use_while_a_graph_is_captured_is_refused_and_not_remembered(monkeypatch, capturing):
+    with pytest.raises(RuntimeError, match="the backend on cuda:0 cannot be chosen while a CUDA graph is being captur"):
+        backends.select(GPU)
+    assert not backends._selected
+    assert not backends._verdicts
+    assert backends.select(CPU).name == "triton", "graphs hold nothing of the CPU"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert backends.select(GPU).name == "triton"
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_backend_that_was_tried_can_be_captured(monkeypatch):
+    backends.select(GPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backends.select(GPU).name == "triton"
+    backends._selected.clear()  # as use_backend does
+    assert backends.select(GPU).name == "triton"
+
+
+def test_warmup_compiles_what_the_chosen_backend_takes(serving, monkeypatch):
+    calls = []
+
+    class Kernels:
+        def warmup(*arguments, **options):
+            calls.append((arguments[1:], options))
+
+    monkeypatch.setattr(backends, "_triton", Kernels)
+    backends.warmup("cpu", 40, dtype=torch.float16, activation_bits=8)
+    assert calls == [((CPU, 40), {"dtype": torch.float16, "activation_bits": 8})]
+    assert backends._selected[CPU].name == "triton"
+    backends._selected.clear()
+    serving.reverse()
+    backends.warmup("cpu", 40)
+    assert backends._selected[CPU].name == "plain"
+    assert len(calls) == 1

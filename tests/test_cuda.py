@@ -168,6 +168,17 @@ def test_no_configuration_changes_a_bit(rows, bits):
                 assert_same_bits(calls, y, f"{tile}, {splits} splits, {arithmetic}")
 
 
+@pytest.mark.parametrize("columns", [2**31 - 1, 2**32 - 1])
+def test_columns_up_to_the_limit_of_the_definition(columns):
+    if torch.cuda.mem_get_info(GPU)[0] < 2 * columns + 2**30:
+        pytest.skip("the result alone takes more memory than is free")
+    x, seed = rows_of_every_kind(1, 16, torch.bfloat16, 5).to(GPU), seed_tensor(5, GPU)
+    y = random_projection(x, seed, columns)
+    for start in (0, 2**31 - 1500, columns - 500):
+        part = y[:, start : start + 500]
+        assert_same_bits(part, random_projection(x, seed, 500, column_start=start))
+
+
 # ---- forms of a call -----------------------------------------------------------------------------------------------
 
 
@@ -213,6 +224,60 @@ def test_a_captured_graph_replays_with_a_new_seed_and_new_rows(rows, bits):
         seed.fill_(value)
         graph.replay()
         assert_same_bits(y, residual_projection(new, seed_tensor(value), activation_bits=bits), f"seed {value}")
+
+
+def test_a_first_use_in_a_capture_is_refused_and_the_next_one_served(fresh_choice):
+    x, seed = torch.zeros(3, 512, dtype=torch.bfloat16, device=GPU), seed_tensor(0, GPU)
+    torch.cuda.synchronize(GPU)
+    with pytest.raises(RuntimeError, match="cannot be chosen while"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        residual_projection(x, seed)
+    assert not backends._verdicts
+    assert_same_bits(residual_projection(x, seed), torch.zeros_like(x))
+
+
+@pytest.fixture
+def compilations():
+    """What Triton compiles, by the name of the kernel."""
+    knobs = pytest.importorskip("triton").knobs
+    compiled, before = [], knobs.runtime.jit_post_compile_hook
+    knobs.runtime.jit_post_compile_hook = lambda **options: compiled.append(options["repr"])
+    yield compiled
+    knobs.runtime.jit_post_compile_hook = before
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("dim", [1024, 1000])
+def test_nothing_is_compiled_after_warmup(compilations, dim, bits):
+    backends.warmup(GPU, dim, dtype=torch.bfloat16, activation_bits=bits)
+    compilations.clear()
+    seeds, memory = torch.arange(3, device=GPU), torch.zeros(1100 * 1100, dtype=torch.bfloat16, device=GPU)
+    for i, rows in enumerate([1, 2, 3, 16, 17, 33, 64, 65, 128, 129, 300, 1024, 1025]):
+        mask = torch.arange(rows, device=GPU) % 3 != 0
+        for stride, offset in [(dim, 0), (1024, 3), (1027, 8), (0, 0)]:
+            x = memory.as_strided((rows, dim), (stride, 1), offset)
+            for start, columns in [(0, dim), (dim // 2, dim - dim // 2), (3, 250), (16, 256), (dim - 7, 7)]:
+                shard = {"column_start": start, "columns": columns, "activation_bits": bits}
+                residual_projection(x, seeds[i % 3], domain=i, row_mask=mask if start else None, **shard)
+    assert not compilations
+
+
+@pytest.fixture
+def waiting_is_an_error():
+    """A function; after its call, torch raises where an operator waits for the GPU."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_waits_for_the_gpu(waiting_is_an_error):
+    if backends.select(GPU).name == "reference":
+        pytest.skip("the reference moves constants to the GPU and waits for them")
+    x, seed = rows_of_every_kind(40, 1000, torch.bfloat16, 3).to(GPU), seed_tensor(4, GPU)
+    mask = torch.arange(40, device=GPU) % 3 != 0
+    for _ in range(2):  # the first time may choose and compile
+        residual_projection(x, seed, row_mask=mask)
+        inputs.nonce_inputs("block", "key", [1, 2], 5, 13, GPU, torch.bfloat16)
+        inputs.hash32([1, 2], 0, 1000, GPU)
+        waiting_is_an_error()
 
 
 @pytest.mark.parametrize("rows", [3, 200])

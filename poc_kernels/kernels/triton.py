@@ -8,14 +8,16 @@ the limbs on the matrix units (y^T = P^T x^T: the tile of P is the left operand,
 finishes: sums, residual, mask, rounding. Where there are fewer tiles than multiprocessors, K is cut up as well: parts
 add into int32 totals by atomics, and the last part to arrive at a tile finishes it.
 
-A kernel is compiled at its first call for a dtype, activation_bits and tile (`warmup`), never for a seed, domain or
-shard. It runs on the current stream, waits for nothing, and allocates its result and its workspace through torch, so
-that it may be captured.
+A kernel is compiled at its first call for a dtype, activation_bits, tile, with or without parts of K, and for whether
+columns, and the address and row stride of x, are divisible by 16 (`warmup` has all of these compiled); never for a
+seed, its address, a domain or the start of a shard. It runs on the current stream, waits for nothing, and allocates its
+result and its workspace through torch, so that it may be captured.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 
 import torch
@@ -38,6 +40,7 @@ from .triton_device import (
     power_of_two,
     round_activation,
     row_exponent,
+    tiles_of,
     wanted_rows,
     widen,
 )
@@ -55,18 +58,20 @@ def _limb(byte, FP16: tl.constexpr):
     return fp16_of(byte) if FP16 else byte.to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows", "cleared_count"])
+@triton.jit(do_not_specialize=["row_mask", "rows", "padded_rows", "cleared_count", "masked_rows"])
 def quantise_kernel(
     x,  # [rows, k] bits of activations, rows row_stride apart
     limbs,  # [panels, limb, padded_rows, PANEL] int8, or float16: q of each row in bytes, high first
     exponents,  # [rows] int32: E, or NOT_FINITE
     sums,  # [rows] int32: sum(q)
     cleared,  # [cleared_count] int32, set to zero for the product that follows
+    row_mask,  # [masked_rows] int8; none: 0 rows
     rows,
     k,
     padded_rows,
     cleared_count,
     row_stride,
+    masked_rows,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
@@ -75,12 +80,12 @@ def quantise_kernel(
     CLEAR: tl.constexpr,
     FP16: tl.constexpr,
 ):
-    """One program for each row, and then programs that each clear CLEAR words."""
+    """One program for each row, which leaves a row that is masked off alone; then programs that clear CLEAR words."""
     row = tl.program_id(0)
     if row >= rows:
         words = (row - rows).to(tl.int64) * CLEAR + tl.arange(0, CLEAR)
         tl.store(cleared + words, tl.zeros([CLEAR], tl.int32), mask=words < cleared_count)
-    else:
+    elif wanted_rows(row_mask, row, masked_rows):
         x += row.to(tl.int64) * row_stride
         limbs += row.to(tl.int64) * PANEL
         plane = padded_rows.to(tl.int64) * PANEL
@@ -137,8 +142,8 @@ def _accumulate(high, low, limbs, offsets, plane, v, TWO_LIMBS: tl.constexpr, OU
 
 @triton.jit(
     do_not_specialize=[
-        *("row_mask", "rows", "padded_rows", "panels", "panels_per_split", "column_start", "domain"),
-        *("residual_columns", "masked_rows"),
+        *("x", "arrived", "row_mask", "seed", "rows", "padded_rows", "panels", "panels_per_split", "row_stride"),
+        *("column_start", "domain", "residual_columns", "masked_rows"),
     ]
 )
 def product_kernel(
@@ -174,7 +179,7 @@ def product_kernel(
 ):
     """One program for each tile and part of K; neighbours share the limbs."""
     two_limbs: tl.constexpr = BITS == 16
-    column_tiles = tl.cdiv(columns, COLUMNS)
+    column_tiles = tiles_of(columns, COLUMNS)
     tile = tl.program_id(0)
     first_column = (tile % column_tiles) * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
@@ -212,7 +217,7 @@ def product_kernel(
             high, low = _accumulate(high, low, limbs, offsets, plane, v, two_limbs, tl.int32)
             limbs += panel_limbs
 
-    inside = (column < columns)[:, None] & in_rows[None, :]
+    inside = (column < columns)[:, None] & (row < rows * any_wanted)[None, :]  # none of a tile that is only copied
     element = row.to(tl.int64)[None, :] * columns + column[:, None]
     if SPLIT:
         high_totals = totals + rows.to(tl.int64) * columns
@@ -235,7 +240,7 @@ def product_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["domain", "k_start", "k", "n_start"])
+@triton.jit(do_not_specialize=["seed", "domain", "k_start", "k", "n_start"])
 def entries_kernel(
     seed,
     out,  # [k, columns] int16
@@ -285,7 +290,28 @@ def _signed_word(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _quantise(x: Tensor, limbs: Tensor, rows: Tensor, cleared: Tensor, activation_bits: int, tile: Tile) -> None:
+def _arithmetic(capability: tuple[int, int], asked_for: str | None = None) -> str:
+    arithmetic = asked_for or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or triton_configs.arithmetic(capability)
+    if arithmetic not in ("int8", "fp16"):
+        raise ValueError(f"POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got {arithmetic}")
+    return arithmetic
+
+
+def _row_stride(x: Tensor) -> int:
+    """0 where there is one row: its stride says nothing, and no kernel is to be compiled for it."""
+    return x.stride(0) if len(x) > 1 else 0
+
+
+def _quantise(
+    x: Tensor,
+    limbs: Tensor,
+    rows: Tensor,
+    cleared: Tensor,
+    mask: Tensor,
+    masked_rows: int,
+    activation_bits: int,
+    tile: Tile,
+) -> None:
     m, k = x.shape
     block = min(8192, triton.next_power_of_2(max(k, _PANEL)))
     quantise_kernel[(m + triton.cdiv(cleared.numel(), _CLEAR),)](
@@ -294,11 +320,13 @@ def _quantise(x: Tensor, limbs: Tensor, rows: Tensor, cleared: Tensor, activatio
         rows[0],
         rows[1],
         cleared,
+        mask,
         m,
         k,
         limbs.shape[2],
         cleared.numel(),
-        x.stride(0),
+        _row_stride(x),
+        masked_rows,
         DTYPE=_DTYPES[x.dtype][0],
         BITS=activation_bits,
         RUN=tile.run,
@@ -344,16 +372,15 @@ def project(
 
     ``tile``, ``splits`` (of K) and ``arithmetic`` (``int8`` or ``fp16``, also POC_KERNELS_TRITON_ARITHMETIC) are the
     table's unless given; none changes a bit. Workspace: 2 bytes for each element of x at 16 activation bits and 1 at 8,
-    rows and K rounded up to tiles; twice that in fp16; and with splits, 8 or 4 bytes for each element of y.
+    rows and K rounded up to tiles; twice that in fp16; 8 bytes for each row; and with splits, 8 or 4 bytes for each
+    element of y and 4 for each tile.
     """
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     m, k = x.shape
     capability, multiprocessors = _hardware(x.device)
-    arithmetic = arithmetic or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or triton_configs.arithmetic(capability)
+    arithmetic = _arithmetic(capability, arithmetic)
     tile = tile or triton_configs.choose(capability, m, activation_bits, arithmetic)
-    if arithmetic not in ("int8", "fp16"):
-        raise ValueError(f"POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got {arithmetic}")
     panels, planes = triton.cdiv(k, _PANEL), 2 if activation_bits == 16 else 1
     tiles = triton.cdiv(columns, tile.columns) * triton.cdiv(m, tile.rows)
     splits = min(splits, panels) if splits else triton_configs.splits(tiles, panels, multiprocessors)
@@ -366,8 +393,10 @@ def project(
     limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
     rows = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)  # both aligned, whatever m
     totals = torch.empty(planes * m * columns + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
+    masked_rows = 0 if row_mask is None else m
+    mask = limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8)
     with torch.cuda.device_of(x):
-        _quantise(x, limbs, rows, totals, activation_bits, tile)
+        _quantise(x, limbs, rows, totals, mask, masked_rows, activation_bits, tile)
         product_kernel[(tiles, splits)](
             x.view(_DTYPES[x.dtype][1]),
             limbs,
@@ -375,7 +404,7 @@ def project(
             rows[1],
             totals,
             totals[planes * m * columns :],
-            limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8),
+            mask,
             y.view(_DTYPES[x.dtype][1]),
             seed,
             coefficient,
@@ -383,12 +412,12 @@ def project(
             padded_rows,
             panels,
             panels_per_split,
-            x.stride(0),
+            _row_stride(x),
             columns,
             _signed_word(column_start),
             _signed_word(domain),
             columns if residual else 0,
-            0 if row_mask is None else m,
+            masked_rows,
             DTYPE=_DTYPES[x.dtype][0],
             BITS=activation_bits,
             RUN=tile.run,
@@ -423,28 +452,31 @@ def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: in
 
 
 def warmup(
-    device: torch.device | str,
-    dim: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    activation_bits: int = 16,
-    rows: tuple[int, ...] = (1, 32, 64, 65, 2048),
+    device: torch.device | str, dim: int, *, dtype: torch.dtype = torch.bfloat16, activation_bits: int = 16
 ) -> None:
-    """Compile what ``residual_projection`` takes for activations [rows, dim], so that no request waits for it.
+    """Compile what ``residual_projection`` takes for activations [..., dim], whatever their number, strides and mask.
 
-    Compiling a kernel takes seconds; Triton keeps the result on disk (TRITON_CACHE_DIR).
+    Shards are compiled for too, but for those of one column: for each tile of the table four products, and four kernels
+    that quantise. Each takes about a second; Triton keeps them on disk (TRITON_CACHE_DIR). The device's backend is not
+    chosen here, but by `poc_kernels.backends.warmup`.
     """
     seed = definition.seed_tensor(0, device)
-    for count in rows:
-        x = torch.zeros(count, dim, dtype=dtype, device=device)
-        project(
-            x,
-            seed,
-            domain=0,
-            coefficient=definition.coefficient(definition.DEFAULT_STD),
-            activation_bits=activation_bits,
-            row_mask=None,
-            column_start=0,
-            columns=dim,
-            residual=True,
-        )
+    capability, _ = _hardware(seed.device)
+    stride = triton.cdiv(dim, 16) * 16
+    memory = torch.zeros(2 * stride + 2, dtype=dtype, device=device)
+    for tile in triton_configs.tiles(capability, activation_bits, _arithmetic(capability)):
+        # Few of each: what is compiled depends on no number but on these being divisible by 16, and on parts of K.
+        for unaligned, splits in itertools.product((0, 1), (1, 2)):
+            project(
+                memory.as_strided((2, dim), (stride + (splits - 1), 1), unaligned),
+                seed,
+                domain=0,
+                coefficient=definition.coefficient(definition.DEFAULT_STD),
+                activation_bits=activation_bits,
+                row_mask=None,
+                column_start=0,
+                columns=min(dim, 16 - unaligned),
+                residual=True,
+                tile=tile,
+                splits=splits,
+            )

@@ -149,23 +149,27 @@ def position_of_quad(quad, RUN: tl.constexpr):
 @triton.jit
 def widen(bits, DTYPE: tl.constexpr):
     """The float32 values of the bits (int32 or int16) of a dtype."""
+    # One return, at the end: what stands after one is compiled too, and must suit the dtype.
     if DTYPE == FLOAT32:
-        return bits.to(tl.float32, bitcast=True)
-    if DTYPE == BFLOAT16:
-        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+        value = bits.to(tl.float32, bitcast=True)
+    elif DTYPE == BFLOAT16:
+        value = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    return value
 
 
 @triton.jit
 def round_to_bits(value, DTYPE: tl.constexpr):
     """The bits of float32 values, none of them NaN, rounded to a dtype: nearest, halves to even, subnormals kept."""
-    bits = value.to(tl.int32, bitcast=True)
     if DTYPE == FLOAT32:
-        return bits
-    if DTYPE == BFLOAT16:
+        bits = value.to(tl.int32, bitcast=True)
+    elif DTYPE == BFLOAT16:
         wide = value.to(tl.uint32, bitcast=True)
-        return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).to(tl.int16)
-    return value.to(tl.float16).to(tl.int16, bitcast=True)
+        bits = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
+    return bits
 
 
 @triton.jit
@@ -215,6 +219,12 @@ def result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, SHIFT
     nan = tl.full([], _NAN_BITS[DTYPE], tl.int32).to(y.dtype)
     y = tl.where(exponent == NOT_FINITE, nan, y)
     return tl.where(wanted, y, x_bits)
+
+
+@triton.jit
+def tiles_of(columns, COLUMNS: tl.constexpr):
+    """How many tiles of COLUMNS hold ``columns`` >= 1; `tl.cdiv` wraps where columns + COLUMNS goes beyond 32 bits."""
+    return (columns - 1) // COLUMNS + 1
 
 
 @triton.jit

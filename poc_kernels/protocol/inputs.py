@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 import logging
 import math
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .. import backends
 
 logger = logging.getLogger("poc_kernels")
 
@@ -61,7 +64,9 @@ def _rotate_left(x: Tensor, bits: int) -> Tensor:
 
 def _seed_column(seeds: Sequence[int], device: torch.device) -> Tensor:
     signed = [seed - 2**32 if seed >= 2**31 else seed for seed in seeds]
-    return torch.tensor(signed, dtype=torch.int32, device=device).unsqueeze(1)
+    # From pinned memory, which torch does not give away before the copy is done, nothing waits for the GPU.
+    column = torch.tensor(signed, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    return column.unsqueeze(1).to(device, non_blocking=True)
 
 
 def _hash(index: Tensor, seeds: Tensor) -> Tensor:
@@ -129,18 +134,20 @@ def _plain_normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The kernels that draw on ``device``, or None where torch's operators do; tried once per device."""
-    if device.type != "cuda":
+    """The kernels that draw on ``device``, or None where torch's operators do; tried once per device.
+
+    Raises:
+        RuntimeError: they were not tried yet and a CUDA graph is being captured, in which they cannot be.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
+    backends.refuse_capture(device, "what draws inputs")
     try:
         kernels = importlib.import_module("poc_kernels.kernels.triton_inputs")
-    except ImportError:
-        return None
-    try:
         wrong = _wrong_draws(kernels, device)
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
-    except Exception as error:  # whatever it is, such kernels are not to be used
+    except Exception as error:  # whatever it is, from the import of Triton on, such kernels are not to be used
         wrong = f"{type(error).__name__}: {error}"
     if wrong is not None:
         logger.error("poc_kernels draws inputs on %s with plain torch: its Triton kernels fail (%s)", device, wrong)

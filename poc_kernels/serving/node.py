@@ -17,8 +17,8 @@ import torch
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..projection import RandomProjection
-from ..protocol import PoCManager, PoCState
+from .. import backends
+from ..protocol import PoCManager, PoCState, inputs
 from . import routes
 from .callbacks import CallbackSender
 from .engine import TransformersEngine
@@ -174,17 +174,18 @@ class Node:
         return self.metrics.text()
 
     @torch.inference_mode()
-    def _compile_projection(self) -> None:
-        """Have a GPU's kernels compiled for the usual shapes of a round, which takes seconds at the first call."""
+    def _compile_kernels(self) -> None:
+        """Have a GPU's kernels for rounds checked and compiled, which takes up to a minute where none is on disk."""
         engine = self.engine
-        if self.settings.random_projection and engine.device.type == "cuda":
-            projection = RandomProjection(0, engine.hidden_size, device=engine.device)
-            for rows in (32, 65, 32 * 256):
-                projection.pre(torch.zeros(rows, engine.hidden_size, dtype=engine.dtype, device=engine.device))
+        if engine.device.type == "cuda":
+            inputs.normal([0], 1, engine.device, engine.dtype)
+            inputs.hash32([0], 0, 1, engine.device)
+            if self.settings.random_projection:
+                backends.warmup(engine.device, engine.hidden_size, dtype=engine.dtype)
 
     def start(self) -> None:
         """Start inference, callbacks and the proof worker."""
-        self._compile_projection()
+        self._compile_kernels()
         self.callbacks.start()
         self.inference.start()
         self.worker.start()

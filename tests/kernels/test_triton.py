@@ -1,8 +1,11 @@
 """The Triton kernels under its interpreter, bit for bit against the reference, however the work is cut up."""
 
+import contextlib
 import functools
+import itertools
 import json
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from helpers import (
     laid_out,
     project,
     rows_of_every_kind,
+    run_python,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +90,18 @@ def test_sums_are_rounded_once():
     exact = 2 * (256 * high + low) + sums
     assert exact.abs().max() > 2**37
     assert_same_bits(out, exact.double().float())
+
+
+@triton.jit
+def tiles_of_kernel(columns, out, COLUMNS: tl.constexpr):  # noqa: N803
+    tl.store(out, triton_device.tiles_of(columns, COLUMNS))
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 2**31 - 64, 2**31 - 63, 2**31 - 1, 2**31, 2**32 - 1])
+def test_tiles_of_columns_up_to_the_limit_of_the_definition(columns):
+    out = torch.zeros(1, dtype=torch.int64)
+    tiles_of_kernel[(1,)](columns, out, COLUMNS=64)
+    assert out.item() == -(-columns // 64)
 
 
 @pytest.mark.parametrize(("k_start", "k", "n_start", "n"), [(0, 1, 0, 1), (5, 70, 2**32 - 60, 59), (65520, 16, 3, 200)])
@@ -173,11 +189,62 @@ def test_masked_rows_come_back_bit_for_bit(mask):
     x = rows_of_every_kind(37, 48, torch.float16, 15)
     rows = torch.arange(37)
     row_mask = {"all": rows >= 0, "nothing": rows < 0, "alternate": rows % 2 == 0, "last": rows == 36}[mask]
-    for splits in (1, 2):
-        with dirty_memory(0xA5):
-            y = triton_project(x, row_mask=row_mask, tile=SMALL[0], splits=splits, column_start=7, columns=30)
+    shard = {"column_start": 7, "columns": 30}
+    for splits, arithmetic, fill in itertools.product((1, 2), ("int8", "fp16"), (0xA5, 0xFF)):
+        with dirty_memory(fill):  # limbs of NaN in fp16
+            y = triton_project(x, row_mask=row_mask, tile=SMALL[0], splits=splits, arithmetic=arithmetic, **shard)
         assert_same_bits(y[~row_mask], x[~row_mask][:, 7:37])
-        assert_same_bits(y[row_mask], expected(x, column_start=7, columns=30)[row_mask])
+        assert_same_bits(y[row_mask], expected(x, **shard)[row_mask])
+
+
+@contextlib.contextmanager
+def allocations():
+    """What torch.empty gives, full of 0xA5 at first."""
+    given, empty = [], torch.empty
+
+    def recorded(*size, **options):
+        given.append(empty(*size, **options))
+        given[-1].view(torch.uint8).fill_(0xA5)
+        return given[-1]
+
+    with mock.patch.object(torch, "empty", recorded):
+        yield given
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_rows_that_are_masked_off_are_not_quantised(bits):
+    x, row_mask = rows_of_every_kind(37, 200, torch.bfloat16, 3), torch.arange(37) % 5 == 0
+    with allocations() as given:
+        triton_project(x, row_mask=row_mask, activation_bits=bits, tile=SMALL[0], splits=1)
+    _, limbs, rows, _ = given
+    rows = rows.view(torch.uint8).reshape(2, -1, 4)[:, :37]
+    by_row = limbs.view(torch.uint8).transpose(0, 2)[:37]
+    for touched in (by_row, rows.transpose(0, 1)):
+        left_alone = (touched.reshape(37, -1) == 0xA5).all(1)
+        assert torch.equal(left_alone, ~row_mask)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_tiles_whose_rows_are_all_masked_off_add_nothing_to_the_sums_of_parts(bits, monkeypatch):
+    from triton.runtime import interpreter
+
+    added, add = [], interpreter.interpreter_builder.create_atomic_rmw
+
+    def recorded(operation, pointers, values, mask, *rest):
+        added.append(int(mask.data.sum()) if mask.data.ndim == 2 else 0)
+        return add(operation, pointers, values, mask, *rest)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", recorded)
+    x, options = (
+        rows_of_every_kind(48, 256, torch.bfloat16, 3),
+        {"tile": SMALL[0], "splits": 2, "activation_bits": bits},
+    )
+    for wanted_tiles in ([], [1], [0, 1, 2]):
+        row_mask = torch.isin(torch.arange(48) // 16, torch.tensor(wanted_tiles)) & (torch.arange(48) % 16 == 5)
+        added.clear()
+        y = triton_project(x, row_mask=row_mask, columns=20, **options)
+        assert sum(added) == len(wanted_tiles) * 16 * 20 * 2 * (bits // 8)
+        assert_same_bits(y, expected(x, row_mask=row_mask, columns=20, activation_bits=bits))
 
 
 def test_the_known_answers_of_a_first_use():
@@ -224,8 +291,58 @@ def test_arithmetic_by_capability_and_by_the_environment(monkeypatch):
         triton_project(x, arithmetic="bf16")
 
 
-def test_warmup_runs_every_size():
-    kernels.warmup("cpu", 40, dtype=torch.float16, activation_bits=8, rows=(1, 17))
+@pytest.mark.parametrize("dim", [1, 200])
+def test_warmup_runs_every_tile(dim, monkeypatch):
+    calls = []
+    monkeypatch.setattr(triton_configs, "tiles", lambda *_: SMALL[:2])
+    monkeypatch.setattr(kernels, "project", lambda *arguments, **options: calls.append((arguments, options)))
+    kernels.warmup("cpu", dim, dtype=torch.float16, activation_bits=8)
+    assert {options["tile"] for _, options in calls} == set(SMALL[:2])
+    monkeypatch.undo()
+    for arguments, options in calls:
+        assert kernels.project(*arguments, **options).shape == (2, min(dim, options["columns"]))
+
+
+# What Triton would compile for a call, by its own rule, without a GPU and without compiling.
+NO_COMPILATION_AFTER_WARMUP = """
+import itertools, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from poc_kernels import definition
+from poc_kernels.kernels import triton as kernels
+
+def run(kernel, *arguments, grid, warmup, **options):
+    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    _, specialization, options = binder(*arguments, **options)
+    compiled.add((kernel.fn.__name__, str(specialization), str(options)))
+
+compiled = set()
+JITFunction.run = run
+for multiprocessors, bits in itertools.product((132, 30), (16, 8)):
+    kernels._hardware = lambda device: ((9, 0), multiprocessors)
+    for dim in (256, 1000, 1001):
+        kernels.warmup("cpu", dim, dtype=torch.bfloat16, activation_bits=bits)
+        before = len(compiled)
+        assert before
+        seeds, memory = torch.zeros(3, dtype=torch.int64), torch.zeros(3 * 1100 * 1100, dtype=torch.bfloat16)
+        sizes = [*range(1, 20), 32, 33, 64, 65, 100, 128, 129, 255, 256, 257, 1024, 1025]
+        strides = [(dim, 0), (1024, 0), (1024, 3), (1027, 0), (1027, 8), (0, 0), (1, 2)]
+        shards = [(0, dim), (0, dim // 2), (dim // 2, dim - dim // 2), (dim // 4, 32), (3, 2), (dim - 7, 7)]
+        for i, (m, (stride, offset), (start, columns)) in enumerate(itertools.product(sizes, strides, shards)):
+            if stride == 1 and m > 1:
+                continue
+            mask = [None, torch.ones(m, dtype=torch.bool), torch.ones(m + 5, dtype=torch.bool)[3:-2]][i % 3]
+            x = memory.as_strided((m, dim), (stride, 1), offset)
+            options = {"row_mask": mask, "column_start": start, "columns": columns, "residual": i % 2 == 0}
+            kernels.project(x, seeds[i % 3 :][:1], domain=i, coefficient=0.5 + i, activation_bits=bits, **options)
+        assert len(compiled) == before, (dim, bits, len(compiled) - before)
+print(len(compiled))
+"""
+
+
+def test_nothing_is_compiled_after_warmup(tmp_path):
+    assert int(run_python(NO_COMPILATION_AFTER_WARMUP, tmp_path, TRITON_INTERPRET="0")) > 0
 
 
 def test_the_cpu_is_served_by_the_interpreter_only_when_it_is_asked_for(fresh_choice, monkeypatch):

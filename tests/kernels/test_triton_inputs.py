@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from unittest import mock
 
 import poc2_oracle
 import pytest
@@ -16,6 +17,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton_compiled import CAPABILITIES, compile_for  # noqa: E402
 
+from poc_kernels import backends  # noqa: E402
 from poc_kernels.kernels import triton_inputs  # noqa: E402
 from poc_kernels.protocol import inputs  # noqa: E402
 
@@ -171,6 +173,65 @@ def test_kernels_that_raise_are_not_used(monkeypatch, caplog):
     monkeypatch.setattr(inputs, "_wrong_draws", broken)
     assert inputs._kernels(torch.device("cuda", 0)) is None
     assert "RuntimeError: no such instruction" in caplog.text
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_a_triton_that_cannot_be_imported_is_reported_and_not_used(monkeypatch, caplog):
+    def broken(name):
+        raise OSError("libcuda.so.1 is too short")
+
+    monkeypatch.setattr(inputs.importlib, "import_module", broken)
+    assert inputs._kernels(torch.device("cuda", 0)) is None
+    assert "its Triton kernels fail (OSError: libcuda.so.1 is too short)" in caplog.text
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_a_missing_triton_is_nothing_to_report(monkeypatch, caplog):
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs.importlib, "import_module", None)
+    assert inputs._kernels(torch.device("cuda", 0)) is None
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_a_first_draw_while_a_graph_is_captured_is_refused_and_not_remembered(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(inputs, "_wrong_draws", lambda *_: None)
+    with pytest.raises(RuntimeError, match="what draws inputs on cuda:0 cannot be chosen while a CUDA graph"):
+        inputs._kernels(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert inputs._kernels(torch.device("cuda", 0)) is triton_inputs
+
+
+@pytest.mark.parametrize(("device", "pinned"), [(CPU, False), (torch.device("cuda", 0), True)])
+def test_seeds_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, device, pinned):
+    local = mock.Mock(return_value=mock.MagicMock())
+    monkeypatch.setattr(inputs.torch, "tensor", local)
+    inputs._seed_column([1, 2**32 - 1], device)
+    local.assert_called_once_with([1, -1], dtype=torch.int32, device="cpu", pin_memory=pinned)
+    local.return_value.unsqueeze.return_value.to.assert_called_once_with(device, non_blocking=True)
+
+
+@pytest.mark.parametrize("projections", [True, False])
+def test_a_node_on_a_gpu_has_its_kernels_compiled_before_it_serves(monkeypatch, projections):
+    pytest.importorskip("transformers")
+    node = pytest.importorskip("poc_kernels.serving.node")
+    device, calls = torch.device("cuda", 0), mock.Mock()
+    monkeypatch.setattr(inputs, "normal", calls.normal)
+    monkeypatch.setattr(inputs, "hash32", calls.hash32)
+    monkeypatch.setattr(backends, "warmup", calls.warmup)
+    stub = mock.Mock()
+    stub.engine.device, stub.engine.dtype, stub.engine.hidden_size = device, torch.bfloat16, 64
+    stub.settings.random_projection = projections
+    node.Node._compile_kernels(stub)
+    wanted = [mock.call.normal([0], 1, device, torch.bfloat16), mock.call.hash32([0], 0, 1, device)]
+    if projections:
+        wanted.append(mock.call.warmup(device, 64, dtype=torch.bfloat16))
+    assert calls.mock_calls == wanted
+    stub.engine.device = CPU
+    node.Node._compile_kernels(stub)
+    assert calls.mock_calls == wanted
 
 
 @pytest.mark.usefixtures("fresh_kernels")

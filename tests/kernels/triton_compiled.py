@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,11 +181,12 @@ def _compile(
     missing = set(kernel.arg_names) - {*signature, *constants}
     assert not unknown, f"{name} has no arguments {sorted(unknown)}"
     assert not missing, f"no type or constant for the arguments {sorted(missing)} of {name}"
+    plain = {param.name for param in kernel.params if param.do_not_specialize or param.do_not_specialize_on_alignment}
     source = ASTSource(
         kernel,
         {arg: "constexpr" if arg in constants else signature[arg] for arg in kernel.arg_names},
         constexprs={(kernel.arg_names.index(arg),): value for arg, value in constants.items()},
-        attrs={(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned},
+        attrs={(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned if arg not in plain},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     sass, resources = _disassemble(compiled.asm["cubin"])
@@ -205,10 +207,11 @@ def _compile(
 
 @functools.cache
 def _compiler() -> concurrent.futures.ProcessPoolExecutor:
-    """One other process, in which kernels are compiled and not interpreted."""
-    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-        pool.submit(os.getpid).result()
+    """Other processes, in which kernels are compiled and not interpreted."""
+    workers = min(4, os.cpu_count() or 1)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):  # they start as work comes, so all of them here
+        concurrent.futures.wait([pool.submit(time.sleep, 0.1) for _ in range(workers)])
     return pool
 
 
@@ -232,7 +235,8 @@ def compile_for(
         kernel: an @triton.jit function at the top of a module that can be imported, interpreted here or not.
         signature: type of each argument that is no constant: "*bf16", "*i8", "i32", "fp32", ...
         constants: value of each tl.constexpr argument, and of those that Triton would make one (a stride of 1).
-        aligned: arguments divisible by 16, as Triton finds when it is called; every pointer unless given.
+        aligned: arguments divisible by 16, as Triton finds when it is called; every pointer unless given. Those that
+            the kernel is not specialised for are left out.
         options: more options of the launch: {"enable_fp_fusion": False, "maxnreg": 128}.
     """
     if aligned is None:

@@ -1,0 +1,203 @@
+"""The steps of make gpu-check: their time, what ends with them, and what is kept of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# Starts a process that would outlive it, writes its number to argv[1], and waits; argv[2:] are lines of Python before.
+PARENT = """
+import signal, subprocess, sys, time
+exec(sys.argv[2])
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2] + "; import time; time.sleep(300)"])
+with open(sys.argv[1], "w") as file:
+    file.write(str(child.pid))
+print("child started", flush=True)
+time.sleep(300)
+"""
+
+PYTEST_ALONE = ["-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull]
+WITHOUT_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+@pytest.fixture
+def gpu_check(module):
+    return module("gpu_check")
+
+
+@pytest.fixture
+def make_check(gpu_check, tmp_path):
+    def make(plan, total=60.0, grace=1.0):
+        return gpu_check.Check(tmp_path, "cpu", plan, total, grace)
+
+    return make
+
+
+def python(gpu_check, code, *arguments, **environment):
+    return gpu_check.Command([sys.executable, "-c", code, *map(str, arguments)], environment)
+
+
+def gone(pid):
+    """No such process, or one that has ended and only waits to be reaped."""
+    status = Path("/proc", str(pid), "stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def wait_until_gone(pid):
+    end = time.monotonic() + 5
+    while not gone(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gone(pid)
+
+
+def test_what_fails_skips_or_is_absent_is_named(gpu_check, make_check, tmp_path):
+    check = make_check({"good one": 10, "bad": 10, "absent": 10})
+    assert check.run("good one", python(gpu_check, "print('SKIPPED [1] a.py:3: no device')"))
+    assert not check.run("bad", python(gpu_check, "raise SystemExit(3)"))
+    check.skip("absent", "not on this machine")
+    table = check.table()
+    assert "skipped [1] a.py:3: no device" in table
+    assert "FAILED with 3" in table
+    assert "skipped: not on this machine" in table
+    assert (tmp_path / "good-one.log").read_text() == "SKIPPED [1] a.py:3: no device\n"
+    assert (tmp_path / "gpu-check-cpu.txt").read_text() == table + "\n", "kept after every step"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
+@pytest.mark.parametrize(
+    ("before", "grace"),
+    [("pass", 1.0), ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)", 0.4)],
+    ids=["interrupted", "killed"],
+)
+def test_at_the_limit_a_step_ends_with_all_that_it_started(gpu_check, make_check, tmp_path, capsys, before, grace):
+    check = make_check({"slow": 4}, total=4.0, grace=grace)
+    start = time.monotonic()
+    assert not check.run("slow", python(gpu_check, PARENT, tmp_path / "pid", before))
+    assert time.monotonic() - start < 6
+    assert check.outcomes[0].result == f"FAILED: not done after {4 - grace:.0f} s"
+    assert (tmp_path / "slow.log").read_text().startswith("child started\n"), "output is kept"
+    assert "child started" in capsys.readouterr().out
+    wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
+def test_what_a_step_leaves_running_ends_with_it(gpu_check, make_check, tmp_path):
+    code = PARENT.replace("time.sleep(300)\n", "")
+    check = make_check({"step": 30})
+    assert check.run("step", python(gpu_check, code, tmp_path / "pid", "pass"))
+    wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_output_is_seen_while_a_step_runs(gpu_check, make_check, tmp_path):
+    """The command ends only once its line is in the log."""
+    code = """
+import pathlib, sys, time
+print("first", flush=True)
+while "first" not in pathlib.Path(sys.argv[1]).read_text():
+    time.sleep(0.05)
+"""
+    (tmp_path / "step.log").write_text("of another run")
+    assert make_check({"step": 20}).run("step", python(gpu_check, code, tmp_path / "step.log"))
+
+
+def test_late_pytest_keeps_what_it_has_measured(gpu_check, make_check, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "test_two.py").write_text("""
+import time
+def test_first(benchmark):
+    benchmark.pedantic(lambda: None)
+def test_second(benchmark):
+    time.sleep(300)
+""")
+    json = tmp_path / "results.json"
+    options = [*PYTEST_ALONE, "-p", "pytest_benchmark.plugin", f"--benchmark-json={json}", f"--rootdir={tmp_path}"]
+    command = gpu_check.Command([sys.executable, *options, str(tmp_path / "test_two.py")], WITHOUT_PLUGINS)
+    assert not make_check({"suite": 12}, total=12.0, grace=3.0).run("suite", command)
+    assert '"test_first"' in json.read_text()
+
+
+def test_steps_keep_to_the_total_and_take_what_earlier_ones_leave(gpu_check, make_check):
+    check = make_check({"first": 10, "second": 20, "third": 5}, total=50.0, grace=1.0)
+    assert 23 < check.left("first") < 25, "what the plan leaves of the total is the first's too"
+    assert check.run("first", python(gpu_check, "pass"))
+    assert 40 < check.left("second") < 45
+    check.skip("second", "no reason")
+    assert 45 < check.left("third") < 50
+    assert 2.9 < make_check({"only": 4}, total=4.0, grace=10.0).left("only") <= 3, "a quarter, if the grace is longer"
+
+
+def test_a_step_without_time_is_skipped(gpu_check, make_check):
+    check = make_check({"late": 1}, total=1.0)
+    assert not check.run("late", python(gpu_check, "pass"))
+    assert check.outcomes[0].result == "skipped: no time left"
+
+
+def test_a_plan_longer_than_the_total_is_refused(make_check):
+    with pytest.raises(ValueError, match="plan must add up to at most total, 20 s, got 30 s"):
+        make_check({"a": 10, "b": 20}, total=20.0)
+
+
+def test_the_plan_fits_ten_minutes_with_room_for_another_suite(gpu_check):
+    assert gpu_check.TOTAL_SECONDS == 600
+    assert sum(gpu_check.PLAN.values()) <= 600 - 115 - gpu_check.REPORT_SECONDS
+    assert {"verify", "tests", "compute-sanitizer", *(suite.name for suite in gpu_check.SUITES)} < set(gpu_check.PLAN)
+
+
+def test_commands_of_a_step_run_at_once_and_their_skips_are_added(gpu_check, make_check, tmp_path):
+    """Each waits for a file that the other makes."""
+    code = """
+import pathlib, sys, time
+mine, other = map(pathlib.Path, sys.argv[1:])
+mine.touch()
+while not other.exists():
+    time.sleep(0.05)
+print("SKIPPED [2] a.py:1: no device")
+"""
+    a, b = tmp_path / "a", tmp_path / "b"
+    check = make_check({"both": 20})
+    assert check.run("both", python(gpu_check, code, a, b), python(gpu_check, code, b, a))
+    assert check.outcomes[0].skipped == ("[4] a.py:1: no device",)
+    assert sorted((tmp_path / "both.log").read_text().splitlines()) == [
+        f"[{number}] SKIPPED [2] a.py:1: no device" for number in (1, 2)
+    ]
+    check = make_check({"both": 20})
+    assert not check.run("both", python(gpu_check, "pass"), python(gpu_check, "raise SystemExit(4)"))
+    assert check.outcomes[0].result == "FAILED with 4"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
+def test_ending_the_check_ends_its_step(gpu_check, tmp_path):
+    code = f"""
+import pathlib, signal, sys
+sys.path.insert(0, {str(gpu_check.BENCH)!r})
+import gpu_check
+gpu_check.end_with_sigterm()
+check = gpu_check.Check(pathlib.Path({str(tmp_path)!r}), "cpu", {{"step": 60}})
+check.run("step", gpu_check.Command([sys.executable, "-c", {PARENT!r}, {str(tmp_path / "pid")!r}, "pass"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while "child started" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    process.stdout.close()
+    wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_shards_share_the_selected_tests(gpu_check, tmp_path):
+    (tmp_path / "test_nine.py").write_text("""
+import pytest
+@pytest.mark.parametrize("i", [pytest.param(i, marks=[pytest.mark.odd] if i % 2 else []) for i in range(10)])
+def test_each(i):
+    with open("ran", "a") as file:
+        file.write(f"{i} ")
+""")
+    environment = {"PYTHONPATH": str(gpu_check.BENCH), "POC_TEST_SHARD": "2/3"}
+    options = [*PYTEST_ALONE, "-p", "gpu_shard", "-m", "odd", f"--rootdir={tmp_path}"]
+    command = [sys.executable, *options, str(tmp_path / "test_nine.py")]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **WITHOUT_PLUGINS, **environment}, check=True)
+    assert (tmp_path / "ran").read_text().split() == ["3", "9"], "of 1, 3, 5, 7 and 9 the second and the fifth"
