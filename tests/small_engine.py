@@ -2,6 +2,8 @@
 
 import torch
 
+from poc_kernels.protocol.engine import never
+
 
 class SmallEngine:
     """Each position sees the mean of those before it, through two matrices."""
@@ -18,9 +20,10 @@ class SmallEngine:
         self.shapes = []
         self.before_forward = lambda: None
 
-    def forward(self, inputs_embeds):
+    def forward(self, inputs_embeds, pause=never):
         self.before_forward()
         self.shapes.append(tuple(inputs_embeds.shape))
+        pause()
         count = torch.arange(1, inputs_embeds.shape[1] + 1, device=self.device).view(1, -1, 1)
         seen = inputs_embeds.float().cumsum(1) / count
         return torch.tanh(seen.to(self.dtype) @ self.body) + inputs_embeds

@@ -107,6 +107,12 @@ def logs_as_before():
         (["--port", "70000"], "poc-kernels: port must be in [0, 65536), got 70000"),
         (["--temperature", "-1"], "poc-kernels: temperature must be at least 0, got -1.0"),
         (["--max-in-flight", "0"], "poc-kernels: max_in_flight must be positive, got 0"),
+        (["--validation-share", "1"], "poc-kernels: validation_share must be in (0, 1), got 1.0"),
+        (["--validation-wait-seconds", "-1"], "poc-kernels: validation_wait_seconds must be at least 0, got -1.0"),
+        (["--slice-seconds", "0"], "poc-kernels: slice_seconds must be positive, got 0.0"),
+        (["--slices-in-flight", "0"], "poc-kernels: slices_in_flight must be positive, got 0"),
+        (["--validation-multiprocessors", "0"], "poc-kernels: validation_multiprocessors must be positive, got 0"),
+        (["--result-seconds", "0"], "poc-kernels: result_seconds must be positive, got 0.0"),
         (["--kv-memory", "1.5"], "poc-kernels: kv_memory must be in (0, 1), got 1.5"),
         ([], "poc-kernels: "),
     ],
@@ -128,6 +134,24 @@ def test_serve_takes_settings_and_secrets(monkeypatch):
     assert settings == Settings(
         model="m", random_projection=True, cuda_graphs=False, port=0, token="secret", callback_key="key"
     )
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_serve_takes_the_settings_of_validation(monkeypatch):
+    served = []
+    monkeypatch.setattr("poc_kernels.serving.node.serve", served.append)
+    given = {
+        "max_queued_nonces": 5000,
+        "result_seconds": 60.5,
+        "validation_share": 0.25,
+        "validation_wait_seconds": 0.0,
+        "slice_seconds": 0.001,
+        "slices_in_flight": 3,
+        "validation_multiprocessors": 16,
+    }
+    flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert cli.main(["serve", "--model", "m", *flags]) == 0
+    assert served == [Settings(model="m", **given)]
 
 
 def test_serve_s_defaults_are_the_settings_(monkeypatch):

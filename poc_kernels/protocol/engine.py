@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Pause = Callable[[], None]
+"""Called where a batch may be interrupted: it returns when computing may go on, or raises to give the batch up."""
+
+
+def never() -> None:
+    """The `Pause` of a batch that nobody interrupts."""
 
 
 class Engine(Protocol):
@@ -40,10 +48,12 @@ class Engine(Protocol):
         """Where input embeddings are taken, and hidden states given."""
         ...
 
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
         """Last hidden states [batch, seq_len, hidden_size], after the final norm, of input embeddings of that shape.
 
-        Causal, positions 0 .. seq_len - 1, no KV cache. The result may be overwritten by the next call.
+        Causal, positions 0 .. seq_len - 1, no KV cache. The result may be overwritten by the next call. Calls ``pause``
+        as often as it likes between its kernels, on the same thread and stream, so that validation can make room for
+        users (`poc_kernels.scheduling.SlicedForward`); bits must not depend on it.
         """
         ...
 

@@ -16,7 +16,7 @@ from ..definition import MAX_FEATURES
 from ..projection import RandomProjection
 from .config import PoCConfig, PoCState
 from .distance import distances, target
-from .engine import Engine
+from .engine import Engine, Pause, never
 from .inputs import nonce_inputs, permutations
 from .proofs import ProofBatch, ValidatedBatch, validate_distances
 
@@ -33,6 +33,13 @@ _TRANSITIONS = {
 _VALIDATING_STATES = (PoCState.IDLE, PoCState.GENERATING, PoCState.VALIDATING)
 
 
+# What is computed between two pauses: milliseconds.
+_DRAWN_AT_ONCE_CPU, _DRAWN_AT_ONCE_DEVICE = 2**18, 2**24
+"""Random numbers."""
+_PROJECTED_AT_ONCE_CPU, _PROJECTED_AT_ONCE_DEVICE = 2**29, 2**38
+"""Products of a projection; with fewer than 256 rows, drawing P would take the longer part."""
+
+
 class IllegalTransitionError(RuntimeError):
     """Something was asked for that the state does not allow."""
 
@@ -43,7 +50,10 @@ class RoundEndedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class BatchReport:
-    """One forward: its phase ("generate" or "validate"), its nonces' distances, and the seconds of each of `PARTS`."""
+    """One forward: its phase ("generate" or "validate"), its nonces' distances, and the seconds of each of `PARTS`.
+
+    Seconds are those of computing: pauses do not count.
+    """
 
     phase: str
     distances: list[float]
@@ -65,12 +75,18 @@ class _Round:
 
 
 class _Stopwatch:
-    """Seconds of each part of a batch, by events on the current stream of a GPU and by the clock on a CPU."""
+    """Seconds of each part of a batch, by events on the current stream of a GPU and by the clock on a CPU.
 
-    def __init__(self, device: torch.device) -> None:
+    Pauses are no part of it: `pause` in place of the batch's own.
+    """
+
+    def __init__(self, device: torch.device, pause: Pause) -> None:
         self._device = device
         self._cuda = device.type == "cuda"
+        self._pause = pause
         self._spans: list[tuple[str, Any, Any]] = []
+        self._name = ""
+        self._start: Any = None
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -81,9 +97,18 @@ class _Stopwatch:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        start = self._now()
+        self._name, self._start = name, self._now()
         yield
-        self._spans.append((name, start, self._now()))
+        self._end()
+
+    def _end(self) -> None:
+        self._spans.append((self._name, self._start, self._now()))
+
+    def pause(self) -> None:
+        """To be called inside a part."""
+        self._end()
+        self._pause()
+        self._start = self._now()
 
     def seconds(self) -> dict[str, float]:
         """Call it after the batch's results were read: its events have then been reached."""
@@ -250,26 +275,30 @@ class PoCManager:
 
     # ---- work ----
 
-    def run_batch(self) -> ProofBatch:
+    def run_batch(self, pause: Pause = never) -> ProofBatch:
         """Compute the next batch_size nonces of this node: all of them, valid or not (`ProofBatch.below`).
 
         Raises:
             IllegalTransitionError: the state is not GENERATING.
             RoundEndedError: the round ended meanwhile, or left GENERATING; these nonces do not count.
         """
-        return self.advance()[1]
+        return self.advance(pause)[1]
 
-    def advance(self) -> tuple[PoCConfig, ProofBatch]:
+    def advance(self, pause: Pause = never) -> tuple[PoCConfig, ProofBatch]:
         """`run_batch`, and the configuration of the round that the batch belongs to."""
         current = self._current("run_batch", (PoCState.GENERATING,))
         config = current.config
         with self._compute_lock:
             first = current.tried
             nonces = [config.nonce(first + index) for index in range(config.batch_size)]
-            computed = self._compute(current, config.public_key, nonces, "generate")
+
+            def pause_and_check() -> None:
+                pause()
+                self._check_generates(current)
+
+            computed = self._compute(current, config.public_key, nonces, "generate", pause_and_check)
             with self._lock:
-                if self._round is not current or self._state != PoCState.GENERATING:
-                    raise RoundEndedError("the round left GENERATING while the batch was computed")
+                self._check_generates(current)
                 current.tried = first + config.batch_size
                 batch = ProofBatch(
                     config.public_key, config.block_hash, config.block_height, nonces, computed, config.node_id
@@ -282,6 +311,11 @@ class PoCManager:
                 if excess > 0:
                     del current.valid_nonces[:excess], current.valid_distances[:excess]
         return config, batch
+
+    def _check_generates(self, current: _Round) -> None:
+        with self._lock:
+            if self._round is not current or self._state != PoCState.GENERATING:
+                raise RoundEndedError("the round left GENERATING while the batch was computed")
 
     def check_batch(self, batch: ProofBatch) -> PoCConfig:
         """The configuration of the round in which ``batch`` can be validated now.
@@ -303,17 +337,22 @@ class PoCManager:
             if got != wanted:
                 raise ValueError(f"{name} of the batch must be the round's, {wanted!r}, got {got!r}")
 
-    def validation(self, batch: ProofBatch) -> Iterator[ValidatedBatch | None]:
+    def validation(self, batch: ProofBatch, pause: Pause = never) -> Iterator[ValidatedBatch | None]:
         """Recompute ``batch`` forward by forward: None after each but the last, the verdict after the last.
 
-        So whoever schedules the device decides when each forward runs. The batch belongs to the round of this call,
-        however late its steps are taken. Errors as `validate`, the first two raised by this call.
+        So whoever schedules the device decides when each forward runs, and by ``pause`` when each slice of it does. The
+        batch belongs to the round of this call, however late its steps are taken. Errors as `validate`, the first two
+        raised by this call.
         """
         current = self._current("validate", _VALIDATING_STATES)
         self._check_belongs(batch, current.config)
-        return self._validation(current, batch)
+        return self._validation(current, batch, pause)
 
-    def _validation(self, current: _Round, batch: ProofBatch) -> Iterator[ValidatedBatch | None]:
+    def _validation(self, current: _Round, batch: ProofBatch, pause: Pause) -> Iterator[ValidatedBatch | None]:
+        def pause_and_check() -> None:
+            pause()
+            self._check_goes_on(current)
+
         config = current.config
         recomputed: list[float] = []
         for start in range(0, len(batch), config.batch_size):
@@ -322,7 +361,7 @@ class PoCManager:
             self._check_goes_on(current)
             nonces = batch.nonces[start : start + config.batch_size]
             with self._compute_lock:
-                recomputed += self._compute(current, batch.public_key, nonces, "validate")
+                recomputed += self._compute(current, batch.public_key, nonces, "validate", pause_and_check)
         self._check_goes_on(current)
         yield validate_distances(batch, recomputed, config.r_target, config.fraud_threshold)
 
@@ -342,35 +381,68 @@ class PoCManager:
         return next(verdict for verdict in self.validation(batch) if verdict is not None)
 
     @torch.inference_mode()
-    def _compute(self, current: _Round, public_key: str, nonces: list[int], phase: str) -> list[float]:
+    def _compute(
+        self, current: _Round, public_key: str, nonces: list[int], phase: str, pause: Pause = never
+    ) -> list[float]:
         config, engine = current.config, self.engine
-        began = time.perf_counter()
-        watch = _Stopwatch(engine.device)
+        watch = _Stopwatch(engine.device, pause)
         rows = nonces + [nonces[-1]] * (config.batch_size - len(nonces))
         with watch.part("inputs"):
             if current.target is None:
                 current.target = target(config.block_hash, engine.vocab_size, engine.device)
-            x = nonce_inputs(
-                config.block_hash, public_key, rows, config.seq_len, engine.hidden_size, engine.device, engine.dtype
-            )
-            permutation = permutations(config.block_hash, public_key, rows, engine.vocab_size, engine.device)
+            x, permutation = self._draw(config, public_key, rows, watch.pause)
         if config.use_random_projection:
             with watch.part("projection"):
-                if self._projected_hash != config.block_hash:
-                    self._projection.set_block_hash(config.block_hash)
-                    self._projected_hash = config.block_hash
-                # In place: a second tensor of this size makes a processor's forward slower, by its allocations.
-                x.copy_(self._projection.pre(x))
+                self._project_inputs(config, x, watch.pause)
         with watch.part("forward"):
-            hidden = engine.forward(x)[:, -1].contiguous()
+            hidden = engine.forward(x, watch.pause)[:, -1].contiguous()
+            watch.pause()
         if config.use_random_projection:
             with watch.part("projection"):
                 hidden = self._projection.post(hidden)
         with watch.part("forward"):
             logits = engine.compute_logits(hidden)
+            watch.pause()
         with watch.part("distance"):
             computed: list[float] = distances(logits, permutation, current.target).tolist()[: len(nonces)]
         if self._observer is not None:
-            seconds = time.perf_counter() - began
-            self._observer(BatchReport(phase, computed, config.r_target, seconds, watch.seconds()))
+            parts = watch.seconds()
+            self._observer(BatchReport(phase, computed, config.r_target, sum(parts.values()), parts))
         return computed
+
+    def _draw(self, config: PoCConfig, public_key: str, rows: list[int], pause: Pause) -> tuple[Tensor, Tensor]:
+        """Inputs and permutations of nonces, some rows at a time: no number depends on the others."""
+        engine, block_hash = self.engine, config.block_hash
+        length, vocab_size = config.seq_len * engine.hidden_size, engine.vocab_size
+        at_once = _DRAWN_AT_ONCE_CPU if engine.device.type == "cpu" else _DRAWN_AT_ONCE_DEVICE
+        x = torch.empty(len(rows), config.seq_len, engine.hidden_size, dtype=engine.dtype, device=engine.device)
+        permutation = torch.empty(len(rows), vocab_size, dtype=torch.int64, device=engine.device)
+        for some in _chunks(len(rows), at_once // length):
+            x[some] = nonce_inputs(
+                block_hash, public_key, rows[some], config.seq_len, engine.hidden_size, engine.device, engine.dtype
+            )
+            pause()
+        for some in _chunks(len(rows), at_once // vocab_size):
+            permutation[some] = permutations(block_hash, public_key, rows[some], vocab_size, engine.device)
+            pause()
+        return x, permutation
+
+    def _project_inputs(self, config: PoCConfig, x: Tensor, pause: Pause) -> None:
+        """The projection before the model, some rows at a time: a row's bits do not depend on the others.
+
+        In place: a second tensor of this size makes a processor's forward slower, by its allocations.
+        """
+        if self._projected_hash != config.block_hash:
+            self._projection.set_block_hash(config.block_hash)
+            self._projected_hash = config.block_hash
+        flat = x.view(-1, x.shape[-1])
+        at_once = _PROJECTED_AT_ONCE_CPU if x.device.type == "cpu" else _PROJECTED_AT_ONCE_DEVICE
+        for some in _chunks(len(flat), max(256, at_once // x.shape[-1] ** 2)):
+            flat[some] = self._projection.pre(flat[some])
+            pause()
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    for start in range(0, count, size):
+        yield slice(start, start + size)

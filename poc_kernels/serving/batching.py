@@ -18,8 +18,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from ..scheduling import StreamPartition, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
-from .turns import Turns, TurnsClosed
 
 logger = logging.getLogger("poc_kernels")
 
@@ -117,6 +117,7 @@ class Batching:
         config: CB's own settings.
         router: gets the outputs.
         turns: every step of the model takes its turn there.
+        streams: its steps run on the stream of inference.
 
     Raises:
         what transformers raises when it cannot make the cache or does not take the model.
@@ -129,10 +130,12 @@ class Batching:
         config: ContinuousBatchingConfig,
         router: Router,
         turns: Turns,
+        streams: StreamPartition,
     ) -> None:
         self._router = router
         self._turns = turns
-        self._turn = turns.inference()
+        self._turn = turns.inference(lambda: router.in_flight() > 0)
+        self._streams = streams
         self._stopping = False
         attention = model.config._attn_implementation
         self._manager: Any = model.init_continuous_batching(
@@ -143,8 +146,11 @@ class Batching:
         self._manager._generation_loop_body = self._until_no_turns(self._manager._generation_loop_body)
         try:
             # As its warmup() does it. Left to CB's thread, the cache comes some time after start() returned.
-            with torch.no_grad(), torch.cuda.device(model.device if model.device.type == "cuda" else -1):
+            with torch.no_grad(), streams.inference():
                 self._manager.batch_processor = self._manager._create_batch_processor()
+            raised = streams.raise_streams(self._manager.batch_processor)  # before it captures anything
+            if raised == 0 and model.device.type == "cuda":
+                logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             self.most_tokens = cache_tokens(self._manager.batch_processor.cache, limit or 2**31)
         except BaseException:
@@ -168,7 +174,8 @@ class Batching:
     def _until_no_turns(self, body: Callable[..., bool]) -> Callable[..., bool]:
         def loop_body(*args: Any, **kwargs: Any) -> bool:
             try:
-                return body(*args, **kwargs)
+                with self._streams.inference():
+                    return body(*args, **kwargs)
             except TurnsClosed:
                 return False  # the loop's own way to end; an error would be logged as a fault
 

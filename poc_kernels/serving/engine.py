@@ -6,7 +6,8 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from transformers import masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..definition import DTYPES
+from ..protocol.engine import Pause, never
+from ..scheduling import SlicedForward, Slices
+from ..scheduling.slices import MEASURED_FORWARDS
 
 logger = logging.getLogger("poc_kernels")
 
@@ -41,6 +45,22 @@ def share_weights(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+class _Captured(NamedTuple):
+    """A forward of one shape: its slices as CUDA graphs, and the memory that they read and write."""
+
+    graphs: list[Any]
+    static_input: Tensor
+    static_output: Tensor
+
+    def replay(self, inputs_embeds: Tensor, pause: Pause) -> Tensor:
+        self.static_input.copy_(inputs_embeds)
+        for place, graph in enumerate(self.graphs):
+            if place > 0:
+                pause()
+            graph.replay()
+        return self.static_output
+
+
 class TransformersEngine:
     """Proofs on a causal language model of transformers: an `Engine` of ``poc_kernels.protocol``.
 
@@ -48,19 +68,28 @@ class TransformersEngine:
     of its own, so that whatever serves users may set attention, hooks or caches on the model. Make the engine before
     the model is given to what serves it.
 
-    On CUDA the forward is captured as a graph when its shape changes, and replayed; a model that cannot be captured, or
-    whose replay gives other bits, runs as it is, with a warning.
+    The forward is computed in slices. On CUDA they are captured as graphs when its shape changes, and replayed; a model
+    that cannot be captured, or whose replay gives other bits, runs as it is, with a warning.
 
     Args:
         model: a ``PreTrainedModel`` with a language model head, loaded, on one device, its attention "sdpa" or "eager".
         cuda_graphs: whether to capture the forward on CUDA.
+        slice_seconds: longest that a slice of the forward should take.
+        alone: entered for a capture: nothing else may draw random numbers of torch on the device meanwhile.
 
     Raises:
         ValueError: no decoder or no head is found in the model, its dtype is not one that projections take, its
             weights lie on several devices, or the twin does not give the model's own bits.
     """
 
-    def __init__(self, model: Any, *, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        cuda_graphs: bool = True,
+        slice_seconds: float = 0.002,
+        alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         prefix = getattr(model, "base_model_prefix", "")
         if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is None:
             raise ValueError(
@@ -84,14 +113,23 @@ class TransformersEngine:
         self.max_positions: int = getattr(text_config, "max_position_embeddings", None) or 2**20
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
+        self._alone = alone
         self._cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self._shape: tuple[int, ...] | None = None
-        self._graph: tuple[Any, Tensor, Tensor] | None = None
+        self._captured: _Captured | None = None
+        self._sliced = SlicedForward(self.device, slice_seconds)
         self._check_against(model)
 
+    @property
+    def slices(self) -> Slices | None:
+        """Of the forward in its latest shape; None until that was measured."""
+        return self._sliced.slices
+
     @torch.inference_mode()
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
         """Last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
+
+        Calls ``pause`` between slices: between all modules until the slices of the shape are measured.
 
         Raises:
             ValueError, TypeError: inputs_embeds is not [batch, seq_len, hidden_size] in the model's dtype.
@@ -102,9 +140,17 @@ class TransformersEngine:
             )
         if inputs_embeds.dtype != self.dtype:
             raise TypeError(f"inputs_embeds must be {self.dtype}, got {inputs_embeds.dtype}")
-        if self._cuda_graphs:
-            return self._replay(inputs_embeds)
-        return self._run(inputs_embeds)
+        shape = tuple(inputs_embeds.shape)
+        if shape != self._shape:
+            self._captured = self._shape = None  # one shape a round: the memory of the last one is given back first
+            self._sliced.forget()
+            if self._cuda_graphs:
+                self._captured = self._capture_checked(inputs_embeds, pause)
+            self._shape = shape
+        if self._captured is not None:
+            return self._captured.replay(inputs_embeds, pause)
+        states: Tensor = self._sliced.run(lambda: self._run(inputs_embeds), pause)
+        return states
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -116,60 +162,62 @@ class TransformersEngine:
         states: Tensor = self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return states
 
-    def _replay(self, inputs_embeds: Tensor) -> Tensor:
-        shape = tuple(inputs_embeds.shape)
-        if shape != self._shape:
-            self._graph = None  # one shape a round: the memory of the last one is given back first
-            self._shape = shape
-            self._graph = self._captured(inputs_embeds)
-        if self._graph is None:
-            return self._run(inputs_embeds)
-        graph, static_input, static_output = self._graph
-        static_input.copy_(inputs_embeds)
-        graph.replay()
-        return static_output
+    def _capture_checked(self, example: Tensor, pause: Pause) -> _Captured | None:
+        """The forward of that shape as graphs if their replay gives the same bits; else None, with a warning."""
+        for _ in range(MEASURED_FORWARDS):  # libraries set themselves up outside the capture, too
+            expected = self._sliced.run(lambda: self._run(example), pause)
+        with self._alone():
+            try:
+                captured = self._capture(example)
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory to capture the model's forward as a CUDA graph; it runs without: %s", error)
+                return None  # another round may have room
+            except (RuntimeError, NotImplementedError) as error:
+                self._give_up_graphs(str(error))
+                return None
+        if not torch.equal(captured.replay(example, pause), expected):
+            self._give_up_graphs("its replay gives other bits")
+            return None
+        return captured
 
-    def _captured(self, example: Tensor) -> tuple[Any, Tensor, Tensor] | None:
-        """The forward of that shape as a graph if its replay gives the same bits; else None, with a warning."""
-        try:
-            captured = self._capture(example)
-            captured[0].replay()
-            if torch.equal(captured[2], self._run(example)):
-                return captured
-            reason = "its replay gives other bits"
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory to capture the model's forward as a CUDA graph; it runs without: %s", error)
-            return None  # another round may have room
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error)
+    def _give_up_graphs(self, reason: str) -> None:
         logger.warning("the model's forward cannot be captured as a CUDA graph and runs without: %s", reason)
         self._cuda_graphs = False
-        return None
 
-    def _capture(self, example: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def _capture(self, example: Tensor) -> _Captured:
+        """One graph a slice, from one pool of memory: what a graph leaves in it is there for those that follow."""
+        before = stream = torch.cuda.current_stream(self.device)
+        if before == torch.cuda.default_stream(self.device):  # which cannot be captured
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         static_input = example.clone()
-        before = torch.cuda.current_stream(self.device)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries set themselves up outside the capture
-                self._run(static_input)
-        before.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
+        graphs: list[Any] = []
+        pool = torch.cuda.graph_pool_handle()
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
             # Other threads may use the device meanwhile but not sample: the graph has torch's generator until its end.
-            with (
-                _masks_as_outside_a_capture(),
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-            ):
-                static_output = self._run(static_input)
+            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+
+        def next_graph() -> None:
+            graphs[-1].capture_end()
+            begin()
+
+        try:
+            with _masks_as_outside_a_capture(), torch.cuda.stream(stream):
+                begin()
+                static_output = self._sliced.run(lambda: self._run(static_input), next_graph)
+                graphs[-1].capture_end()
         except BaseException:
-            # A capture that broke leaves the thread on its stream, and torch's generator in the graph's hands.
+            # A capture that broke must be ended, and leaves torch's generator in the graph's hands.
+            with torch.cuda.stream(stream), contextlib.suppress(RuntimeError):
+                graphs[-1].capture_end()
             torch.cuda.set_stream(before)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             raise
-        return graph, static_input, static_output
+        before.wait_stream(stream)
+        return _Captured(graphs, static_input, static_output)
 
     @torch.inference_mode()
     def _check_against(self, model: Any) -> None:

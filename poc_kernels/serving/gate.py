@@ -93,7 +93,7 @@ class Gate:
             return
         refuse: Callable[[int, str, str], Awaitable[None]] = functools.partial(self._refuse_other, send)
         # The others, among them /stop and /health, are answered however many proofs wait.
-        large = scope["path"].startswith(_LARGE)
+        large = scope["method"] == "POST" and scope["path"].startswith(_LARGE)
         if large and self._large >= _MAX_LARGE:
             await self._refuse_other(send, 429, "overloaded", f"at most {_MAX_LARGE} requests are served at once", 1)
             return

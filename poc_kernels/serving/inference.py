@@ -3,55 +3,26 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
+from ..scheduling import StreamPartition, Turns
 from . import openai_app
 from .admission import admitted_new_tokens, engine_unavailable
 from .batching import Batching, OnOutput, Router
-from .turns import Turns
+from .batching_config import InferenceLimits, batching_config, generation_config
 
 logger = logging.getLogger("poc_kernels")
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 5.0
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 30.0
-
-# Where nothing is said. A CPU's memory is not CB's alone, and short prefill steps keep turns short.
-_CPU_DEFAULTS = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 1024, "max_memory_percent": 0.8}
-# Proofs need the rest of the free memory.
-_ACCELERATOR_DEFAULTS = {"max_memory_percent": 0.6}
-
-
-@dataclass(frozen=True)
-class InferenceLimits:
-    """Bounds of what is served.
-
-    Attributes:
-        max_new_tokens: most tokens a request may generate, and what it gets if it asks for no number.
-        cb_block_size: tokens in a block of the KV cache.
-        cb_num_blocks: blocks in the KV cache.
-        cb_max_batch_tokens: tokens in one step of the model; longer prompts take several.
-        cb_max_memory_percent: share, in (0, 1], of the free memory that the KV cache may have.
-        stall_seconds: CB is rebuilt when no step ends for so long while requests are in flight.
-
-    The KV cache's settings default to 512 blocks of 32 tokens on a CPU, elsewhere to what fits 0.6 of the free memory.
-    """
-
-    max_new_tokens: int = 1024
-    cb_block_size: int | None = None
-    cb_num_blocks: int | None = None
-    cb_max_batch_tokens: int | None = None
-    cb_max_memory_percent: float | None = None
-    stall_seconds: float = 60.0
 
 
 class Inference:
@@ -65,6 +36,7 @@ class Inference:
         limits: bounds of what is served.
         temperature: None samples as the model's generation config says, 0 takes the likeliest token, more samples with
             that temperature. CB samples all requests alike.
+        streams: its steps run on the stream of inference; a partition of the model's device by default.
 
     Raises:
         ValueError: a negative temperature.
@@ -78,16 +50,18 @@ class Inference:
         turns: Turns,
         limits: InferenceLimits | None = None,
         temperature: float | None = None,
+        streams: StreamPartition | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.restarts = 0
         self._turns = turns
+        self._streams = streams or StreamPartition(model.device)
         self._limits = limits or InferenceLimits()
         self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
-        self._generation_config = _generation_config(self.model, self.tokenizer, temperature)
-        self._config = _batching_config(self._limits, self.model.device.type)
+        self._generation_config = generation_config(self.model, self.tokenizer, temperature)
+        self._config = batching_config(self._limits, self.model.device.type)
         self._router = Router()
         # Guards _batching: a request goes to a CB that is alive, or is in flight when that CB's requests are failed.
         self._lock = threading.Lock()
@@ -244,7 +218,7 @@ class Inference:
         return None
 
     def _build(self) -> None:
-        batching = Batching(self.model, self._generation_config, self._config, self._router, self._turns)
+        batching = Batching(self.model, self._generation_config, self._config, self._router, self._turns, self._streams)
         with self._lock:
             if not self._stop.is_set():
                 self._batching, self._trouble = batching, None
@@ -274,38 +248,3 @@ class Inference:
             logger.warning("requests in flight failed", extra={"requests": failed, "reason": reason})
         if batching is not None and not batching.stop(timeout_seconds):
             logger.error("a step of the model hangs", extra={"waited_seconds": timeout_seconds})
-
-
-def _generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:
-    if temperature is not None and temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    config: GenerationConfig = copy.deepcopy(model.generation_config)
-    if temperature == 0:
-        config.do_sample = False
-        config.temperature = config.top_p = config.top_k = None
-    elif temperature is not None:
-        config.do_sample = True
-        config.temperature = temperature
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
-    config.use_cache = False  # CB has its own
-    config.num_return_sequences = 1
-    return config
-
-
-def _batching_config(limits: InferenceLimits, device_type: str) -> ContinuousBatchingConfig:
-    # Older versions call a page a block.
-    fields = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    page_size = "page_size" if "page_size" in fields else "block_size"
-    given = {
-        "page_size": limits.cb_block_size,
-        "num_blocks": limits.cb_num_blocks,
-        "max_batch_tokens": limits.cb_max_batch_tokens,
-        "max_memory_percent": limits.cb_max_memory_percent,
-    }
-    settings: dict[str, Any] = dict(_CPU_DEFAULTS if device_type == "cpu" else _ACCELERATOR_DEFAULTS)
-    settings.update({key: value for key, value in given.items() if value is not None})
-    if "page_size" in settings:
-        settings[page_size] = settings.pop("page_size")
-    # Not asynchronous: a step is over when its turn is.
-    return ContinuousBatchingConfig(use_async_batching=False, **settings)

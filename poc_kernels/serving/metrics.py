@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 
 from ..protocol import BatchReport, PoCState
 from ..protocol.manager import PARTS
+from .validation_queue import JobState
 
 # Distances gather around sqrt(2), the closer the larger the vocabulary: within 0.1 for 1,000 tokens, 0.01 for 150,000.
 _OFFSETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -16,6 +17,8 @@ _DISTANCE_BUCKETS = tuple(
     round(math.sqrt(2) + offset, 4) for offset in (*(-value for value in reversed(_OFFSETS)), 0, *_OFFSETS)
 )
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+_WAIT_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_SLICE_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
 
 
 class Metrics:
@@ -34,6 +37,21 @@ class Metrics:
         self._part_seconds = Counter(
             "poc_part_seconds", "Time of rounds by part of the work", ["part"], registry=registry
         )
+        self._slice_seconds = Histogram(
+            "poc_slice_seconds", "Time of a slice of a forward of a round", buckets=_SLICE_BUCKETS, registry=registry
+        )
+        self._held_back = Counter(
+            "poc_held_back_seconds", "Time that forwards of a round were held back for users", registry=registry
+        )
+        self._validations = Counter(
+            "poc_validations", "Batches to validate that ended, by outcome", ["outcome"], registry=registry
+        )
+        self._validation_wait = Histogram(
+            "poc_validation_wait_seconds",
+            "Time that batches waited for their first forward",
+            buckets=_WAIT_BUCKETS,
+            registry=registry,
+        )
         self._batch_failures = Counter("poc_batch_failures", "Forwards of a round that raised", registry=registry)
         self._frauds = Counter("poc_frauds", "Batches judged to be fraud", registry=registry)
         self._refusals = Counter("poc_gate_refusals", "Requests refused at the gate", ["reason"], registry=registry)
@@ -47,6 +65,8 @@ class Metrics:
         for phase in ("generate", "validate"):
             self._checked.labels(phase)
             self._valid.labels(phase)
+        for outcome in (JobState.DONE, JobState.FAILED, JobState.CANCELLED):
+            self._validations.labels(outcome.value.lower())
         for kind in ("generated", "validated"):
             self._delivered.labels(kind)
             self._failures.labels(kind)
@@ -65,6 +85,20 @@ class Metrics:
             self._part_seconds.labels(part).inc(seconds)
         for distance in report.distances:
             self._distances.observe(distance if math.isfinite(distance) else math.inf)
+
+    def slice(self, seconds: float) -> None:
+        """A slice of a forward ended."""
+        self._slice_seconds.observe(seconds)
+
+    def held_back(self, seconds: float) -> None:
+        """A slice had to wait so long for its turn."""
+        self._held_back.inc(seconds)
+
+    def validation_ended(self, outcome: JobState, waited_seconds: float | None) -> None:
+        """A batch to validate ended; None if none of its forwards had begun."""
+        self._validations.labels(outcome.value.lower()).inc()
+        if waited_seconds is not None:
+            self._validation_wait.observe(waited_seconds)
 
     def batch_failed(self) -> None:
         """A forward of a round raised."""

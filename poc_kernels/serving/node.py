@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import math
 import signal
@@ -18,15 +19,16 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import backends
-from ..protocol import PoCManager, PoCState, inputs
+from ..protocol import PoCConfig, PoCManager, PoCState, inputs
+from ..scheduling import Pacing, StreamPartition, Turns
 from . import routes
+from .batching_config import InferenceLimits
 from .callbacks import CallbackSender
 from .engine import TransformersEngine
 from .gate import Gate
-from .inference import Inference, InferenceLimits
+from .inference import Inference
 from .metrics import Metrics
 from .settings import TOKEN_VARIABLE, Settings
-from .turns import Turns
 from .worker import ProofWorker
 
 logger = logging.getLogger("poc_kernels")
@@ -79,10 +81,18 @@ class Node:
             model, tokenizer = load_model(settings)
         self.settings = settings
         # Before anything serves the model: the engine compares itself with it.
-        self.engine = TransformersEngine(model, cuda_graphs=settings.cuda_graphs)
+        on_cuda = model.device.type == "cuda"
+        pacing = Pacing(share=settings.validation_share, max_wait_seconds=settings.validation_wait_seconds)
+        self.turns = Turns(pacing, concurrent=on_cuda)
+        self.engine = TransformersEngine(
+            model,
+            cuda_graphs=settings.cuda_graphs,
+            slice_seconds=settings.slice_seconds,
+            alone=self.turns.alone,
+        )
+        self.streams = StreamPartition(model.device, validation_multiprocessors=settings.validation_multiprocessors)
         self.metrics = Metrics()
         self.manager = PoCManager(self.engine, self.metrics.batch)
-        self.turns = Turns()
         limits = InferenceLimits(
             max_new_tokens=settings.max_new_tokens,
             cb_block_size=settings.kv_block_size,
@@ -92,7 +102,7 @@ class Node:
             stall_seconds=settings.stall_seconds,
         )
         name = settings.served_name or settings.model
-        self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature)
+        self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, self.streams)
         key = None if settings.callback_key is None else settings.callback_key.encode()
         self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
         api = self.inference.build_app()
@@ -109,12 +119,15 @@ class Node:
         self.worker = ProofWorker(
             self.manager,
             self.turns,
+            self.streams,
             self.callbacks,
             self.metrics,
             drain=self.inference.wait_idle,
             drain_seconds=settings.drain_seconds,
             max_queued_nonces=settings.max_queued_nonces,
+            result_seconds=settings.result_seconds,
             stall_seconds=settings.stall_seconds,
+            most_in_flight=settings.slices_in_flight,
         )
         api.include_router(routes.poc_router(self))
         api.include_router(routes.operation_router(self))
@@ -133,6 +146,7 @@ class Node:
         watch("poc_inference_in_flight", "Users' requests being served", lambda: self.gate.in_flight)
         watch("poc_inference_restarts", "Times that continuous batching was rebuilt", lambda: self.inference.restarts)
         watch("poc_validation_queue_nonces", "Nonces waiting to be validated", lambda: self.worker.queued_nonces)
+        watch("poc_validation_queue_batches", "Batches waiting to be validated", lambda: self.worker.queue.batches)
         watch("poc_callback_queue_batches", "Batches waiting to be delivered", self.callbacks.pending)
         watch("poc_callback_queue_nonces", "Nonces waiting to be delivered", self.callbacks.pending_nonces)
 
@@ -158,7 +172,18 @@ class Node:
             if config is None
             else {name: value for name, value in dataclasses.asdict(config).items() if name != "callback_url"},
             "queued_nonces": self.worker.queued_nonces,
+            "validation": self._validation_status(),
             "callbacks": self.callbacks.status(),
+        }
+
+    def _validation_status(self) -> dict[str, Any]:
+        slices = self.engine.slices
+        return {
+            **self.worker.queue.status(),
+            "share": self.settings.validation_share,
+            "slices": None
+            if slices is None
+            else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},
         }
 
     def troubles(self) -> list[str]:
@@ -183,9 +208,22 @@ class Node:
             if self.settings.random_projection:
                 backends.warmup(engine.device, engine.hidden_size, dtype=engine.dtype)
 
+    @torch.inference_mode()
+    def _measure_slices(self) -> None:
+        """Measure and capture a GPU's forward of the usual shape of a round, before the KV cache takes the memory.
+
+        A processor measures the first forwards of a round: one more could take minutes there.
+        """
+        engine = self.engine
+        if engine.device.type == "cuda":
+            shape = PoCConfig.batch_size, min(PoCConfig.seq_len, engine.max_positions), engine.hidden_size
+            with self.streams.validation():
+                engine.forward(torch.zeros(shape, dtype=engine.dtype, device=engine.device))
+
     def start(self) -> None:
         """Start inference, callbacks and the proof worker."""
         self._compile_kernels()
+        self._measure_slices()
         self.callbacks.start()
         self.inference.start()
         self.worker.start()
@@ -275,6 +313,9 @@ def serve(settings: Settings) -> None:
         signal.signal(number, exit_soon)
     with contextlib.closing(node):
         node.start()
+        # What lives as long as the process is not looked through again: that would be a gap between users' tokens.
+        gc.collect()
+        gc.freeze()
         server.run([listener])
 
 

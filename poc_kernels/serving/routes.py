@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,7 +22,7 @@ from ..protocol import (
     ValidatedBatch,
 )
 from .gate import POC_PREFIX, USER_PREFIX
-from .worker import QueueFullError
+from .validation_queue import QueueFullError, ValidationJob
 
 if TYPE_CHECKING:
     from .node import Node
@@ -86,8 +86,17 @@ class ValidateAnswer(BaseModel):
     probability_honest: float
 
 
+class WaitingAnswer(BaseModel):
+    """Answer of /validate?wait=false, and of /validate/{id} until there is a verdict."""
+
+    status: Literal["QUEUED", "RUNNING"]
+    id: str
+    nonces_done: int
+    nonces: int
+
+
 def poc_router(node: Node) -> APIRouter:
-    """The eight routes of a node's rounds."""
+    """The routes of a node's rounds."""
     router = APIRouter(prefix=POC_PREFIX, tags=["pow"])
     manager = node.manager
 
@@ -148,35 +157,64 @@ def poc_router(node: Node) -> APIRouter:
         """Validate proofs in the round that was begun."""
         return changed(lambda: manager.set_phase(PoCState.VALIDATING))
 
-    @router.post(
-        "/validate",
-        responses={
-            **errors,
-            429: {"description": "Too many nonces wait to be validated"},
-        },
-    )
-    async def validate(body: ProofBody) -> ValidateAnswer:
-        """Recompute the distances of a proof batch, and judge it if it has distances."""
+    def enqueued(body: ProofBody, submitter: str, keep: bool) -> ValidationJob:
         try:
-            batch = ProofBatch(**body.model_dump())
-            result = node.worker.submit(batch)
+            return node.worker.enqueue(ProofBatch(**body.model_dump()), submitter, keep)
         except (ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
         except QueueFullError as error:
-            raise HTTPException(429, str(error), {"Retry-After": str(_BUSY_SECONDS)}) from error
+            raise HTTPException(429, str(error), {"Retry-After": str(error.retry_seconds)}) from error
         except IllegalTransitionError as error:
             raise HTTPException(400 if manager.config is None else 409, str(error)) from error
         except RoundEndedError as error:
             raise HTTPException(409, str(error)) from error
+
+    waiting: dict[int | str, dict[str, Any]] = {202: {"description": "No verdict yet", "model": WaitingAnswer}}
+
+    @router.post(
+        "/validate",
+        response_model=ValidateAnswer,
+        responses={
+            **errors,
+            **waiting,
+            429: {"description": "Too many nonces wait to be validated, of all submitters or of this one"},
+        },
+    )
+    async def validate(
+        request: Request, body: ProofBody, wait: Literal["true", "false"] = "true"
+    ) -> ValidateAnswer | Response:
+        """Recompute the distances of a proof batch, and judge it if it has distances.
+
+        With wait=false the answer comes at once: its Location has the verdict later.
+        """
+        submitter = "" if request.client is None else request.client.host
+        job = enqueued(body, submitter, keep=wait == "false")
+        if wait == "false":
+            return _waiting(job, {"Location": f"{POC_PREFIX}/validate/{job.id}"})
         try:
             # Shielded: the verdict goes to the callback even if this client does not wait for it.
-            verdict = await asyncio.shield(asyncio.wrap_future(result))
-        except (ValueError, IllegalTransitionError, RoundEndedError) as error:
-            raise HTTPException(409, str(error)) from error
+            return _answer(await asyncio.shield(asyncio.wrap_future(job.future)))
         except Exception as error:
-            detail = f"the batch could not be computed: {error}"
-            raise HTTPException(503, detail, {"Retry-After": str(_BUSY_SECONDS)}) from error
-        return _answer(verdict)
+            raise _refusal(error) from error
+
+    @router.get(
+        "/validate/{job_id}",
+        response_model=ValidateAnswer,
+        responses={
+            **waiting,
+            404: {"description": "There is no such job, or not any more"},
+            409: {"description": "The round ended before there was a verdict"},
+            503: errors[503],
+        },
+    )
+    def validated(job_id: str) -> ValidateAnswer | Response:
+        """The verdict on a batch that was posted with wait=false."""
+        job = node.worker.queue.get(job_id)
+        if job is None:
+            raise HTTPException(404, f"id must be of a batch posted with wait=false and kept still, got {job_id!r}")
+        if job.error is not None:
+            raise _refusal(job.error)
+        return _waiting(job) if job.verdict is None else _answer(job.verdict)
 
     @router.get("/status")
     def status() -> dict[str, Any]:
@@ -189,6 +227,21 @@ def poc_router(node: Node) -> APIRouter:
         return changed(manager.stop_round)
 
     return router
+
+
+def _waiting(job: ValidationJob, headers: dict[str, str] | None = None) -> Response:
+    begun = job.started is not None
+    answer = WaitingAnswer(
+        status="RUNNING" if begun else "QUEUED", id=job.id, nonces_done=job.nonces_done, nonces=job.nonces
+    )
+    return JSONResponse(answer.model_dump(), 202, headers)
+
+
+def _refusal(error: Exception) -> HTTPException:
+    """What became of a batch that has no verdict."""
+    if isinstance(error, (ValueError, IllegalTransitionError, RoundEndedError)):
+        return HTTPException(409, str(error))
+    return HTTPException(503, f"the batch could not be computed: {error}", {"Retry-After": str(_BUSY_SECONDS)})
 
 
 def _answer(verdict: ValidatedBatch) -> ValidateAnswer:

@@ -28,7 +28,14 @@ class Settings:
         max_body_bytes, max_pow_body_bytes: largest bodies under /v1 and /api/v1/pow; more get 413.
         body_seconds: a client's time to send its body; then 408.
         max_queued_nonces: most nonces waiting to be validated; more get 429.
+        result_seconds: how long verdicts are kept for those who ask for them later.
         max_proof_tokens: most batch_size * seq_len of a round.
+        validation_share: share of the device, in (0, 1), that validation is sure of while users are served: more makes
+            validation faster and users' tokens later.
+        validation_wait_seconds: longest that a slice of validation is held back for users.
+        slice_seconds: longest that a slice of validation should take.
+        slices_in_flight: slices that a GPU is given before the first of them is done.
+        validation_multiprocessors: keep validation to so many multiprocessors of a GPU; None for all.
         drain_seconds: how long requests in flight may go on after GENERATING begins, before they are paused.
         retry_after_seconds: Retry-After of 503 while GENERATING.
         stall_seconds: without progress for so long, /health turns 503.
@@ -57,7 +64,13 @@ class Settings:
     max_pow_body_bytes: int = 2**23
     body_seconds: float = 30.0
     max_queued_nonces: int = 100_000
+    result_seconds: float = 3600.0
     max_proof_tokens: int = 65536
+    validation_share: float = 0.1
+    validation_wait_seconds: float = 1.0
+    slice_seconds: float = 0.002
+    slices_in_flight: int = 2
+    validation_multiprocessors: int | None = None
     drain_seconds: float = 5.0
     retry_after_seconds: int = 10
     stall_seconds: float = 120.0
@@ -80,13 +93,16 @@ class Settings:
             raise ValueError(f"kv_memory must be in (0, 1), got {self.kv_memory}")
         positive = (
             "max_new_tokens kv_blocks kv_block_size max_batch_tokens max_in_flight max_body_bytes max_pow_body_bytes "
-            "body_seconds max_queued_nonces max_proof_tokens retry_after_seconds stall_seconds callback_nonces"
+            "body_seconds max_queued_nonces max_proof_tokens retry_after_seconds stall_seconds callback_nonces "
+            "result_seconds slice_seconds slices_in_flight validation_multiprocessors"
         )
         for name in positive.split():
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be positive, got {number}")
-        for name in ("drain_seconds", "shutdown_seconds"):
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must be in (0, 1), got {self.validation_share}")
+        for name in ("drain_seconds", "shutdown_seconds", "validation_wait_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("token", "callback_key"):

@@ -5,17 +5,13 @@ While GENERATING it holds inference; otherwise its batches take turns with infer
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..protocol import (
     IllegalTransitionError,
@@ -25,25 +21,17 @@ from ..protocol import (
     RoundEndedError,
     ValidatedBatch,
 )
-from .callbacks import CallbackSender
-from .metrics import Metrics
-from .turns import Turns, TurnsClosed
+from ..scheduling import InFlight, StreamPartition, Turns, TurnsClosed
+from .validation_queue import ValidationJob, ValidationQueue
+
+if TYPE_CHECKING:  # what they need, a process without a server may lack
+    from .callbacks import CallbackSender
+    from .metrics import Metrics
 
 logger = logging.getLogger("poc_kernels")
 
 _RETRY_SECONDS = 1.0
-
-
-class QueueFullError(RuntimeError):
-    """More nonces wait to be validated than the node keeps."""
-
-
-@dataclasses.dataclass
-class _Job:
-    batch: ProofBatch
-    callback_url: str | None
-    steps: Iterator[ValidatedBatch | None]
-    result: Future[ValidatedBatch]
+_SHUTTING_DOWN = "the node is shutting down"
 
 
 class ProofWorker:
@@ -52,18 +40,22 @@ class ProofWorker:
     Args:
         manager: whose rounds to run.
         turns: the device, shared with inference.
+        streams: batches run on the stream of validation.
         callbacks: where proofs and verdicts go.
         metrics: told of failures and frauds.
         drain: waits up to so many seconds until no request is in flight; whether none is.
         drain_seconds: how long requests in flight may go on once GENERATING begins, before they are paused.
-        max_queued_nonces: most nonces waiting to be validated.
+        max_queued_nonces: most nonces waiting to be validated, and most nonces of results that are kept.
+        result_seconds: how long results are kept.
         stall_seconds: without progress for so long, `trouble` says so.
+        most_in_flight: slices that a GPU is given before the first of them is done.
     """
 
     def __init__(
         self,
         manager: PoCManager,
         turns: Turns,
+        streams: StreamPartition,
         callbacks: CallbackSender,
         metrics: Metrics,
         *,
@@ -71,18 +63,21 @@ class ProofWorker:
         drain_seconds: float,
         max_queued_nonces: int,
         stall_seconds: float,
+        result_seconds: float = 3600.0,
+        most_in_flight: int = 2,
     ) -> None:
         self._manager = manager
         self._turns = turns
+        self._turn = turns.proof()
+        self._streams = streams
+        self._in_flight = InFlight(manager.engine.device, most_in_flight)
         self._callbacks = callbacks
         self._metrics = metrics
         self._drain = drain
         self._drain_seconds = drain_seconds
-        self._max_queued_nonces = max_queued_nonces
         self._stall_seconds = stall_seconds
+        self.queue = ValidationQueue(max_queued_nonces, result_seconds, self._ended)
         self._condition = threading.Condition()
-        self._jobs: collections.deque[_Job] = collections.deque()
-        self._queued_nonces = 0
         self._holding = False
         self._closing = False
         self._idle = False
@@ -95,55 +90,57 @@ class ProofWorker:
         self._thread.start()
 
     def close(self, timeout_seconds: float) -> None:
-        """Stop after the batch that is being computed; what waits to be validated fails. Harmless twice."""
+        """Cancel what waits to be validated, and stop once the slice that runs is done. Harmless twice."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()
+        self.queue.close(_SHUTTING_DOWN)
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
-        self._fail_jobs(RoundEndedError("the node is shutting down"))
 
     def wake(self) -> None:
-        """Look at the manager's state anew: call it after every change."""
+        """Look at the manager's state anew: call it after every change. Validations of a round that ended end."""
+        self.queue.cancel(self._is_over, "the round ended while the batch was validated")
+        self._notify()
+
+    def _notify(self) -> None:
         with self._condition:
-            self._wake()
+            if self._idle:
+                self._progressed = time.monotonic()  # the clock of a stall begins with the work
+            self._condition.notify_all()
 
-    def _wake(self) -> None:
-        if self._idle:
-            self._progressed = time.monotonic()  # the clock of a stall begins with the work
-        self._condition.notify_all()
+    def _is_over(self, job: ValidationJob) -> bool:
+        return self._manager.state == PoCState.STOPPED or self._manager.config is not job.config
 
-    def submit(self, batch: ProofBatch) -> Future[ValidatedBatch]:
+    def enqueue(self, batch: ProofBatch, submitter: str, keep: bool = False) -> ValidationJob:
         """Queue ``batch`` to be validated.
 
-        The result's errors are those of `PoCManager.validate`.
+        Args:
+            submitter: between whom the queue is fair.
+            keep: keep the outcome for `ValidationQueue.get`.
 
         Raises:
-            QueueFullError: too many nonces wait already.
+            QueueFullError: there is no room for it now.
             IllegalTransitionError, ValueError: as `PoCManager.check_batch`, or the batch has more nonces than can ever
                 wait.
+            RoundEndedError: the worker is closed.
         """
         config = self._manager.check_batch(batch)
-        if len(batch) > self._max_queued_nonces:
-            raise ValueError(f"a batch must have at most {self._max_queued_nonces} nonces, got {len(batch)}")
-        result: Future[ValidatedBatch] = Future()
-        with self._condition:
-            if self._closing:
-                raise RoundEndedError("the node is shutting down")
-            if self._queued_nonces + _weight(batch) > self._max_queued_nonces:
-                raise QueueFullError(
-                    f"at most {self._max_queued_nonces} nonces can wait to be validated, {self._queued_nonces} do, "
-                    f"and {len(batch)} came"
-                )
-            self._jobs.append(_Job(batch, config.callback_url, self._manager.validation(batch), result))
-            self._queued_nonces += _weight(batch)
-            self._wake()
-        return result
+        steps = self._manager.validation(batch, self._pause)
+        job = self.queue.put(steps, nonces=len(batch), config=config, submitter=submitter, keep=keep)
+        if self._is_over(job):  # since `check_batch`: whoever ended the round may not have seen this job
+            self.wake()
+        self._notify()
+        return job
+
+    def submit(self, batch: ProofBatch, submitter: str = "this process") -> Future[ValidatedBatch]:
+        """`enqueue`; the result's errors are those of `PoCManager.validate`. Who stops waiting does not stop it."""
+        return self.enqueue(batch, submitter).future
 
     @property
     def queued_nonces(self) -> int:
         """Nonces waiting to be validated, those of the batch in work among them."""
-        return self._queued_nonces
+        return self.queue.nonces
 
     def trouble(self) -> str | None:
         """Why the worker makes no progress; None if it does, or has nothing to do."""
@@ -157,13 +154,13 @@ class ProofWorker:
         return None
 
     def _has_work(self) -> bool:
-        return bool(self._jobs) or self._manager.state == PoCState.GENERATING
+        return self.queue.batches > 0 or self._manager.state == PoCState.GENERATING
 
     # ---- the thread ----
 
     def _run(self) -> None:
         try:
-            with _own_stream(self._manager.engine.device):
+            with self._streams.validation():
                 while self._wait():
                     self._step()
         except TurnsClosed:
@@ -172,7 +169,7 @@ class ProofWorker:
             self._turns.release_inference()
             with self._condition:
                 self._closing = True  # whatever ended it: nobody would compute what comes
-            self._fail_jobs(RoundEndedError("the proof thread ended"))
+            self.queue.close("the proof thread ended")
 
     def _wait(self) -> bool:
         with self._condition:
@@ -214,8 +211,8 @@ class ProofWorker:
     def _generate(self) -> bool:
         """Compute the next batch of the round; whether that failed."""
         try:
-            with self._turns.proof():
-                config, batch = self._manager.advance()
+            with self._device():
+                config, batch = self._manager.advance(self._pause)
         except (RoundEndedError, IllegalTransitionError):
             return False  # the state changed meanwhile: nothing to report
         except TurnsClosed:
@@ -230,37 +227,33 @@ class ProofWorker:
         return False
 
     def _validate_some(self) -> bool:
-        """One forward for the batch at the head of the queue; whether that failed."""
-        with self._condition:
-            if not self._jobs:
-                return False
-            job = self._jobs[0]
-        verdict: ValidatedBatch | None = None
-        error: Exception | None = None
+        """One forward for the batch whose turn it is; whether that failed."""
+        job = self.queue.next()
+        if job is None:
+            return False
         try:
-            with self._turns.proof():
+            with self._device():
                 verdict = next(job.steps)
         except TurnsClosed:
             raise
-        except Exception as caught:
-            error = caught
-        if error is None and verdict is None:
-            self._succeeded()
-            return False
-        with self._condition:
-            if not self._jobs:
-                return False  # `close` did not wait for this one
-            self._jobs.popleft()
-            self._queued_nonces -= _weight(job.batch)
-        if verdict is None:
-            assert error is not None
-            _settle(job.result, error)
-            if isinstance(error, (RoundEndedError, IllegalTransitionError, ValueError)):
-                return False
+        except Exception as error:
+            self.queue.finish(job, error)
+            if isinstance(error, (RoundEndedError, ValueError)):
+                return False  # no failure of the device
             self._failed(error)
             return True
         self._succeeded()
-        if verdict.fraud_detected:
+        if verdict is None:
+            self.queue.advance(job)
+        elif self.queue.finish(job, verdict) and job.config.callback_url is not None and verdict.received_dist:
+            self._callbacks.validated(job.config.callback_url, verdict.to_dict())
+        return False
+
+    def _ended(self, job: ValidationJob) -> None:
+        waited = None if job.started is None else job.started - job.submitted
+        self._metrics.validation_ended(job.state, waited)
+        verdict = job.verdict
+        if verdict is not None and verdict.fraud_detected:
             self._metrics.fraud()
             logger.warning(
                 "fraud detected",
@@ -273,10 +266,28 @@ class ProofWorker:
                     "probability_honest": verdict.probability_honest,
                 },
             )
-        _settle(job.result, verdict)
-        if job.callback_url is not None and verdict.received_dist:
-            self._callbacks.validated(job.callback_url, verdict.to_dict())
-        return False
+
+    @contextlib.contextmanager
+    def _device(self) -> Iterator[None]:
+        """The device, for the first slice of a batch; it is given back after the last."""
+        asked = time.monotonic()
+        with self._turn:
+            self._metrics.held_back(time.monotonic() - asked)
+            try:
+                yield
+            finally:
+                self._metrics.slice(self._turn.end())
+
+    def _pause(self) -> None:
+        """Between two slices of a batch."""
+        self._in_flight.mark()
+        asked = time.monotonic()
+        seconds = self._turn.pause()
+        self._metrics.held_back(time.monotonic() - asked)
+        self._metrics.slice(seconds)
+        self._progressed = time.monotonic()
+        if self._closing:
+            raise RoundEndedError(_SHUTTING_DOWN)
 
     def _succeeded(self) -> None:
         self._progressed = time.monotonic()
@@ -286,33 +297,3 @@ class ProofWorker:
         self._failure = f"{type(error).__name__}: {error}"
         self._metrics.batch_failed()
         logger.error("a proof batch failed, the next try follows", exc_info=error)
-
-    def _fail_jobs(self, error: Exception) -> None:
-        with self._condition:
-            jobs, self._queued_nonces = list(self._jobs), 0
-            self._jobs.clear()
-        for job in jobs:
-            _settle(job.result, error)
-
-
-def _weight(batch: ProofBatch) -> int:
-    return max(1, len(batch))  # batches of nothing fill a queue too
-
-
-def _settle(future: Future[ValidatedBatch], outcome: Any) -> None:
-    if not future.set_running_or_notify_cancel():
-        return  # whoever waited went away
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
-
-
-@contextlib.contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    """A stream of the thread's own on CUDA: the legacy default stream would wait for everybody's work."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-        yield

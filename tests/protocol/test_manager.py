@@ -1,6 +1,7 @@
 """PoCManager: states, batches, validation, and the same distance in every batch."""
 
 import threading
+import types
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from poc_kernels.protocol import (
     permutations,
     target,
 )
+from poc_kernels.protocol import manager as manager_module
+from poc_kernels.protocol.engine import never
 from poc_kernels.reference import project
 
 LATE = 30
@@ -317,6 +320,150 @@ def test_the_latest_valid_nonces_are_listed():
     assert len(status["valid_distances"]) == 7
 
 
+# ---- pauses ----
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """So little at a time that everything is computed in pieces."""
+    monkeypatch.setattr(manager_module, "_DRAWN_AT_ONCE_CPU", 24 * 6 * 2)
+    monkeypatch.setattr(manager_module, "_PROJECTED_AT_ONCE_CPU", 1)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
+    m = manager()
+    with pytest.MonkeyPatch.context() as whole:
+        whole.setattr(manager_module, "_DRAWN_AT_ONCE_CPU", 2**30)
+        whole.setattr(manager_module, "_PROJECTED_AT_ONCE_CPU", 2**40)
+        m.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
+        expected = [m.run_batch().dist for _ in range(2)]
+        m.stop_round()
+    m.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
+    pauses = []
+    assert [m.run_batch(lambda: pauses.append(1)).dist for _ in range(2)] == expected
+    # Inputs 2 rows at a time, permutations too, projections 256 of the 360 positions, the forward, the logits.
+    assert len(pauses) == 2 * (30 + 30 + 2 * projection + 1 + 1 + 1)
+    pauses.clear()
+    *_, verdict = m.validation(claim(range(120)), lambda: pauses.append(1))
+    assert verdict.dist == [*expected[0], *expected[1]]
+    assert len(pauses) == 2 * (30 + 30 + 2 * projection + 1 + 1 + 1)
+
+
+@pytest.mark.parametrize("change", ["stop", "validate"])
+def test_generating_ends_at_the_next_pause(small_pieces, change):
+    m = manager()
+    m.start_round(config())
+    pauses = []
+
+    def pause():
+        pauses.append(1)
+        if len(pauses) == 3:
+            m.stop_round() if change == "stop" else m.set_phase(PoCState.VALIDATING)
+
+    with pytest.raises(RoundEndedError, match="left GENERATING"):
+        m.run_batch(pause)
+    assert len(pauses) == 3
+    assert not m.engine.shapes
+    assert m.status()["total_checked"] == 0
+
+
+def test_validation_ends_at_the_next_pause(small_pieces):
+    m = manager()
+    m.init_round(config())
+    pauses = []
+
+    def pause():
+        pauses.append(1)
+        if len(pauses) == 4:
+            m.stop_round()
+
+    steps = m.validation(claim(range(12)), pause)
+    with pytest.raises(RoundEndedError, match="while the batch was validated"):
+        next(steps)
+    assert len(pauses) == 4
+    m.start_round(config())
+    assert m.run_batch().nonces == list(range(5))
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("how", ["stop", "another round", "another phase"])
+def test_a_round_that_ends_in_a_pause_computes_no_further(at, how):
+    m = manager()
+    m.start_round(config(use_random_projection=True))
+    pauses = 0
+
+    def end():
+        nonlocal pauses
+        pauses += 1
+        if pauses != at:
+            return
+        if how == "another phase":
+            m.set_phase(PoCState.VALIDATING)
+            return
+        m.stop_round()
+        if how == "another round":
+            m.start_round(config())
+
+    with pytest.raises(RoundEndedError, match="left GENERATING"):
+        m.run_batch(end)
+    assert pauses == at
+    assert len(m.engine.shapes) == (at > 3)  # the engine pauses once it has begun
+    assert m.status()["total_checked"] == 0
+    m.stop_round()
+
+    m.start_round(config(use_random_projection=True))
+    expected = m.validate(claim(range(7)))
+    pauses = 0
+    steps = m.validation(claim(range(7)), end)
+    if how == "another phase":
+        assert list(steps)[-1] == expected
+        return
+    with pytest.raises(RoundEndedError, match="while the batch was validated"):
+        next(steps)
+    assert pauses == at
+
+
+def test_what_a_pause_raises_comes_through_and_the_next_batch_is_right(small_pieces):
+    m = manager()
+    m.start_round(config(use_random_projection=True))
+    expected = m.run_batch().dist
+    m.stop_round()
+    m.start_round(config(use_random_projection=True))
+    for after in range(1, 8):
+        left = iter(range(after))
+
+        def give_up(left=left):
+            if next(left, None) is None:
+                raise KeyError("enough")
+
+        with pytest.raises(KeyError, match="enough"):
+            m.run_batch(give_up)
+    assert m.run_batch().dist == expected
+
+
+def test_pauses_are_no_part_of_the_time_of_a_batch(small_pieces, monkeypatch):
+    now = 0.0
+
+    def perf_counter():
+        nonlocal now
+        now += 1.0
+        return now
+
+    def pause():
+        nonlocal now
+        now += 1000.0
+
+    monkeypatch.setattr(manager_module, "time", types.SimpleNamespace(perf_counter=perf_counter, monotonic=lambda: 0.0))
+    reports = []
+    m = PoCManager(SmallEngine(), reports.append)
+    m.start_round(config(use_random_projection=True))
+    m.run_batch(pause)
+    (report,) = reports
+    assert report.seconds == sum(report.part_seconds.values()) < 100
+    assert all(seconds >= 1 for seconds in report.part_seconds.values())
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_reports(projection):
     reports = []
@@ -330,7 +477,7 @@ def test_reports(projection):
     for report in reports:
         assert set(report.part_seconds) == {"inputs", "projection", "forward", "distance"}
         assert (report.part_seconds["projection"] > 0) == projection
-        assert 0 < sum(report.part_seconds.values()) <= report.seconds
+        assert 0 < sum(report.part_seconds.values()) == report.seconds
 
 
 def test_what_does_not_fit_the_engine():
@@ -360,8 +507,8 @@ def test_the_engine_s_output_may_be_a_view_that_the_next_call_overwrites():
     class Reusing(SmallEngine):
         buffer = None
 
-        def forward(self, inputs_embeds):
-            result = super().forward(inputs_embeds)
+        def forward(self, inputs_embeds, pause=never):
+            result = super().forward(inputs_embeds, pause)
             if self.buffer is None:
                 self.buffer = torch.empty_like(result)
             return self.buffer.copy_(result)

@@ -42,6 +42,7 @@ STATUS_KEYS = {
     "r_target",
     # Beyond the protocol's:
     "queued_nonces",
+    "validation",
     "callbacks",
     "config",
 }
@@ -106,11 +107,16 @@ def begin(http: httpx2.Client, phase: str = "generate", **changes: Any) -> dict[
     return posted(http, "/init" if phase == "init" else f"/init/{phase}", {**ROUND, **changes})["pow_status"]
 
 
-def posted(http: httpx2.Client, path: str, body: object = None) -> Any:
-    """The answer of a PoC route, which must be 200."""
-    answer = http.post(POW + path, json=body)
+def posted(http: httpx2.Client, path: str, body: object = None, submitter: str | None = None) -> Any:
+    """The answer of a PoC route, which must be 200; to a client at an address that a proxy names."""
+    answer = http.post(POW + path, json=body, headers=forwarded(submitter))
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def forwarded(submitter: str | None) -> dict[str, str]:
+    """Headers of a request that a proxy on this machine sends for a client at an address."""
+    return {} if submitter is None else {"x-forwarded-for": submitter}
 
 
 def status(http: httpx2.Client) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poc_kernels.serving.inference import Inference, InferenceLimits
-from poc_kernels.serving.turns import Turns
+from poc_kernels.scheduling import Turns
+from poc_kernels.serving.batching_config import InferenceLimits
+from poc_kernels.serving.inference import Inference
 
 TIMEOUT = 20
 NAME = "tiny/model"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from served import TIMEOUT, client, error_of, load, serving, started
+from served import TIMEOUT, client, error_of, eventually, load, serving, started
 from transformers import Qwen3ForCausalLM
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from poc_kernels.scheduling import StreamPartition, Turns
 from poc_kernels.serving.admission import ENGINE_FAILED
-from poc_kernels.serving.batching import Router
+from poc_kernels.serving.batching import Batching, Router
+from poc_kernels.serving.batching_config import InferenceLimits, batching_config, generation_config
 
 
 def output(request_id: str, status: RequestStatus = RequestStatus.FINISHED, error: str | None = None) -> Any:
@@ -127,3 +132,131 @@ def test_a_request_may_fill_the_cache_and_no_more(tiny_model_dir: Path, block_si
             refused = ask(prompt, room - prompt + 1)
             assert (refused.status_code, error_of(refused)["code"]) == (400, "context_length_exceeded")
         assert inference.restarts == 0
+
+
+class Streams(StreamPartition):
+    """A partition that tells who is inside, and what was given to it."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.inside = set[int]()
+        self.given: list[Any] = []
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        self.inside.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self.inside.discard(threading.get_ident())
+
+    def raise_streams(self, owner: object) -> int:
+        self.given.append(owner)
+        return 0
+
+
+class Batched:
+    """A life of continuous batching whose every forward is looked at."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model, tokenizer = load(directory)
+        self.attention = self.model.config._attn_implementation
+        self.turns, self.streams, self.router = Turns(), Streams(), Router()
+        self.forwards: list[tuple[bool, bool]] = []
+        self.model.register_forward_pre_hook(self._look)
+        self.sampling = generation_config(self.model, tokenizer, 0)
+        self.batching = Batching(
+            self.model,
+            self.sampling,
+            batching_config(InferenceLimits(), "cpu"),
+            self.router,
+            self.turns,
+            self.streams,
+        )
+
+    def _look(self, *_: Any) -> None:
+        self.forwards.append((self.batching._turn.computing, threading.get_ident() in self.streams.inside))
+
+    async def ask(self, count: int = 5) -> Any:
+        done = asyncio.get_running_loop().create_future()
+
+        def take(one: Any) -> None:
+            if one.is_finished():
+                done.set_result(one)
+
+        config = copy.deepcopy(self.sampling)
+        config.max_new_tokens = count
+        config.eos_token_id = None
+        assert self.batching.submit("a", [5, 6, 7], config, False, take)
+        return await asyncio.wait_for(done, TIMEOUT)
+
+
+def test_every_step_has_its_turn_and_its_stream(tiny_model_dir: Path) -> None:
+    batched = Batched(tiny_model_dir)
+    try:
+        answer = asyncio.run(batched.ask())
+    finally:
+        batched.turns.close()
+        assert batched.batching.stop(TIMEOUT)
+    assert len(answer.generated_tokens) == 5
+    assert len(batched.forwards) >= 5
+    assert set(batched.forwards) == {(True, True)}
+    assert [type(each).__name__ for each in batched.streams.given] == ["ContinuousBatchProcessor"]
+    assert batched.model.config._attn_implementation == batched.attention
+
+
+def test_no_step_begins_while_inference_is_held(tiny_model_dir: Path) -> None:
+    batched = Batched(tiny_model_dir)
+
+    async def ask_while_held() -> Any:
+        asked = asyncio.create_task(batched.ask())
+        await asyncio.to_thread(eventually, lambda: batched.batching._turn.waiting)
+        assert batched.forwards == []
+        assert batched.batching.stalled_for() == 0.0
+        batched.turns.release_inference()
+        return await asked
+
+    try:
+        batched.turns.hold_inference()
+        assert len(asyncio.run(ask_while_held()).generated_tokens) == 5
+    finally:
+        batched.turns.close()
+        assert batched.batching.stop(TIMEOUT)
+
+
+def test_a_step_waits_for_the_slice_that_runs(tiny_model_dir: Path) -> None:
+    batched = Batched(tiny_model_dir)
+    proof = batched.turns.proof()
+
+    async def ask_beside_a_slice() -> Any:
+        with proof:
+            asked = asyncio.create_task(batched.ask())
+            await asyncio.to_thread(eventually, lambda: batched.batching._turn.waiting)
+            assert batched.forwards == []
+        return await asked
+
+    try:
+        assert len(asyncio.run(ask_beside_a_slice()).generated_tokens) == 5
+    finally:
+        batched.turns.close()
+        assert batched.batching.stop(TIMEOUT)
+
+
+def test_a_stop_ends_a_step_that_waits(tiny_model_dir: Path) -> None:
+    batched = Batched(tiny_model_dir)
+    batched.turns.hold_inference()
+    told: list[Any] = []
+
+    async def submit() -> None:
+        config = copy.deepcopy(batched.sampling)
+        config.max_new_tokens = 5
+        batched.batching.submit("a", [5, 6, 7], config, False, told.append)
+        await asyncio.to_thread(eventually, lambda: batched.batching._turn.waiting)
+        assert await asyncio.to_thread(batched.batching.stop, TIMEOUT)
+
+    asyncio.run(submit())
+    assert batched.forwards == []
+    assert not batched.batching._turn.waiting
+    assert batched.batching.died_of() is None
+    with batched.turns.proof():  # the device is free
+        pass

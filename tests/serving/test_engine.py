@@ -1,5 +1,6 @@
 """TransformersEngine: the model's own bits on shared weights, against float64, and apart from what serves users."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -20,7 +21,8 @@ from transformers import (
 )
 
 from poc_kernels.protocol import PoCConfig, PoCManager, ProofBatch
-from poc_kernels.serving.engine import TransformersEngine, _masks_as_outside_a_capture
+from poc_kernels.scheduling.slices import MEASURED_FORWARDS
+from poc_kernels.serving.engine import TransformersEngine, _Captured, _masks_as_outside_a_capture
 
 SMALL = {
     "vocab_size": 300,
@@ -185,11 +187,116 @@ def test_any_model_by_directory(tmp_path):
     assert_same_bits(engines[0].forward(x), engines[1].forward(x))
 
 
+# ---- slices ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slice_seconds", [1e-9, 1e-4])
+def test_slices_change_no_bit(model, dtype, slice_seconds):
+    model = model.to(dtype)
+    engine = TransformersEngine(model, slice_seconds=slice_seconds)
+    for seq_len in (20, 7):
+        for seed in range(MEASURED_FORWARDS + 2):
+            x = random_inputs(engine, seq_len=seq_len, seed=seed)
+            with torch.inference_mode():
+                expected = engine._run(x)  # in one go
+            pauses = []
+            assert_same_bits(engine.forward(x, lambda pauses=pauses: pauses.append(1)), expected)
+            assert (engine.slices is None) == (seed < MEASURED_FORWARDS - 1)
+        if slice_seconds == 1e-9:
+            assert len(pauses) == len(engine.slices.cuts) > 30
+
+
+def test_others_may_compute_between_slices():
+    model = make(CONFIGS["qwen3"])
+    engine = TransformersEngine(model, slice_seconds=1e-9)
+    x, other = random_inputs(engine), torch.arange(12).view(1, 12)
+    expected = engine.forward(x).clone()
+    with torch.inference_mode():
+        answer = model(other).logits.clone()
+        for _ in range(MEASURED_FORWARDS + 1):
+            answers = []
+            assert_same_bits(engine.forward(x, lambda answers=answers: answers.append(model(other).logits)), expected)
+            assert len(answers) > 30
+            assert all(torch.equal(each, answer) for each in answers)
+
+
+@pytest.mark.parametrize("number", [0, 1, MEASURED_FORWARDS, MEASURED_FORWARDS + 1])
+def test_a_pause_may_give_a_forward_up(number):
+    engine = TransformersEngine(make(CONFIGS["qwen3"]), slice_seconds=1e-9)
+    x = random_inputs(engine)
+    with torch.inference_mode():
+        expected = engine._run(x)
+    for _ in range(number):
+        engine.forward(x)
+    for after in (1, 5, 40):
+        left = iter(range(after))
+
+        def give_up(left=left):
+            if next(left, None) is None:
+                raise KeyError("enough")
+
+        with pytest.raises(KeyError, match="enough"):
+            engine.forward(x, give_up)
+        assert_same_bits(engine.forward(x), expected)
+
+
+def test_a_pause_may_give_the_replay_of_graphs_up():
+    model = make(CONFIGS["qwen3"])
+    plain, graphs = TransformersEngine(model), _Graphs(model)
+    x = random_inputs(plain)
+
+    def give_up():
+        raise KeyError("enough")
+
+    for _ in range(2):
+        with pytest.raises(KeyError, match="enough"):
+            graphs.forward(x, give_up)
+        assert graphs._captured is None  # measuring was given up: the next forward begins anew
+    assert_same_bits(graphs.forward(x), plain.forward(x))
+    with pytest.raises(KeyError, match="enough"):
+        graphs.forward(x, give_up)
+    pauses = []
+    assert_same_bits(graphs.forward(x, lambda: pauses.append(1)), plain.forward(x))
+    assert pauses == [1]
+    assert graphs.captured == [(3, 20, 64)]
+
+
+def test_a_capture_is_alone():
+    held = []
+
+    @contextlib.contextmanager
+    def alone():
+        held.append(True)
+        yield
+        held.append(False)
+
+    class Watched(_Graphs):
+        def _capture(self, example):
+            assert held == [True]
+            return super()._capture(example)
+
+    graphs = Watched(make(CONFIGS["qwen3"]))
+    graphs._alone = alone
+    for _ in range(2):
+        graphs.forward(random_inputs(graphs))
+    assert held == [True, False]
+
+
+@pytest.mark.parametrize("slice_seconds", [0, -1.0])
+def test_lengths_of_slices_that_are_none(slice_seconds):
+    with pytest.raises(ValueError, match=f"slice_seconds must be positive, got {slice_seconds}"):
+        TransformersEngine(make(CONFIGS["qwen3"]), slice_seconds=slice_seconds)
+
+
+# ---- graphs ----
+
+
 class _Graphs(TransformersEngine):
     """The path of CUDA graphs on a CPU: what is captured is counted, and replayed by running it again."""
 
-    def __init__(self, model, failure=None, error=0.0):
-        super().__init__(model)
+    def __init__(self, model, failure=None, error=0.0, **options):
+        super().__init__(model, **options)
         self._cuda_graphs = True
         self.captured, self.failure, self.error = [], failure, error
 
@@ -201,11 +308,15 @@ class _Graphs(TransformersEngine):
         static_output = self._run(static_input).clone()
         run, error = self._run, self.error
 
+        class Nothing:
+            def replay(self):
+                pass
+
         class Graph:
             def replay(self):
                 static_output.copy_(run(static_input) + error)
 
-        return Graph(), static_input, static_output
+        return _Captured([Nothing(), Graph()], static_input, static_output)
 
 
 def test_graphs_are_captured_when_the_shape_changes_and_replayed():
@@ -286,7 +397,7 @@ def test_cuda_graphs_give_the_bits_of_the_model(name):
         for seed in range(3):
             x = random_inputs(plain, batch=8, seq_len=seq_len, seed=seed)
             assert_same_bits(graphs.forward(x), plain.forward(x))
-        assert graphs._graph is not None
+        assert graphs._captured is not None
 
 
 @pytest.mark.gpu
@@ -307,6 +418,6 @@ def test_a_broken_capture_leaves_the_device_usable(monkeypatch):
     x = random_inputs(plain, batch=8)
     for _ in range(2):
         assert_same_bits(graphs.forward(x), plain.forward(x))
-    assert graphs._graph is None
+    assert graphs._captured is None
     assert torch.cuda.current_stream() == stream
     assert torch.rand(4, device="cuda").isfinite().all()

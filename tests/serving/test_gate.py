@@ -33,7 +33,7 @@ class Client:
             (name.replace("_", "-").encode(), value if isinstance(value, bytes) else value.encode())
             for name, value in headers.items()
         ]
-        self.scope = {"type": "http", "path": path, "headers": fields}
+        self.scope = {"type": "http", "method": "POST", "path": path, "headers": fields}
         self._gate = gate
 
     async def speak(self) -> Client:
@@ -263,6 +263,9 @@ def test_so_many_large_bodies_at_once_and_small_ones_pass(monkeypatch: pytest.Mo
         assert reasons == ["overloaded"] * 3
         for path in ("/api/v1/pow/stop", "/api/v1/pow/phase/validate", "/api/v1/pow/status", OTHER, "/metrics"):
             assert (await Client(front, path).speak()).status == 200
+        asks = Client(front, f"{POW}/a-verdict-s-id")
+        asks.scope["method"] = "GET"
+        assert (await asks.speak()).status == 200
         release.set()
         assert [client.status for client in await asyncio.gather(*waiting)] == [200, 200]
         assert (await Client(front, POW, [b"proof"]).speak()).status == 200

@@ -14,9 +14,10 @@ import httpx2
 import pytest
 from served import CHAT, NAME, TIMEOUT, chat, client, error_of, events, eventually, load, serving, started, text_of
 
+from poc_kernels.scheduling import Turns
 from poc_kernels.serving import inference as inference_module
-from poc_kernels.serving.inference import Inference, InferenceLimits
-from poc_kernels.serving.turns import Turns
+from poc_kernels.serving.batching_config import InferenceLimits
+from poc_kernels.serving.inference import Inference
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 

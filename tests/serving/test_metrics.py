@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from poc_kernels.protocol import BatchReport, PoCState
 from poc_kernels.serving.metrics import Metrics
+from poc_kernels.serving.validation_queue import JobState
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -34,6 +35,8 @@ def test_all_is_there_from_the_start() -> None:
     assert {name for name, value in zeros.items() if value != 0} == {"poc_state poc_state=IDLE"}
     for name in ("poc_nonces_checked_total", "poc_nonces_valid_total"):
         assert {f"{name} phase=generate", f"{name} phase=validate"} <= set(zeros)
+    for outcome in ("done", "failed", "cancelled"):
+        assert f"poc_validations_total outcome={outcome}" in zeros
     for name in ("poc_callbacks_delivered_total", "poc_callback_failures_total", "poc_callback_dropped_nonces_total"):
         assert {f"{name} kind=generated", f"{name} kind=validated"} <= set(zeros)
 
@@ -64,6 +67,12 @@ def test_events() -> None:
     metrics.delivered("generated", 7)
     metrics.failed("validated")
     metrics.dropped("generated", 7)
+    metrics.slice(0.0015)
+    metrics.held_back(0.25)
+    metrics.held_back(0.5)
+    metrics.validation_ended(JobState.DONE, 7.0)
+    metrics.validation_ended(JobState.FAILED, 0.0)
+    metrics.validation_ended(JobState.CANCELLED, None)
     metrics.rate.set(12.5)
     metrics.state.state("GENERATING")
     told = samples(metrics)
@@ -72,6 +81,12 @@ def test_events() -> None:
     assert told["poc_callbacks_delivered_total kind=generated"] == 1
     assert told["poc_callback_failures_total kind=validated"] == 1
     assert told["poc_callback_dropped_nonces_total kind=generated"] == 7
+    assert told["poc_slice_seconds_bucket le=0.001"] == 0
+    assert told["poc_slice_seconds_bucket le=0.002"] == told["poc_slice_seconds_count"] == 1
+    assert told["poc_held_back_seconds_total"] == 0.75
+    assert [told[f"poc_validations_total outcome={name}"] for name in ("done", "failed", "cancelled")] == [1, 1, 1]
+    assert told["poc_validation_wait_seconds_count"] == 2  # the third never began
+    assert told["poc_validation_wait_seconds_sum"] == 7.0
     assert told["poc_nonces_per_second"] == 12.5
     assert (told["poc_state poc_state=GENERATING"], told["poc_state poc_state=IDLE"]) == (1, 0)
 

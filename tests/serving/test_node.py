@@ -42,6 +42,12 @@ def test_before_any_round(model_dir: Path) -> None:
             "valid_distances": [],
             "r_target": None,
             "config": None,
+            "validation": {
+                **dict.fromkeys(("queued_batches", "queued_nonces", "submitters", "nonces_per_second"), 0),
+                "running": None,
+                "share": 0.1,
+                "slices": None,
+            },
             "callbacks": {
                 **dict.fromkeys(("pending_batches", "pending_nonces", "delivered_batches", "failed_attempts"), 0),
                 **dict.fromkeys(("dropped_batches", "dropped_nonces"), 0),
@@ -225,7 +231,7 @@ def test_the_queue_is_bounded_to_the_nonce(
             assert int(full.headers["retry-after"]) > 0
             hopeless = http.post(f"{POW}/validate", json=claim(range(MAX_QUEUED + 1)))
             assert (hopeless.status_code, f"at most {MAX_QUEUED} nonces" in hopeless.text) == (400, True)
-            last = pool.submit(posted, http, "/validate", claim(range(100, 104)))
+            last = pool.submit(posted, http, "/validate", claim(range(100, 104)), "192.0.2.1")
             eventually(lambda: status(http)["queued_nonces"] == MAX_QUEUED)
         finally:
             blocked.release()

@@ -39,6 +39,7 @@ def api(fuzzed: tuple[Node, httpx2.Client]) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", fuzzed[0].app).include(path_regex=f"^{POW}/")
 
 
+ONE = "/validate/{job_id}"
 WITH_BODY = ["/init", "/init/generate", "/init/validate", "/validate"]
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 
@@ -47,13 +48,13 @@ POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.Generati
     ("path", "mode"),
     [
         *((path, mode) for path in WITH_BODY for mode in (POSITIVE, NEGATIVE)),
-        *((path, POSITIVE) for path in ("/phase/generate", "/phase/validate", "/status", "/stop")),
+        *((path, POSITIVE) for path in ("/phase/generate", "/phase/validate", "/status", "/stop", ONE)),
     ],
 )
 def test_routes_conform_to_their_schema(
     fuzzed: tuple[Node, httpx2.Client], api: Any, path: str, mode: schemathesis.GenerationMode
 ) -> None:
-    operation = api[POW + path]["GET" if path == "/status" else "POST"]
+    operation = api[POW + path]["GET" if path in ("/status", ONE) else "POST"]
 
     @settings(max_examples=40, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))

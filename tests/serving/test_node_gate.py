@@ -99,9 +99,9 @@ def test_a_stream_is_drained_before_the_first_nonce(
     in_flight = []
     forward = node.engine.forward
 
-    def watched(x: torch.Tensor) -> torch.Tensor:
+    def watched(*arguments: Any) -> torch.Tensor:
         in_flight.append(node.inference.in_flight())
-        return forward(x)
+        return forward(*arguments)
 
     monkeypatch.setattr(node.engine, "forward", watched)
     monkeypatch.setattr(node.inference.model, "forward", slowed(node.inference.model.forward, 0.01))

@@ -97,7 +97,7 @@ def test_metrics_count_what_happens(http: httpx2.Client, metrics: Any) -> None:
 def test_health_is_progress(
     http: httpx2.Client, node: Node, alone: Alone, metrics: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: torch.Tensor) -> torch.Tensor:
+    def fail(*_: object) -> torch.Tensor:
         raise RuntimeError("no memory left")
 
     failures = metrics("poc_batch_failures_total")
@@ -132,10 +132,10 @@ def test_a_failed_validation_does_not_stay_in_the_health(
     calls = iter([RuntimeError("once")])
     forward = node.engine.forward
 
-    def fail_once(x: torch.Tensor) -> torch.Tensor:
+    def fail_once(*arguments: Any) -> torch.Tensor:
         for error in calls:
             raise error
-        return forward(x)
+        return forward(*arguments)
 
     monkeypatch.setattr(node.engine, "forward", fail_once)
     answer = http.post(f"{POW}/validate", json=claim([1]))

@@ -12,14 +12,15 @@ from poc_kernels.serving.settings import Settings
 
 NUMBERS = [field.name for field in dataclasses.fields(Settings) if field.type in ("int", "float", "int | None")]
 SECONDS = [name for name in NUMBERS if name.endswith("_seconds") and name != "retry_after_seconds"]
-MAY_BE_ZERO = {"port", "drain_seconds", "shutdown_seconds"}
+MAY_BE_ZERO = {"port", "drain_seconds", "shutdown_seconds", "validation_wait_seconds"}
+SHARES = {"validation_share"}
 
 
 def test_the_defaults_are_taken() -> None:
     assert Settings(model="m") == Settings(model="m", host="127.0.0.1", random_projection=False, token=None)
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in SHARES])
 def test_numbers_that_make_no_sense(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got -1$"):
         Settings(model="m", **{name: -1})
@@ -32,7 +33,7 @@ def test_numbers_that_make_no_sense(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [*SECONDS, "temperature", "kv_memory"])
+@pytest.mark.parametrize("name", [*SECONDS, *SHARES, "temperature", "kv_memory"])
 def test_numbers_must_be_finite(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be finite, got {value}$"):
         Settings(model="m", **{name: value})
@@ -44,6 +45,8 @@ def test_numbers_must_be_finite(name: str, value: float) -> None:
         ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got int8"),
         ({"port": 65536}, r"port must be in \[0, 65536\), got 65536"),
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"validation_share": 0.0}, r"validation_share must be in \(0, 1\), got 0.0"),
+        ({"validation_share": 1.0}, r"validation_share must be in \(0, 1\), got 1.0"),
         ({"kv_memory": 0.0}, r"kv_memory must be in \(0, 1\), got 0.0"),
         ({"kv_memory": 1.0}, r"kv_memory must be in \(0, 1\), got 1.0"),
         ({"token": ""}, "token must not be empty"),

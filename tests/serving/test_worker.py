@@ -11,7 +11,7 @@ from served import TIMEOUT, eventually
 from workers import BATCH, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
-from poc_kernels.serving.worker import QueueFullError
+from poc_kernels.serving.validation_queue import QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -175,12 +175,12 @@ def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
         first = parts.worker.submit(proof(15))
         assert entered.wait(TIMEOUT)
         with pytest.raises(QueueFullError, match="at most 20 nonces can wait to be validated, 15 do, and 6 came"):
-            parts.worker.submit(proof(6))
-        second = parts.worker.submit(proof(4))
-        empty = parts.worker.submit(proof(0))  # takes a place too
+            parts.worker.submit(proof(6), "another")
+        second = parts.worker.submit(proof(4), "another")
+        empty = parts.worker.submit(proof(0), "a third")  # takes a place too
         for count in (0, 1):
             with pytest.raises(QueueFullError):
-                parts.worker.submit(proof(count))
+                parts.worker.submit(proof(count), "a fourth")
         assert parts.worker.queued_nonces == 20
     assert [len(future.result(TIMEOUT)) for future in (first, second, empty)] == [15, 4, 0]
     eventually(lambda: parts.worker.queued_nonces == 0)
@@ -199,6 +199,54 @@ def test_what_cannot_be_validated_is_refused_at_once(make: Callable[..., Parts])
     assert parts.worker.queued_nonces == 0
 
 
+def test_forwards_are_given_out_in_turn(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    order: list[str] = []
+    with blocked(parts) as entered:
+        large = parts.worker.submit(proof(6 * BATCH), "one")
+        assert entered.wait(TIMEOUT)
+        small = parts.worker.submit(proof(2 * BATCH), "another")
+        for name, result in (("large", large), ("small", small)):
+            result.add_done_callback(lambda _, name=name: order.append(name))
+    assert large.result(TIMEOUT).dist == alone(6 * BATCH)
+    assert small.result(TIMEOUT).dist == alone(2 * BATCH)
+    assert order == ["small", "large"]
+
+
+def test_a_kept_job_says_what_became_of_it(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts) as entered:
+        job = parts.worker.enqueue(proof(2 * BATCH, 0.5), "one", keep=True)
+        assert entered.wait(TIMEOUT)
+        assert parts.worker.queue.get(job.id) is job
+        assert parts.worker.queue.status()["running"] == {"id": job.id, "nonces_done": 0, "nonces": 2 * BATCH}
+    assert job.future.result(TIMEOUT) is job.verdict
+    assert parts.worker.queue.get(job.id) is job
+    metrics = parts.metrics.text()
+    assert b'poc_validations_total{outcome="done"} 1.0' in metrics
+    assert b"poc_validation_wait_seconds_count 1.0" in metrics
+
+
+def test_a_round_that_ends_while_its_batch_comes(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    put = parts.worker.queue.put
+
+    def late(*arguments: object, **named: object) -> object:
+        parts.stop()
+        parts.begin(PoCState.VALIDATING)
+        return put(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts.worker.queue, "put", late)
+    result = parts.worker.submit(proof(1))
+    with pytest.raises(RoundEndedError, match="while the batch was validated"):
+        result.result(0)
+    eventually(lambda: parts.worker._idle)
+    assert parts.engine.shapes == []
+
+
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("count", [1, 3 * BATCH])
 def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again: bool) -> None:
@@ -208,12 +256,14 @@ def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again
         results = [parts.worker.submit(proof(count)) for _ in range(3)]
         assert entered.wait(TIMEOUT)
         parts.stop()
+        assert all(result.done() for result in results)  # though the forward still runs
+        assert parts.worker.queued_nonces == 0
         if again:
             parts.begin(PoCState.VALIDATING, r_target=0.1, callback_url="http://another")
     for result in results:
         with pytest.raises(RoundEndedError, match="while the batch was validated"):
-            result.result(TIMEOUT)
-    eventually(lambda: parts.worker.queued_nonces == 0)
+            result.result(0)
+    eventually(lambda: parts.worker._idle)
     assert len(parts.engine.shapes) == 1  # nothing was computed in vain
     assert parts.worker.trouble() is None
     assert parts.callbacks.batches == []

@@ -13,9 +13,9 @@ from served import TIMEOUT, eventually
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
+from poc_kernels.scheduling import StreamPartition, Turns
 from poc_kernels.serving import worker as worker_module
 from poc_kernels.serving.metrics import Metrics
-from poc_kernels.serving.turns import Turns
 from poc_kernels.serving.worker import ProofWorker
 
 BATCH = 4
@@ -40,16 +40,22 @@ class Posted:
 class Parts:
     """A worker, and what it works with."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, turns: Turns | None = None, **options: Any) -> None:
         self.engine = SmallEngine()
         self.metrics = Metrics()
         self.manager = PoCManager(self.engine, self.metrics.batch)
-        self.turns = Turns()
+        self.turns = turns or Turns()
         self.callbacks = Posted()
-        defaults = {"drain": lambda seconds: True, "drain_seconds": 0.0, "max_queued_nonces": 50, "stall_seconds": 60.0}
+        defaults = {
+            "drain": lambda seconds: True,
+            "drain_seconds": 0.0,
+            "max_queued_nonces": 200,
+            "stall_seconds": 60.0,
+        }
         self.worker = ProofWorker(
             self.manager,
             self.turns,
+            StreamPartition("cpu"),
             self.callbacks,  # type: ignore[arg-type]
             self.metrics,
             **{**defaults, **options},

@@ -1,0 +1,11 @@
+"""Validation beside inference on one device: streams of two priorities, slices, and who computes when.
+
+It knows neither a server nor a protocol: another serving stack can use `StreamPartition`, `Turns` and `SlicedForward`
+as they are.
+"""
+
+from .slices import SlicedForward, Slices
+from .streams import InFlight, StreamPartition
+from .turns import Pacing, Turn, Turns, TurnsClosed
+
+__all__ = ["InFlight", "Pacing", "SlicedForward", "Slices", "StreamPartition", "Turn", "Turns", "TurnsClosed"]

@@ -1,0 +1,189 @@
+"""Two streams of one device: inference on a high priority, validation on the lowest. Neither is the default stream."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StreamPartition:
+    """The two streams of a device, and how tensors pass between them. On a processor, which has none, nothing happens.
+
+    A priority decides whose blocks a free multiprocessor takes next; blocks that run are not interrupted. Graphs keep
+    the priorities of the stream that they are captured on, so enter `inference` or `validation` before a capture.
+
+    Args:
+        device: where both run.
+        validation_multiprocessors: keep validation to so many multiprocessors (a CUDA green context), besides; what
+            torch and the driver make of the number is theirs to round.
+
+    Raises:
+        ValueError: validation_multiprocessors is not between 1 and what the device has, or nothing here can do it.
+    """
+
+    def __init__(self, device: torch.device | str, *, validation_multiprocessors: int | None = None) -> None:
+        self.device = torch.device(device)
+        self._inference: Any = None
+        self._validation: Any = None
+        self._green_context: Any = None
+        if self.device.type != "cuda":
+            if validation_multiprocessors is not None:
+                raise ValueError(f"validation_multiprocessors needs a CUDA device, got {self.device}")
+            return
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        least, greatest = _priority_range()
+        with torch.cuda.device(self.device):
+            self._inference = torch.cuda.Stream(self.device, priority=greatest)  # type: ignore[no-untyped-call]
+            if validation_multiprocessors is None:
+                self._validation = torch.cuda.Stream(self.device, priority=least)  # type: ignore[no-untyped-call]
+            else:
+                self._green_context, self._validation = _green_stream(self.device, validation_multiprocessors)
+        self.begin()
+
+    @property
+    def inference_stream(self) -> Any:
+        """The stream of inference; None on a processor."""
+        return self._inference
+
+    @property
+    def validation_stream(self) -> Any:
+        """The stream of validation; None on a processor."""
+        return self._validation
+
+    def begin(self) -> None:
+        """Let both streams wait for what the current stream has been given so far: weights that were loaded there."""
+        if self._inference is not None:
+            current = torch.cuda.current_stream(self.device)
+            self._inference.wait_stream(current)
+            self._validation.wait_stream(current)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """The current stream of this thread is that of inference inside the block."""
+        with self._on(self._inference):
+            yield
+
+    @contextlib.contextmanager
+    def validation(self) -> Iterator[None]:
+        """The current stream of this thread is that of validation inside the block."""
+        with self._on(self._validation):
+            yield
+
+    @contextlib.contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        if stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            yield
+
+    def hand_over(self, tensor: Tensor, *, to_inference: bool = False) -> Tensor:
+        """Let the other side use ``tensor``, made on the current stream.
+
+        What the other side does next waits until it is made, and its memory is not reused before that is done.
+
+        Args:
+            to_inference: to the stream of inference; else to that of validation.
+
+        Returns:
+            ``tensor`` itself.
+        """
+        stream = self._inference if to_inference else self._validation
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            tensor.record_stream(stream)
+        return tensor
+
+    def raise_streams(self, owner: object) -> int:
+        """Replace every stream that ``owner`` keeps in an attribute, and what it owns keeps, by that of inference.
+
+        For a stack that makes its own streams of priority 0. Call it before anything was captured or launched on them.
+
+        Args:
+            owner: searched through attributes, lists, tuples and dicts, as far as the package that its class is from.
+
+        Returns:
+            How many were replaced.
+        """
+        if self._inference is None:
+            return 0
+        return _replace_streams(owner, self._inference, type(owner).__module__.rpartition(".")[0], set())
+
+
+class InFlight:
+    """Bounds what a thread has given to the device and not seen done. On a processor nothing is in flight.
+
+    Args:
+        device: whose current stream is watched.
+        most: slices that may be in flight, at least 1.
+    """
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"most must be at least 1, got {most}")
+        self._device, self._most = device, most
+        self._events: collections.deque[Any] = collections.deque()
+
+    def mark(self) -> None:
+        """End a slice; wait on the host, without spinning, until less than the most are in flight."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append(event)
+        while len(self._events) >= self._most:
+            self._events.popleft().synchronize()
+
+
+def _priority_range() -> tuple[int, int]:
+    """Least and greatest priority; the lower the number, the greater."""
+    range_of = getattr(torch.cuda.Stream, "priority_range", None)
+    least, greatest = range_of() if range_of is not None else (0, -1)
+    return least, greatest
+
+
+def _green_stream(device: torch.device, multiprocessors: int) -> tuple[Any, Any]:
+    there = torch.cuda.get_device_properties(device).multi_processor_count
+    if not 1 <= multiprocessors < there:
+        raise ValueError(f"validation_multiprocessors must be in [1, {there}) on this device, got {multiprocessors}")
+    make = getattr(torch.cuda, "GreenContext", None)
+    if make is None:
+        raise ValueError("validation_multiprocessors needs a torch with green contexts (2.9 on), this one has none")
+    try:
+        context = make.create(multiprocessors, device.index)
+        return context, context.Stream()
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"validation_multiprocessors needs green contexts, which fail here: {error}") from error
+
+
+def _replace_streams(owner: Any, stream: Any, package: str, seen: set[int]) -> int:
+    if id(owner) in seen:
+        return 0
+    seen.add(id(owner))
+    if isinstance(owner, dict):
+        items: list[tuple[Any, Any]] = list(owner.items())
+    elif isinstance(owner, list):
+        items = list(enumerate(owner))
+    elif isinstance(owner, tuple):
+        return sum(_replace_streams(value, stream, package, seen) for value in owner)
+    elif type(owner).__module__.startswith(package) and hasattr(owner, "__dict__"):
+        items = list(vars(owner).items())
+    else:
+        return 0
+    replaced = 0
+    for key, value in items:
+        if isinstance(value, torch.Stream):
+            if isinstance(owner, (dict, list)):
+                owner[key] = stream
+            else:
+                setattr(owner, key, stream)
+            replaced += 1
+        else:
+            replaced += _replace_streams(value, stream, package, seen)
+    return replaced

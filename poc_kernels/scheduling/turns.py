@@ -1,0 +1,316 @@
+"""Turns: who computes on the device now. Inference takes it for one step, a proof for one slice.
+
+Inference goes first. While it computes step after step a proof is held back on the host, but for the share of the
+device that is guaranteed to it, and never for longer than a cap; while inference is idle a proof has the device. Where
+the device runs one thing at a time, as a processor does, a step waits for the slice that runs; where it runs two
+streams at once (``concurrent``) a step never waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+
+class TurnsClosed(RuntimeError):  # noqa: N818 (a state, not a fault)
+    """The turns were closed, or this turn was cancelled: nothing computes any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pacing:
+    """How far proofs are held back while inference computes.
+
+    Args:
+        share: of the device's time, guaranteed to proofs that wait while inference computes step after step, in
+            (0, 1): more makes validation faster and users' tokens later.
+        max_wait_seconds: longest that a slice is held back once the device is free.
+        linger_seconds: for so long after a step, requests being in flight, the next step is expected, and a proof that
+            is owed nothing does not begin.
+    """
+
+    share: float = 0.1
+    max_wait_seconds: float = 1.0
+    linger_seconds: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must be in (0, 1), got {self.share}")
+        for name in ("max_wait_seconds", "linger_seconds"):
+            if not 0 <= getattr(self, name) < threading.TIMEOUT_MAX:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+
+    @property
+    def owed_per_second(self) -> float:
+        """Seconds of slices that are owed to proofs for each second of steps."""
+        return self.share / (1 - self.share)
+
+
+_DEFAULT = Pacing()
+
+
+class Turn:
+    """One party's claim to the device, to be entered with ``with`` as often as it likes, by one thread at a time.
+
+    Made by `Turns.inference` and `Turns.proof`.
+    """
+
+    def __init__(self, turns: Turns, side: int, busy: Callable[[], bool] | None = None) -> None:
+        self._turns = turns
+        self._side = side
+        self._busy = busy or (lambda: False)
+        self._cancelled = False
+        self._waiting = False
+        self._since = 0.0
+        self._owed = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a thread waits for this turn now."""
+        return self._waiting
+
+    @property
+    def computing(self) -> bool:
+        """Whether this turn has the device now."""
+        return self._turns._computing[self._side] is self
+
+    def __enter__(self) -> Turn:
+        """Wait for the device and take it.
+
+        Raises:
+            TurnsClosed: the turns are closed or this turn is cancelled, now or while it waits.
+            RuntimeError: this turn is waiting or computing already.
+        """
+        self._turns._take(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def pause(self) -> float:
+        """End a slice: let others have the device if it is theirs now, and take it again. For a proof, inside ``with``.
+
+        Returns:
+            Seconds of the slice that ended.
+
+        Raises:
+            TurnsClosed: as `__enter__`; the device is given back.
+            RuntimeError: this turn does not have the device.
+        """
+        return self._turns._pause(self)
+
+    def end(self) -> float:
+        """Give the device back, from any thread. Nothing happens if this turn does not have it.
+
+        Returns:
+            Seconds of the step or slice that ended; 0 without one.
+        """
+        return self._turns._give_back(self)
+
+    def cancel(self) -> None:
+        """Let this turn never have the device again: its waiter gets `TurnsClosed`; a step that runs may end."""
+        self._turns._cancel(self)
+
+
+_INFERENCE, _PROOF = 0, 1
+_SMOOTHING = 1 / 16
+"""Weight of the latest of lengths that are averaged."""
+
+
+class Turns:
+    """A lock with two sides, first come first served within a side.
+
+    Args:
+        pacing: how far proofs are held back; None for not at all, which takes a device that is ``concurrent``.
+        concurrent: a step and a slice may run at once, as on streams of two priorities; else one waits for the other.
+
+    Raises:
+        ValueError: neither paced nor concurrent, so that inference would wait for ever.
+    """
+
+    def __init__(self, pacing: Pacing | None = _DEFAULT, *, concurrent: bool = False) -> None:
+        if pacing is None and not concurrent:
+            raise ValueError("pacing must be a Pacing where concurrent is False, got None")
+        self._pacing = pacing
+        self._concurrent = concurrent
+        self._condition = threading.Condition()
+        self._lines: tuple[deque[Turn], deque[Turn]] = (deque(), deque())
+        self._computing: list[Turn | None] = [None, None]
+        self._held = False
+        self._alone = False
+        self._closed = False
+        self._owed_seconds = 0.0
+        self._mean_step = 0.0
+        self._mean_slice = 0.0
+        self._last_step: Turn | None = None
+        self._last_step_end = 0.0
+
+    def inference(self, busy: Callable[[], bool] | None = None) -> Turn:
+        """A turn for steps of inference.
+
+        Args:
+            busy: whether another step will follow soon; called between steps, must not block.
+        """
+        return Turn(self, _INFERENCE, busy)
+
+    def proof(self) -> Turn:
+        """A turn for slices of proofs."""
+        return Turn(self, _PROOF)
+
+    @property
+    def inference_held(self) -> bool:
+        """Whether inference is held back by `hold_inference`."""
+        return self._held
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def hold_inference(self) -> None:
+        """Let no inference step begin until `release_inference`. Returns at once: a step that runs may end."""
+        with self._condition:
+            self._held = True
+            self._condition.notify_all()
+
+    def release_inference(self) -> None:
+        """Undo `hold_inference`."""
+        with self._condition:
+            self._held = False
+            self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no step run inside the block, from a proof that has its turn: for what two may not do at once.
+
+        Raises:
+            TurnsClosed: the turns are closed, now or while it waits for a step to end.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._closed or (not self._alone and self._computing[_INFERENCE] is None))
+            self._refuse_closed()
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._alone = False
+                self._condition.notify_all()
+
+    def close(self) -> None:
+        """Wake every waiter with `TurnsClosed` and refuse every later turn. A turn that runs may end."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+    # ---- under the lock ----
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise TurnsClosed("no more turns: they were closed")
+
+    def _is_owed(self, now: float) -> bool:
+        """Whether the first proof in line goes before inference."""
+        if self._pacing is None or (self._owed_seconds > 0 and self._owed_seconds >= self._mean_slice):
+            return True
+        return bool(self._lines[_PROOF]) and now - self._lines[_PROOF][0]._since >= self._pacing.max_wait_seconds
+
+    def _expected_until(self) -> float:
+        """When inference that has just ended a step is no longer expected to begin the next."""
+        if self._pacing is None or self._last_step is None or self._last_step._cancelled or not self._last_step._busy():
+            return 0.0
+        return self._last_step_end + self._pacing.linger_seconds
+
+    def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
+        """0 if ``turn`` may have the device, else when to look again; None: when something changes."""
+        if self._computing[turn._side] is not None or self._lines[turn._side][0] is not turn:
+            return None
+        other = self._computing[1 - turn._side]
+        if other is not None and not self._concurrent:
+            return None
+        if turn._side == _INFERENCE:
+            yields = not self._concurrent and bool(self._lines[_PROOF]) and self._is_owed(now)
+            return None if self._held or self._alone or yields else 0.0
+        if self._held or self._is_owed(now):
+            return 0.0
+        assert self._pacing is not None  # else it were owed
+        capped = turn._since + self._pacing.max_wait_seconds - now
+        if self._lines[_INFERENCE] or other is not None:
+            return capped
+        return max(0.0, min(capped, self._expected_until() - now))
+
+    def _take(self, turn: Turn) -> None:
+        with self._condition:
+            if turn._waiting or self._computing[turn._side] is turn:
+                raise RuntimeError("this turn is taken already: make another with inference() or proof()")
+            self._wait(turn)
+
+    def _wait(self, turn: Turn) -> None:
+        turn._waiting, turn._since = True, time.monotonic()
+        self._lines[turn._side].append(turn)
+        try:
+            while True:
+                self._refuse_closed()
+                if turn._cancelled:
+                    raise TurnsClosed("the turn was cancelled")
+                now = time.monotonic()
+                seconds = self._seconds_to_wait(turn, now)
+                if seconds == 0.0:
+                    break
+                self._condition.wait(seconds)
+            inference_wants = bool(self._lines[_INFERENCE]) or self._computing[_INFERENCE] is not None
+            turn._owed = not self._held and (inference_wants or now < self._expected_until())
+            self._computing[turn._side] = turn
+            turn._since = now
+        finally:
+            turn._waiting = False
+            self._lines[turn._side].remove(turn)
+            self._condition.notify_all()
+
+    def _pause(self, turn: Turn) -> float:
+        with self._condition:
+            if self._computing[turn._side] is not turn:
+                raise RuntimeError("this turn does not have the device: pause() goes inside its with block")
+            seconds = self._account(turn)
+            self._computing[turn._side] = None
+            if self._lines[_INFERENCE]:
+                self._condition.notify_all()
+            self._wait(turn)
+            return seconds
+
+    def _give_back(self, turn: Turn) -> float:
+        with self._condition:
+            if self._computing[turn._side] is not turn:
+                return 0.0
+            seconds = self._account(turn)
+            self._computing[turn._side] = None
+            self._condition.notify_all()
+            return seconds
+
+    def _account(self, turn: Turn) -> float:
+        now = time.monotonic()
+        seconds = now - turn._since
+        if turn._side == _PROOF:
+            self._mean_slice += (seconds - self._mean_slice) * (_SMOOTHING if self._mean_slice > 0 else 1)
+            if turn._owed:
+                self._owed_seconds -= seconds
+        else:
+            self._mean_step += (seconds - self._mean_step) * (_SMOOTHING if self._mean_step > 0 else 1)
+            self._last_step, self._last_step_end = turn, now
+            if self._pacing is not None and (self._lines[_PROOF] or self._computing[_PROOF] is not None):
+                owed = self._owed_seconds + seconds * self._pacing.owed_per_second
+                # What a long step owes is not paid at one go: others' next token would wait for all of it.
+                most = max(self._mean_slice, 2 * self._mean_step * self._pacing.owed_per_second)
+                self._owed_seconds = min(owed, most)
+        return seconds
+
+    def _cancel(self, turn: Turn) -> None:
+        with self._condition:
+            turn._cancelled = True
+            self._condition.notify_all()

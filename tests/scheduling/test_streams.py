@@ -1,0 +1,269 @@
+"""StreamPartition where there are no streams, streams that others made, and what is in flight, on stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from poc_kernels.scheduling import InFlight, StreamPartition, streams
+
+CUDA = torch.device("cuda", 0)
+
+
+# ---- a processor ----
+
+
+def test_on_a_processor_nothing_happens() -> None:
+    partition = StreamPartition("cpu")
+    assert partition.device == torch.device("cpu")
+    assert partition.inference_stream is partition.validation_stream is None
+    partition.begin()
+    x = torch.ones(3)
+    with partition.inference(), partition.validation():
+        assert partition.hand_over(x) is x
+        assert partition.hand_over(x, to_inference=True) is x
+    assert partition.raise_streams(types.SimpleNamespace()) == 0
+    in_flight = InFlight(torch.device("cpu"), 1)
+    for _ in range(5):
+        in_flight.mark()
+
+
+def test_errors_inside_go_through() -> None:
+    partition = StreamPartition("cpu")
+    for enter in (partition.inference, partition.validation):
+        with pytest.raises(KeyError), enter():
+            raise KeyError
+
+
+def test_a_processor_has_no_multiprocessors() -> None:
+    with pytest.raises(ValueError, match="validation_multiprocessors needs a CUDA device, got cpu"):
+        StreamPartition("cpu", validation_multiprocessors=4)
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_something_must_be_in_flight(most: int) -> None:
+    with pytest.raises(ValueError, match=f"most must be at least 1, got {most}"):
+        InFlight(torch.device("cpu"), most)
+
+
+# ---- stand-ins for a device ----
+
+
+class Stream:
+    """A stream without a device."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name, self.options, self.waited = name, options, list[Any]()
+
+    def wait_stream(self, stream: Any) -> None:
+        self.waited.append(stream)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Device:
+    """What `StreamPartition` and `InFlight` ask of torch.cuda."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[Stream] = []
+        self.current = Stream("current")
+        self.properties = types.SimpleNamespace(multi_processor_count=8)
+        for name in ("Stream", "current_stream", "device", "stream", "get_device_properties", "current_device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+        monkeypatch.setattr(torch, "Stream", Stream)
+        monkeypatch.delattr(torch.cuda, "GreenContext", raising=False)
+
+    def _Stream(self, device: torch.device, priority: int) -> Stream:  # noqa: N802
+        self.made.append(Stream(f"priority {priority}", device=device, priority=priority))
+        return self.made[-1]
+
+    def _current_stream(self, _: torch.device) -> Stream:
+        return self.current
+
+    def _current_device(self) -> int:
+        return 0
+
+    def _device(self, _: torch.device) -> Any:
+        return contextlib.nullcontext()
+
+    def _get_device_properties(self, _: torch.device) -> Any:
+        return self.properties
+
+    def _stream(self, stream: Stream) -> Any:
+        @contextlib.contextmanager
+        def on() -> Any:
+            before, self.current = self.current, stream
+            try:
+                yield
+            finally:
+                self.current = before
+
+        return on()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
+
+
+def test_two_streams_of_two_priorities_that_wait_for_what_was_before(cuda: Device) -> None:
+    partition = StreamPartition("cuda")
+    assert partition.device == CUDA
+    inference, validation = partition.inference_stream, partition.validation_stream
+    assert cuda.made == [inference, validation]
+    assert inference.options["priority"] < validation.options["priority"]  # the lower the number, the greater
+    assert inference.waited == validation.waited == [cuda.current]
+    before = cuda.current
+    with partition.validation():
+        assert cuda.current is validation
+        with partition.inference():
+            assert cuda.current is inference
+        assert cuda.current is validation
+    assert cuda.current is before
+
+
+def test_the_range_of_priorities_is_asked_for(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(device: torch.device, priority: int) -> Stream:
+        return cuda._Stream(device, priority)
+
+    make.priority_range = lambda: (0, -5)  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    StreamPartition("cuda:0")
+    assert [stream.options["priority"] for stream in cuda.made] == [-5, 0]
+
+
+@pytest.mark.parametrize("to_inference", [False, True])
+def test_a_tensor_is_handed_over(cuda: Device, to_inference: bool) -> None:
+    partition = StreamPartition("cuda")
+    taker = partition.inference_stream if to_inference else partition.validation_stream
+    taker.waited.clear()
+    recorded: list[Any] = []
+    tensor: Any = types.SimpleNamespace(record_stream=recorded.append)
+    giver = Stream("giver")
+    cuda.current = giver
+    assert partition.hand_over(tensor, to_inference=to_inference) is tensor
+    assert taker.waited == [giver]
+    assert recorded == [taker]
+
+
+@pytest.mark.parametrize("count", [0, 8, 100, -1])
+def test_more_multiprocessors_than_there_are(cuda: Device, count: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"validation_multiprocessors must be in \[1, 8\) on this device, got {count}"
+    ):
+        StreamPartition("cuda", validation_multiprocessors=count)
+
+
+def test_a_torch_without_green_contexts(cuda: Device) -> None:
+    with pytest.raises(ValueError, match="needs a torch with green contexts"):
+        StreamPartition("cuda", validation_multiprocessors=2)
+
+
+def test_a_driver_without_green_contexts(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*_: Any) -> Any:
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
+    with pytest.raises(ValueError, match="green contexts, which fail here: driver too old"):
+        StreamPartition("cuda", validation_multiprocessors=2)
+
+
+def test_a_green_context_has_validation_s_stream(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    green = Stream("green")
+
+    def create(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return types.SimpleNamespace(Stream=lambda: green)
+
+    monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
+    partition = StreamPartition("cuda", validation_multiprocessors=2)
+    assert asked == [(2, 0)]
+    assert partition.validation_stream is green
+    assert cuda.made == [partition.inference_stream]
+
+
+# ---- streams that others made ----
+
+
+class Held:
+    """An object of this package."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+class Foreign:
+    """An object of another package."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+Held.__module__, Foreign.__module__ = "stack.batching.inner", "elsewhere.batching"
+
+
+def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
+    partition = StreamPartition("cuda")
+    foreign = Foreign(stream=Stream("foreign"))
+    inner = Held(stream=Stream("inner"))
+    owner = Held(
+        compute=Stream("compute"),
+        pairs=[Stream("in a list"), {"copy": Stream("in a dict")}],
+        several=(inner, [Stream("in a list in a tuple")]),
+        number=3,
+        none=None,
+        foreign=foreign,
+    )
+    inner.owner = owner  # a cycle
+    owner.again = inner
+    assert partition.raise_streams(owner) == 5
+    high = partition.inference_stream
+    assert owner.compute is owner.pairs[0] is owner.pairs[1]["copy"] is inner.stream is owner.several[1][0] is high
+    assert foreign.stream.name == "foreign"
+    assert (owner.number, owner.none, inner.owner) == (3, None, owner)
+
+
+def test_a_stack_without_streams(cuda: Device) -> None:
+    assert StreamPartition("cuda").raise_streams(Held(a=[], b={})) == 0
+
+
+# ---- in flight ----
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_never_more_than_the_most_in_flight(cuda: Device, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    made: list[Event] = []
+
+    class Event:
+        def __init__(self, blocking: bool = False) -> None:
+            assert blocking, "waiting would spin on a processor that inference needs"
+            self.recorded: Any = None
+            self.seen_done = False
+            made.append(self)
+
+        def record(self, stream: Any) -> None:
+            self.recorded = stream
+
+        def synchronize(self) -> None:
+            assert all(event.seen_done for event in made[: made.index(self)]), "oldest first"
+            self.seen_done = True
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    in_flight = InFlight(CUDA, most)
+    for marked in range(1, 10):
+        in_flight.mark()
+        assert len(made) == marked
+        assert made[-1].recorded is cuda.current
+        # One more slice may be given to the device now, and then the most are in flight.
+        assert sum(not event.seen_done for event in made) == min(marked, most - 1)
+
+
+def test_the_priorities_of_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    assert streams._priority_range() == (0, -1)
