@@ -9,10 +9,11 @@ DEVICE ?= cpu
 MODEL ?=
 RESULT ?= bench/results/projection-cpu
 ROUND_RESULT ?= bench/results/round-$(DEVICE)
+BESIDE_RESULT ?= bench/results/beside-$(DEVICE)
 GPU_CHECK_OUT ?= bench/results
 gpu-check: DEVICE = cuda
 
-.PHONY: demo test lint format bench bench-projection bench-round gpu-check clean
+.PHONY: demo test lint format bench bench-projection bench-round bench-beside gpu-check clean
 
 # make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model.
 demo: $(VENV)/installed
@@ -47,10 +48,17 @@ bench-round: $(VENV)/installed-dev
 	$(BIN)/pytest bench/test_round_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
 	$(BIN)/python bench/round_report.py $(ROUND_RESULT).json
 
+# make bench-beside DEVICE=cuda measures on a GPU; BESIDE_ARGS takes options of bench/README.md, among them --http.
+bench-beside: $(VENV)/installed-dev
+	mkdir -p $(dir $(BESIDE_RESULT))
+	$(BIN)/python bench/beside.py $(BESIDE_RESULT).json --device $(DEVICE) $(BESIDE_ARGS)
+	$(BIN)/python bench/beside_report.py $(BESIDE_RESULT).json
+
 # On a machine with a GPU and perhaps no network, into PYTHON's own packages, which have torch, transformers, the build's
 # needs (pybind11, scikit-build-core, cmake, ninja) and the tests' (pytest, pytest-benchmark, hypothesis, scipy,
-# matplotlib). WHEELS is a folder with wheels of what they lack. Known answers, tests marked gpu, compute-sanitizer and
-# both benchmarks, in 10 minutes after the build; results in the folder GPU_CHECK_OUT.
+# matplotlib). WHEELS is a folder with wheels of what they lack. Known answers, tests marked gpu in several processes,
+# compute-sanitizer and the benchmarks, in 10 minutes after the build (bench/gpu_check.py has the plan); results in the
+# folder GPU_CHECK_OUT. make gpu-check DEVICE=cpu rehearses it in half a minute.
 gpu-check:
 	$(if $(WHEELS),$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .

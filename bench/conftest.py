@@ -1,57 +1,15 @@
-"""What a result file says of its machine and commit: what a reader needs, and no name of the host."""
+"""Options of the suites, and what their result files say of machine and commit."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import subprocess
 import time
 from typing import Any
 
+import conditions
 import pytest
 import torch
 
-from poc_kernels import backends
-
-_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
-_LOAD_BEFORE = os.getloadavg()[0]  # read at import: the run itself raises it
 _STARTED = time.monotonic()
-
-
-def _operating_system() -> str:
-    kernel = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
-    try:
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
-    except OSError:
-        return kernel
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.splitlines()[0].strip()
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-    }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,26 +35,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Keep the processor and Python, add what else decides the times; host and kernel build names go."""
-    cpu = machine_info["cpu"]
-    device = torch.device(config.getoption("--bench-device"), 0)
-    kept = {
-        "cpu": cpu.get("brand_raw", "unknown"),
-        "architecture": machine_info["machine"],
-        "logical_cores": cpu["count"],
-        "bfloat16_instructions": sorted(_BFLOAT16_FLAGS & set(cpu.get("flags", []))),
-        "backend": backends.select(device).name,
-        "threads": torch.get_num_threads(),
-        "load_before": _LOAD_BEFORE,
-        "os": _operating_system(),
-        "python": f"{machine_info['python_implementation']} {machine_info['python_implementation_version']}",
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "triton": _version("triton"),
-        "gpu": _gpu() if device.type == "cuda" else None,
-    }
+    """What decides the times, in place of what the plugin says; host and kernel build names go."""
     machine_info.clear()
-    machine_info.update(kept)
+    machine_info.update(conditions.machine_info(torch.device(config.getoption("--bench-device"), 0)))
 
 
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:

@@ -1,0 +1,305 @@
+"""Users' requests and proofs that come to be validated, from one event loop: what is done for each token is a time."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import dataclasses
+import gc
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+OUTSTANDING_PROOFS = 2
+"""Batches of proofs submitted and not answered: one in work, one that waits."""
+
+
+class DifferenceError(RuntimeError):
+    """Something computed beside other work is not what was computed alone."""
+
+
+class Request:
+    """One request, and when its tokens came, by the clock of the event loop."""
+
+    __slots__ = ("answer", "due", "error", "prompt", "submitted", "times")
+
+    def __init__(self, prompt: int, due: float) -> None:
+        self.prompt = prompt
+        self.due = due
+        self.submitted = 0.0
+        self.times: list[float] = []
+        self.answer: Any = None
+        self.error: str | None = None
+
+
+class Rig(Protocol):
+    """A node that the suite drives: in its process or over HTTP. All calls come from the event loop's thread."""
+
+    prompts: int
+    """Of so many prompts the expected answer is known."""
+    proofs: int
+    """Of so many batches of proofs the distances are known."""
+    progress: list[float]
+    """Times at which a part of a batch of proofs was done."""
+    nonces_per_part: float
+    slices: list[float] | None
+    """Seconds of slices of proofs as they come; None where nobody tells."""
+    waits: list[float] | None
+    """Seconds that steps of inference waited for their turn; None where nobody tells."""
+    held: list[float] | None
+    """Seconds that slices of proofs were held back; None where nobody tells."""
+
+    def switch(self, condition: Condition) -> None:
+        """Go over to the pacing of a condition; nothing computes now."""
+
+    def begin(self, request: Request, ended: Callable[[Request], None]) -> None:
+        """Submit a request; its times, its answer or its error are there when ``ended`` is called, on the loop."""
+
+    def validate(self, proof: int, ended: Callable[[BaseException | None], None]) -> None:
+        """Submit a batch; ``ended`` is called on the loop, with the error if it failed or a distance differs."""
+
+    def trouble(self) -> str | None:
+        """Why nothing more will come; None while all is well."""
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise if a request failed, or an answer or a verdict is not the one given alone."""
+
+
+_LOOK_SECONDS = 2.0
+
+
+async def ending(rig: Rig, awaitable: Awaitable[Any], timeout_seconds: float) -> Any:
+    """The result of ``awaitable``, unless the node gets into trouble first.
+
+    Raises:
+        RuntimeError: the node is in trouble.
+        TimeoutError: it takes too long.
+    """
+    waiting = asyncio.ensure_future(awaitable)
+    deadline = asyncio.get_running_loop().time() + timeout_seconds
+    try:
+        while not waiting.done():
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                raise TimeoutError(f"nothing came for {timeout_seconds:g} s")
+            await asyncio.wait([waiting], timeout=min(left, _LOOK_SECONDS))
+            trouble = rig.trouble()
+            if trouble is not None and not waiting.done():
+                raise RuntimeError(f"the node is in trouble: {trouble}")
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What runs in a block.
+
+    Args:
+        name: in tables.
+        chat: whether requests come.
+        validation: whether proofs come.
+        share: of the pacing; None for no pacing.
+    """
+
+    name: str
+    chat: bool = True
+    validation: bool = True
+    share: float | None = None
+
+
+@dataclasses.dataclass
+class Block:
+    """What came of a block: requests that arrived in it, whenever they ended, and nonces done in it."""
+
+    seconds: float
+    requests: list[Request]
+    refused: int
+    tokens: int
+    nonces: float
+    slices: list[float]
+    waits: list[float]
+    held: list[float]
+
+
+def poisson(per_second: float, seconds: float, prompts: int, seed: str) -> list[tuple[float, int]]:
+    """Arrivals of an open-loop Poisson process: seconds since its begin, and which prompt."""
+    generator = random.Random(seed)
+    arrivals: list[tuple[float, int]] = []
+    at = generator.expovariate(per_second)
+    while at < seconds:
+        arrivals.append((at, generator.randrange(prompts)))
+        at += generator.expovariate(per_second)
+    return arrivals
+
+
+class Proofs:
+    """Keeps the queue of proofs filled until it is told to stop."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._next = 0
+        self._outstanding = 0
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._first = asyncio.Event()
+        self._idle = asyncio.Event()
+
+    async def start(self, timeout_seconds: float) -> None:
+        """Submit, and wait until the first batch is done."""
+        for _ in range(OUTSTANDING_PROOFS):
+            self._submit()
+        await ending(self._rig, self._first.wait(), timeout_seconds)
+        if self._error is not None:
+            raise self._error
+
+    def _submit(self) -> None:
+        self._outstanding += 1
+        proof, self._next = self._next % self._rig.proofs, self._next + 1
+        self._rig.validate(proof, self._ended)
+
+    def _ended(self, error: BaseException | None) -> None:
+        self._outstanding -= 1
+        self._error = self._error or error
+        self._first.set()
+        if self._error is None and not self._stopping:
+            self._submit()
+        if self._outstanding == 0:
+            self._idle.set()
+
+    async def stop(self, timeout_seconds: float) -> None:
+        """Let those outstanding end.
+
+        Raises:
+            DifferenceError: one of the batches had another distance than alone.
+        """
+        self._stopping = True
+        await ending(self._rig, self._idle.wait(), timeout_seconds)
+        if self._error is not None:
+            raise self._error
+
+
+async def run_block(
+    rig: Rig,
+    condition: Condition,
+    arrivals: Sequence[tuple[float, int]],
+    seconds: float,
+    *,
+    max_in_flight: int,
+    timeout_seconds: float,
+) -> Block:
+    """One condition for ``seconds``, and on until every request of it has ended; with proofs all the while.
+
+    Args:
+        max_in_flight: requests that come when so many are in flight are refused, as the node's gate refuses them.
+        timeout_seconds: for all that is waited for after the block.
+
+    Raises:
+        DifferenceError: a distance or an answer is another one than alone.
+        TimeoutError: something did not end.
+    """
+    loop = asyncio.get_running_loop()
+    gc.collect()  # what earlier blocks left is not collected in this one
+    rig.switch(condition)
+    proofs = Proofs(rig)
+    if condition.validation:
+        await proofs.start(timeout_seconds)
+    told = (rig.slices, rig.waits, rig.held)
+    marks = [0 if values is None else len(values) for values in told]
+    in_flight = refused = 0
+    drained = asyncio.Event()
+    requests: list[Request] = []
+    begin = loop.time() + 0.02
+    end = begin + seconds
+
+    def ended(_: Request) -> None:
+        nonlocal in_flight
+        in_flight -= 1
+        if in_flight == 0:
+            drained.set()
+
+    def arrive(due: float, prompt: int) -> None:
+        nonlocal in_flight, refused
+        if in_flight >= max_in_flight:
+            refused += 1
+            return
+        in_flight += 1
+        drained.clear()
+        request = Request(prompt, due)
+        requests.append(request)
+        request.submitted = loop.time()
+        rig.begin(request, ended)
+
+    if condition.chat:
+        for at, prompt in arrivals:
+            loop.call_at(begin + at, arrive, begin + at, prompt)
+    await asyncio.sleep(end - loop.time())
+    slices, waits, held = ([] if values is None else values[mark:] for values, mark in zip(told, marks, strict=True))
+    if in_flight > 0:
+        await ending(rig, drained.wait(), timeout_seconds)
+    if condition.validation:
+        await proofs.stop(timeout_seconds)
+    rig.check(requests)
+    parts = bisect.bisect_left(rig.progress, end) - bisect.bisect_left(rig.progress, begin)
+    tokens = sum(bisect.bisect_left(request.times, end) for request in requests)
+    return Block(
+        seconds=seconds,
+        requests=requests,
+        refused=refused,
+        tokens=tokens,
+        nonces=parts * rig.nonces_per_part,
+        slices=slices,
+        waits=waits,
+        held=held,
+    )
+
+
+async def saturation(rig: Rig, in_flight: int, seconds: float, timeout_seconds: float) -> float:
+    """Requests per second of a closed loop: ``in_flight`` users, each asks again once it was answered.
+
+    By the tokens that come in the last three quarters of ``seconds``.
+    """
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    window = (begin + seconds / 4, begin + seconds)
+    requests: list[Request] = []
+    active = 0
+    drained = asyncio.Event()
+
+    def ask() -> None:
+        nonlocal active
+        active += 1
+        request = Request(len(requests) % rig.prompts, loop.time())
+        request.submitted = request.due
+        requests.append(request)
+        rig.begin(request, ended)
+
+    def ended(_: Request) -> None:
+        nonlocal active
+        active -= 1
+        if loop.time() < window[1]:
+            ask()
+        elif active == 0:
+            drained.set()
+
+    for _ in range(in_flight):
+        ask()
+    await ending(rig, drained.wait(), seconds + timeout_seconds)
+    rig.check(requests)
+    tokens = sum(
+        bisect.bisect_left(request.times, window[1]) - bisect.bisect_left(request.times, window[0])
+        for request in requests
+    )
+    tokens_each = sum(len(request.times) for request in requests) / len(requests)
+    return tokens / (window[1] - window[0]) / tokens_each
+
+
+async def one(rig: Rig, prompt: int, timeout_seconds: float) -> Request:
+    """A request with nothing beside it."""
+    loop = asyncio.get_running_loop()
+    answered = loop.create_future()
+    rig.begin(Request(prompt, loop.time()), answered.set_result)
+    request: Request = await ending(rig, answered, timeout_seconds)
+    if request.error is not None:
+        raise RuntimeError(f"a request failed with nothing beside it: {request.error}")
+    return request

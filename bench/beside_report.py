@@ -1,0 +1,297 @@
+"""python bench/beside_report.py RESULTS.json: Markdown tables and plots of a run beside inference, beside its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from beside_results import ALONE, FEW_ABOVE, GRID, KINDS, NAMES, judge
+from matplotlib import pyplot as plt
+from report_text import figures, gpu_line, header, milliseconds, table
+
+MET = {True: "**met**", False: "**missed**", None: "not measured"}
+_COLOURS = {ALONE: "black", "no pacing": "tab:red"}
+_LINES = {"light": ("tab:blue", "o"), "half": ("tab:orange", "s"), "near saturation": ("tab:green", "^")}
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    lines = [f"- transformers {machine['transformers']}"]
+    if machine["gpu"] is not None:
+        lines.insert(0, gpu_line(machine["gpu"]))
+    return "\n".join(lines)
+
+
+def _setting(run: dict[str, Any]) -> str:
+    model = run["model"]
+    where = "a node in a process of its own, over HTTP on loopback" if run["http"] else "in process, without HTTP"
+    slices = run["planned_slices"]
+    planned = (
+        ""
+        if slices is None
+        else f"; planned on their own: {len(slices)} slices of the forward, the longest {milliseconds(max(slices))} ms"
+    )
+    multiprocessors = run["multiprocessors"]
+    kept = "" if multiprocessors is None else f", validation kept to {multiprocessors} multiprocessors"
+    answers = (
+        "equal to those generated alone, token for token"
+        if run["answers_exact"]
+        else f"equal to those generated alone but for {run['answers_near_ties']}, which differ where the likeliest "
+        f"tokens are nearly tied (the farthest {max(0.0, -run['least_lead']):.3g} of the logits' spread under)"
+    )
+    return "\n".join(
+        [
+            f"- model: {model['name']}, {model['layers']} layers, {model['parameters']:,} parameters, random weights, "
+            f"{model['dtype']}; {where}",
+            f"- chat: {run['prompts']} prompts of about {run['prompt_tokens']} {'words' if run['http'] else 'tokens'}, "
+            f"answers of {run['new_tokens']} tokens, greedy; Poisson arrivals, seed {run['seed']}; at most "
+            f"{run['max_in_flight']} in flight",
+            f"- saturation, chat alone: {figures(run['saturation_requests_per_second'])} requests/s in a closed loop "
+            f"of {run['in_flight']} users",
+            f"- proofs: {run['batch_size']} x {run['seq_len']}, projection {'on' if run['projection'] else 'off'}; "
+            f"slices of at most {milliseconds(run['slice_seconds'])} ms wanted{planned}; "
+            f"{run['slices_in_flight']} in flight on a GPU{kept}",
+            f"- checks: every distance equal, bit for bit, to the one computed alone; every answer {answers}",
+            f"- blocks of {run['block_seconds']:g} s; the whole run took {run['run_seconds']:.0f} s",
+        ]
+    )
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def _three(cell: dict[str, Any], kind: str) -> str:
+    summary = cell[kind]
+    return "" if summary is None else " / ".join(milliseconds(summary[name]) for name in ("p50", "p95", "p99"))
+
+
+def _samples(cell: dict[str, Any], kind: str) -> str:
+    summary = cell[kind]
+    if summary is None:
+        return ""
+    few = " (few)" if summary["above_p99"] < FEW_ABOVE else ""
+    return f"{summary['samples']}, {summary['above_p99']}{few}"
+
+
+def _ratio(cell: dict[str, Any], kind: str) -> str:
+    ratios = None if cell["ratios"] is None else cell["ratios"][kind]
+    if ratios is None:
+        return ""
+    point, low, high = ratios["p99"]
+    return f"{point:.2f} ({low:.2f} to {high:.2f})"
+
+
+_COLUMNS = (
+    "condition",
+    *(
+        column
+        for kind in KINDS
+        for column in (
+            f"{NAMES[kind]}, p50 / p95 / p99, ms",
+            "samples, above p99",
+            "p99 / alone (95 %)",
+        )
+    ),
+    "output tokens/s",
+    "requests done, refused",
+    "nonces/s",
+    "share of solo rate",
+)
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    latencies = [text for kind in KINDS for text in (_three(cell, kind), _samples(cell, kind), _ratio(cell, kind))]
+    nonces = cell["nonces_per_second"]
+    return [
+        cell["condition"],
+        *latencies,
+        figures(cell["tokens_per_second"]) if cell["chat"] else "",
+        f"{cell['done']}, {cell['refused']}" if cell["chat"] else "",
+        "" if nonces is None else figures(nonces),
+        _percent(cell["solo_share"]),
+    ]
+
+
+_SCHEDULE_COLUMNS = (
+    "condition",
+    "slices",
+    "slice, p50 / p99 / max, ms",
+    "slices' share of the time",
+    "a step's wait, p50 / p99 / max, ms",
+    "inference waited, share of the time",
+    "a slice held back, p99 / max, ms",
+    "arrivals late, p99, ms",
+)
+
+
+def _lengths(lengths: dict[str, float] | None, names: tuple[str, ...]) -> str:
+    return "" if lengths is None else " / ".join(milliseconds(lengths[name]) for name in names)
+
+
+def _schedule_row(cell: dict[str, Any]) -> list[str]:
+    slices, waits, held = cell["slices"], cell["waits"], cell["held"]
+    return [
+        cell["condition"],
+        "" if slices is None else str(slices["count"]),
+        _lengths(slices, ("p50", "p99", "max")),
+        "" if slices is None else _percent(slices["share_of_time"]),
+        _lengths(waits, ("p50", "p99", "max")),
+        "" if waits is None else _percent(waits["share_of_time"]),
+        _lengths(held, ("p99", "max")),
+        milliseconds(cell["late_p99"]),
+    ]
+
+
+_NOTE = f"""\
+All conditions of a rate get the same arrivals and take turns in blocks, whose order rotates; samples of all blocks are
+pooled. Time to first token counts from when the request was due. The share of the solo rate is that of the blocks of
+validation alone at the same rate of arrivals. In brackets: the interval that holds 95 % of the ratios when requests
+are drawn anew. Few: less than {FEW_ABOVE} samples lie above the p99, which then says little."""
+
+_SCHEDULE_NOTE = """\
+Times of slices and waits are the host's. On a GPU a step of inference does not wait for a slice on the host, and its
+kernels may still wait for those of a slice: that is in the latencies above. Arrivals late: how long after it was due a
+request was submitted, by the load's own event loop."""
+
+
+def markdown(results: dict[str, Any], latency_plot: str, tradeoff_plot: str) -> str:
+    """The report of a result; the plots are file names."""
+    run = results["beside"]
+    goals = [[each.what, each.limit, each.measured, MET[each.met]] for each in judge(run)]
+    parts = [
+        "# Validation beside inference",
+        f"{header(results)}\n{_hardware(results['machine_info'])}",
+        _setting(run),
+        *(["**A quick run of small cases: no figure here says anything about speed.**"] if run["quick"] else []),
+        f"## Goals, with the default pacing (share {run['default_share']:g})",
+        table(("figure", "goal", "measured", "met"), goals),
+        f"![p99 over that of chat alone, by the share of the solo rate of validation]({tradeoff_plot})",
+        f"![Distributions of time to first token and between tokens]({latency_plot})",
+    ]
+    for rate in run["rates"]:
+        title = (
+            f"## {rate['name'].capitalize()}: {figures(rate['requests_per_second'])} requests/s, "
+            f"{rate['fraction']:.0%} of saturation"
+        )
+        seconds = {cell["condition"]: cell["seconds"] for cell in rate["cells"]}
+        parts += [
+            title,
+            f"{figures(min(seconds.values()))} s of each condition, in {rate['cells'][0]['blocks']} blocks.",
+            table(_COLUMNS, map(_row, rate["cells"])),
+        ]
+        if any(cell["slices"] is not None for cell in rate["cells"]):
+            parts.append(table(_SCHEDULE_COLUMNS, map(_schedule_row, rate["cells"])))
+    return "\n\n".join([*parts, "## How to read it", _NOTE, _SCHEDULE_NOTE]) + "\n"
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------
+
+
+def _where(results: dict[str, Any]) -> str:
+    machine, model = results["machine_info"], results["beside"]["model"]
+    device = machine["cpu"] if machine["gpu"] is None else machine["gpu"]["name"]
+    return f"{model['name']}, {model['dtype']}, {device}"
+
+
+def plot_latencies(results: dict[str, Any], path: Path) -> None:
+    """Write the distributions of both kinds of times, a row of panels for each rate, to ``path``."""
+    rates = results["beside"]["rates"]
+    figure, panels = plt.subplots(
+        len(rates), len(KINDS), figsize=(11, 3.4 * len(rates) + 0.6), squeeze=False, layout="constrained"
+    )
+    for row, rate in zip(panels, rates, strict=True):
+        paced = [cell["condition"] for cell in rate["cells"] if cell["share"] is not None]
+        shades = plt.get_cmap("viridis")
+        colours = {name: shades(at / max(1, len(paced) - 1)) for at, name in enumerate(paced)} | _COLOURS
+        for axes, kind in zip(row, KINDS, strict=True):
+            for cell in rate["cells"]:
+                if cell[kind] is not None:
+                    milli = [1e3 * value for value in cell[kind]["quantiles"]]
+                    width = 2 if cell["condition"] in _COLOURS else 1.2
+                    axes.plot(milli, GRID, color=colours[cell["condition"]], label=cell["condition"], linewidth=width)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="x", which="minor", labelsize=7)
+            axes.set_yscale("logit", one_half="0.5")
+            axes.set_ylim(0.02, 0.998)
+            axes.set_yticks([0.1, 0.5, 0.9, 0.99], ["10 %", "50 %", "90 %", "99 %"])
+            axes.set_yticks([], minor=True)
+            axes.set_title(f"{NAMES[kind]}, {rate['name']}", fontsize=10)
+            axes.set_xlabel("ms")
+            axes.grid(alpha=0.3, which="both")
+        row[0].set_ylabel("samples at most so long")
+        row[-1].legend(fontsize=7, loc="lower right")
+    figure.suptitle(_where(results))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_tradeoff(results: dict[str, Any], path: Path) -> None:
+    """Write the p99 over that of chat alone, by the share of the solo rate, a panel for each kind, to ``path``."""
+    run = results["beside"]
+    figure, panels = plt.subplots(1, len(KINDS), figsize=(11, 4.6), layout="constrained")
+    for axes, kind in zip(panels, KINDS, strict=True):
+        for rate in run["rates"]:
+            colour, marker = _LINES[rate["name"]]
+            cells = [cell for cell in rate["cells"] if cell["ratios"] is not None and cell["ratios"][kind] is not None]
+            paced = [cell for cell in cells if cell["share"] is not None]
+            _points(axes, paced, kind, colour, marker, f"{rate['name']}, by the share")
+            _points(axes, [c for c in cells if c["share"] is None], kind, colour, "x", f"{rate['name']}, no pacing")
+            for cell in paced:
+                at = (100 * cell["solo_share"], cell["ratios"][kind]["p99"][0])
+                label = f"{cell['share']:g}" + (" default" if cell["share"] == run["default_share"] else "")
+                axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.set_xlabel("validation, % of its solo rate")
+        axes.set_ylabel(f"p99 of {NAMES[kind]} / alone")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].legend(fontsize=7)
+    figure.suptitle(f"{_where(results)}: the price of validation")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _points(axes: Any, cells: list[dict[str, Any]], kind: str, colour: str, marker: str, label: str) -> None:
+    if not cells:
+        return
+    shares = [100 * cell["solo_share"] for cell in cells]
+    ratios = [cell["ratios"][kind]["p99"] for cell in cells]
+    # The point need not lie inside the interval of resampled requests.
+    below = [max(0.0, point - low) for point, low, _ in ratios]
+    above = [max(0.0, high - point) for point, _, high in ratios]
+    line = "-" if len(cells) > 1 else "none"
+    axes.errorbar(
+        shares, [point for point, *_ in ratios], yerr=[below, above], color=colour, marker=marker, linestyle=line,
+        linewidth=1, capsize=2, label=label,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Write RESULTS.md, RESULTS.png and RESULTS-tradeoff.png beside RESULTS.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="JSON that bench/beside.py wrote")
+    path = parser.parse_args().results
+    results = json.loads(path.read_text())
+    if not results.get("beside", {}).get("rates"):
+        parser.error(f"{path} holds no run beside inference")
+    latency, tradeoff = path.with_suffix(".png"), path.with_name(f"{path.stem}-tradeoff.png")
+    plot_latencies(results, latency)
+    plot_tradeoff(results, tradeoff)
+    path.with_suffix(".md").write_text(markdown(results, latency.name, tradeoff.name))
+
+
+if __name__ == "__main__":
+    main()
