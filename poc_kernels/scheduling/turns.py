@@ -193,10 +193,13 @@ class Turns:
             TurnsClosed: the turns are closed, now or while it waits for a step to end.
         """
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or (not self._alone and self._computing[_INFERENCE] is None))
+            self._condition.wait_for(lambda: self._closed or not self._alone)
             self._refuse_closed()
-            self._alone = True
+            self._alone = True  # no step begins from here on
         try:
+            with self._condition:
+                self._condition.wait_for(lambda: self._closed or self._computing[_INFERENCE] is None)
+                self._refuse_closed()
             yield
         finally:
             with self._condition:
@@ -279,7 +282,7 @@ class Turns:
                 raise RuntimeError("this turn does not have the device: pause() goes inside its with block")
             seconds = self._account(turn)
             self._computing[turn._side] = None
-            if self._lines[_INFERENCE]:
+            if any(self._lines):
                 self._condition.notify_all()
             self._wait(turn)
             return seconds
@@ -299,14 +302,15 @@ class Turns:
         if turn._side == _PROOF:
             self._mean_slice += (seconds - self._mean_slice) * (_SMOOTHING if self._mean_slice > 0 else 1)
             if turn._owed:
-                self._owed_seconds -= seconds
+                # Slices that were not owed, but waited too long, are not paid back without end.
+                self._owed_seconds = max(self._owed_seconds - seconds, -seconds)
         else:
             self._mean_step += (seconds - self._mean_step) * (_SMOOTHING if self._mean_step > 0 else 1)
             self._last_step, self._last_step_end = turn, now
             if self._pacing is not None and (self._lines[_PROOF] or self._computing[_PROOF] is not None):
                 owed = self._owed_seconds + seconds * self._pacing.owed_per_second
                 # What a long step owes is not paid at one go: others' next token would wait for all of it.
-                most = max(self._mean_slice, 2 * self._mean_step * self._pacing.owed_per_second)
+                most = self._mean_slice + 2 * self._mean_step * self._pacing.owed_per_second
                 self._owed_seconds = min(owed, most)
         return seconds
 

@@ -232,6 +232,19 @@ def test_what_a_pause_computes_is_no_part_of_the_forward() -> None:
     assert sliced.slices.cuts == (1, 2)
 
 
+def test_looks_at_attributes_are_no_calls() -> None:
+    sliced = SlicedForward(CPU, FINE)
+    x = torch.ones(3, 2)
+
+    def forward() -> torch.Tensor:
+        assert (x.shape, x.dtype, x.device, x.requires_grad) == ((3, 2), torch.float32, CPU, False)
+        return x.add(1).T.mul(2)
+
+    pauses: list[None] = []
+    sliced.run(forward, lambda: pauses.append(None))
+    assert len(pauses) == 1
+
+
 def test_calls_that_depend_on_data_change_no_bit() -> None:
     sliced = SlicedForward(CPU, FINE)
 

@@ -301,6 +301,15 @@ def test_where_both_compute_at_once_slices_are_held_back_all_the_same(instrument
     assert [span for span in timeline.spans if span[0] == "proof"] == [("proof", 4, 5)]
 
 
+def test_where_both_compute_at_once_the_cap_ends_within_a_step(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(), 100)
+        timeline.party("proof", timeline.turns.proof(), 1, at=2)
+
+    timeline = run(instruments, lambda: paced(concurrent=True, cap=5.0), setup)
+    assert timeline.spans == [("proof", 7, 8), ("inference", 0, 100)]
+
+
 def test_without_pacing_nobody_waits_for_the_other_side(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 5)
