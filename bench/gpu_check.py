@@ -38,17 +38,24 @@ class Suite(NamedTuple):
     report: str
     seconds: float
     """What is planned for it."""
-    case_seconds: float
-    """What a case may take: none begins when less is left."""
-    options: tuple[str, ...] = ()
-    """On a GPU; with any, the suite takes those of --round-args as well."""
+    case_seconds: float | None
+    """What a case may take: none begins when less is left. None: a script, not a suite of pytest, which sees to it."""
+    on_gpu: tuple[str, ...] = ()
+    """Its options on a GPU."""
+    rehearsed: tuple[str, ...] = ()
+    """Its options where it is rehearsed."""
 
 
 SUITES = (
     Suite("projection", "test_projection_gpu.py", "gpu_report.py", 120, 8),
     Suite(
-        *("round", "test_round_overhead.py", "round_report.py", 120, 50),
-        options=("--bench-cases", "qwen3-8b@32x256,qwen3-0.6b@32x256"),
+        *("round", "test_round_overhead.py", "round_report.py", 100, 30),
+        on_gpu=("--bench-cases", "qwen3-8b@32x256,qwen3-0.6b@32x256"),
+    ),
+    Suite(
+        *("beside", "beside.py", "beside_report.py", 135, None),
+        on_gpu=("--device", "cuda", "--short", "--limit-seconds", "90"),
+        rehearsed=("--quick",),
     ),
 )
 REPORT_SECONDS = 15
@@ -303,11 +310,12 @@ def _memcheck(check: Check) -> None:
         check.run("compute-sanitizer", command)
 
 
-def _benchmark(check: Check, suite: Suite, options: list[str]) -> str | None:
-    """Run a suite and its report; returns what the report prints."""
+def _suite_command(check: Check, suite: Suite, json: Path, more: list[str]) -> Command:
+    """What runs a suite, with more options, so that its results go to ``json``."""
     on_gpu = check.device == "cuda"
-    json = check.out / f"{suite.name}-{'cuda' if on_gpu else 'rehearsal'}.json"
-    json.unlink(missing_ok=True)
+    options = [*(suite.on_gpu if on_gpu else suite.rehearsed), *more]
+    if suite.case_seconds is None:
+        return Command([sys.executable, str(BENCH / suite.file), str(json), *options])
     pytest = [
         sys.executable,
         "-P",
@@ -319,14 +327,27 @@ def _benchmark(check: Check, suite: Suite, options: list[str]) -> str | None:
         "--bench-device",
         check.device,
     ]
-    pytest += [*(suite.options if on_gpu else ()), *options, f"--benchmark-json={json}"]
+    pytest += [*options, f"--benchmark-json={json}"]
     pytest.append(f"--bench-seconds={max(0.0, check.left(suite.name) - suite.case_seconds):.0f}")
-    check.run(suite.name, Command(pytest, {} if on_gpu else {"POC_BENCH_QUICK": "1"}))
-    if not json.exists() or json.stat().st_size == 0:  # made at the start, written at the end
+    return Command(pytest, {} if on_gpu else {"POC_BENCH_QUICK": "1"})
+
+
+def _benchmark(check: Check, suite: Suite, more: list[str]) -> str | None:
+    """Run a suite and its report; returns what the report prints, after a script's verdicts on its goals."""
+    json = check.out / f"{suite.name}-{'cuda' if check.device == 'cuda' else 'rehearsal'}.json"
+    json.unlink(missing_ok=True)
+    check.run(suite.name, _suite_command(check, suite, json, more))
+    if not json.exists() or json.stat().st_size == 0:  # pytest's is made at the start and written at the end
         check.skip(f"{suite.name} report", "no results")
         return None
     done = check.run(f"{suite.name} report", Command([sys.executable, str(BENCH / suite.report), str(json)]))
-    return (check.out / f"{suite.name}-report.log").read_text() if done else None
+    if not done:
+        return None
+    report = (check.out / f"{suite.name}-report.log").read_text()
+    if suite.case_seconds is None:
+        lines = (check.out / f"{suite.name}.log").read_text().splitlines()
+        report = "\n".join([line for line in lines if re.match("(met|MISSED|not measured): ", line)] + [report])
+    return report
 
 
 def main() -> int:
@@ -348,7 +369,8 @@ def main() -> int:
     check.run("verify", Command([*python, "-m", "poc_kernels.cli", "verify"]))
     check.run("tests", *_tests(check.device))
     _memcheck(check)
-    summaries = [_benchmark(check, suite, shlex.split(arguments.round_args)) for suite in SUITES]
+    more = {"round": shlex.split(arguments.round_args)}
+    summaries = [_benchmark(check, suite, more.get(suite.name, [])) for suite in SUITES]
 
     check.save("\n".join(filter(None, summaries)))
     print(f"\n== results in {check.out}\n")

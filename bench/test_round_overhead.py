@@ -29,7 +29,7 @@ DEFAULT_CASES = {
     "cuda": "qwen3-0.6b@32x256,qwen3-8b@32x256",
     "quick": "demo@4x16,demo:2@4x16",
 }
-CASE_SECONDS = 40.0
+CASE_SECONDS = {"cpu": 40.0, "cuda": 20.0}
 """Of the timed batches of a case, unless the fewest take longer."""
 LEAST_ROUNDS, MOST_ROUNDS = (6, 6) if QUICK else (6, 40)
 """With less than 6 no interval holds the median with 95 %."""
@@ -129,7 +129,7 @@ def test_round(
     if not benchmark.enabled:
         pytest.skip("--benchmark-disable: checked, not timed")
     pair = off.batches[-1]["seconds"] + on.batches[-1]["seconds"]
-    rounds = min(max(int(CASE_SECONDS / pair), LEAST_ROUNDS), MOST_ROUNDS)
+    rounds = min(max(int(CASE_SECONDS[device.type] / pair), LEAST_ROUNDS), MOST_ROUNDS)
     off.batches.clear()
     on.batches.clear()
     benchmark.pedantic(on.run, setup=off.run, rounds=rounds, iterations=1, warmup_rounds=0)

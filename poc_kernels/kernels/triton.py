@@ -31,6 +31,8 @@ from .triton_configs import Tile
 from .triton_device import (
     NOT_FINITE,
     PANEL,
+    add_tile,
+    added_sums,
     finish_tile,
     fp16_of,
     half_entries,
@@ -151,7 +153,7 @@ def product_kernel(
     limbs,  # what quantise_kernel left
     exponents,
     sums,
-    totals,  # [limb, rows, columns] int32, zero before: sums of the parts of K
+    totals,  # [limb, column_tiles, rows, COLUMNS] int32, zero before: sums of the parts of K
     arrived,  # [tiles] int32, zero before: parts that have been added
     row_mask,  # [masked_rows] int8; none: 0 rows
     y,  # [rows, columns] bits of results
@@ -182,7 +184,6 @@ def product_kernel(
     column_tiles = tiles_of(columns, COLUMNS)
     tile = tl.program_id(0)
     first_column = (tile % column_tiles) * COLUMNS
-    column = first_column + tl.arange(0, COLUMNS)
     first_row = (tile // column_tiles) * ROWS
     row = first_row + tl.arange(0, ROWS)
     in_rows = row < rows
@@ -217,22 +218,25 @@ def product_kernel(
             high, low = _accumulate(high, low, limbs, offsets, plane, v, two_limbs, tl.int32)
             limbs += panel_limbs
 
-    inside = (column < columns)[:, None] & (row < rows * any_wanted)[None, :]  # none of a tile that is only copied
-    element = row.to(tl.int64)[None, :] * columns + column[:, None]
     if SPLIT:
-        high_totals = totals + rows.to(tl.int64) * columns
-        tl.atomic_add(totals + element, low, mask=inside, sem="relaxed")
-        if two_limbs:
-            tl.atomic_add(high_totals + element, high, mask=inside, sem="relaxed")
+        totals += ((tile % column_tiles).to(tl.int64) * rows + first_row) * COLUMNS
+        high_totals = totals + column_tiles.to(tl.int64) * rows * COLUMNS
+        rows_left = rows - first_row
+        added_rows = rows_left * any_wanted  # none of a tile that is only copied
+        add_tile(totals, high_totals, high, low, added_rows, two_limbs, COLUMNS, ROWS)
         tl.debug_barrier()  # every thread has added before one says so
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            low = tl.load(totals + element, mask=inside, other=0, cache_modifier=".cg")
-            if two_limbs:
-                high = tl.load(high_totals + element, mask=inside, other=0, cache_modifier=".cg")
-            finish_tile(
-                *(x, exponents, sums, row_mask, y, coefficient, high, low, first_row, first_column, rows, row_stride),
-                *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS),
-            )
+            part: tl.constexpr = min(ROWS, 32) if FP16 or ROWS <= 32 else 16  # as the loop compiles best
+            for start in range(0, ROWS, part):
+                low_sum = added_sums(totals + start * COLUMNS, rows_left - start, COLUMNS, part)
+                high_sum = low_sum
+                if two_limbs:
+                    high_sum = added_sums(high_totals + start * COLUMNS, rows_left - start, COLUMNS, part)
+                finish_tile(
+                    *(x, exponents, sums, row_mask, y, coefficient, high_sum, low_sum, first_row + start, first_column),
+                    *(rows, row_stride, columns, column_start, residual_columns, masked_rows),
+                    *(DTYPE, BITS, COLUMNS, part),
+                )
     else:
         finish_tile(
             *(x, exponents, sums, row_mask, y, coefficient, high, low, first_row, first_column, rows, row_stride),
@@ -373,7 +377,7 @@ def project(
     ``tile``, ``splits`` (of K) and ``arithmetic`` (``int8`` or ``fp16``, also POC_KERNELS_TRITON_ARITHMETIC) are the
     table's unless given; none changes a bit. Workspace: 2 bytes for each element of x at 16 activation bits and 1 at 8,
     rows and K rounded up to tiles; twice that in fp16; 8 bytes for each row; and with splits, 8 or 4 bytes for each
-    element of y and 4 for each tile.
+    element of y, columns rounded up to tiles, and 4 for each tile.
     """
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
@@ -382,7 +386,8 @@ def project(
     arithmetic = _arithmetic(capability, arithmetic)
     tile = tile or triton_configs.choose(capability, m, activation_bits, arithmetic)
     panels, planes = triton.cdiv(k, _PANEL), 2 if activation_bits == 16 else 1
-    tiles = triton.cdiv(columns, tile.columns) * triton.cdiv(m, tile.rows)
+    column_tiles = triton.cdiv(columns, tile.columns)
+    tiles = column_tiles * triton.cdiv(m, tile.rows)
     splits = min(splits, panels) if splits else triton_configs.splits(tiles, panels, multiprocessors)
     panels_per_split = triton.cdiv(panels, splits)
     splits = triton.cdiv(panels, panels_per_split)
@@ -392,7 +397,8 @@ def project(
     padded_rows = triton.cdiv(m, tile.rows) * tile.rows
     limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
     rows = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)  # both aligned, whatever m
-    totals = torch.empty(planes * m * columns + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
+    added = planes * column_tiles * m * tile.columns
+    totals = torch.empty(added + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
     masked_rows = 0 if row_mask is None else m
     mask = limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8)
     with torch.cuda.device_of(x):
@@ -403,7 +409,7 @@ def project(
             rows[0],
             rows[1],
             totals,
-            totals[planes * m * columns :],
+            totals[added:],
             mask,
             y.view(_DTYPES[x.dtype][1]),
             seed,

@@ -239,6 +239,39 @@ def _halves(tile, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _in_tile(COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    return tl.arange(0, ROWS)[None, :] * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+
+
+@triton.jit
+def add_tile(totals, high_totals, high, low, rows, TWO_LIMBS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Adds the first rows of a tile's sums [COLUMNS, ROWS] to totals and high_totals, [ROWS, COLUMNS].
+
+    64 rows at a time: more would not fit the registers.
+    """
+    if ROWS > 64:
+        high0, high1 = _halves(high, COLUMNS, ROWS)
+        low0, low1 = _halves(low, COLUMNS, ROWS)
+        half: tl.constexpr = ROWS // 2
+        add_tile(totals, high_totals, high0, low0, rows, TWO_LIMBS, COLUMNS, half)
+        totals += half * COLUMNS
+        high_totals += half * COLUMNS
+        add_tile(totals, high_totals, high1, low1, rows - half, TWO_LIMBS, COLUMNS, half)
+    else:
+        added = tl.broadcast_to((tl.arange(0, ROWS) < rows)[None, :], [COLUMNS, ROWS])
+        tl.atomic_add(totals + _in_tile(COLUMNS, ROWS), low, mask=added, sem="relaxed")
+        if TWO_LIMBS:
+            tl.atomic_add(high_totals + _in_tile(COLUMNS, ROWS), high, mask=added, sem="relaxed")
+
+
+@triton.jit
+def added_sums(totals, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The first rows of the sums [COLUMNS, ROWS] that all parts of K have added to totals [ROWS, COLUMNS]."""
+    added = (tl.arange(0, ROWS) < rows)[None, :]
+    return tl.load(totals + _in_tile(COLUMNS, ROWS), mask=added, other=0, cache_modifier=".cg")
+
+
+@triton.jit
 def finish_tile(
     x,
     exponents,
@@ -261,8 +294,8 @@ def finish_tile(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """y from the sums of a tile [COLUMNS, ROWS], 32 rows at a time: more would not fit the registers."""
-    if ROWS > 32:
+    """y from the sums of a tile [COLUMNS, ROWS], 16 rows at a time: more would not fit the registers."""
+    if ROWS > 16:
         high0, high1 = _halves(high, COLUMNS, ROWS)
         low0, low1 = _halves(low, COLUMNS, ROWS)
         finish_tile(

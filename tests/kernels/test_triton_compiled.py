@@ -37,43 +37,60 @@ _DTYPES = {
 
 _MATRIX = "IGMMA|IMMA|HGMMA|HMMA"
 
-# Of the product's loop: instructions of a warp for its 16 columns, 128 k and all rows of the tile, by those rows.
-# The most of Triton 3.6 and 3.9, cut up along K or not: ceilings that only go down.
-_CEILINGS = {
-    (80, 16, "int8"): {16: 400, 32: 490, 64: 590},
-    (80, 16, "fp16"): {16: 780, 32: 910, 64: 1130},
-    (80, 8, "int8"): {16: 370, 32: 470, 64: 600, 128: 770},
-    (80, 8, "fp16"): {16: 750, 32: 1040, 64: 1050},
-    (89, 16, "int8"): {16: 390, 32: 460, 64: 580},
-    (89, 16, "fp16"): {16: 780, 32: 910, 64: 1130},
-    (89, 8, "int8"): {16: 360, 32: 460, 64: 570, 128: 760},
-    (89, 8, "fp16"): {16: 730, 32: 980, 64: 1010},
-    (90, 16, "int8"): {16: 400, 32: 400, 64: 420, 128: 440},
-    (90, 16, "fp16"): {16: 770, 32: 780, 64: 800},
-    (90, 8, "int8"): {16: 370, 32: 370, 64: 380, 256: 420},
-    (90, 8, "fp16"): {16: 700, 32: 720, 64: 720},
-    (100, 16, "int8"): {16: 440, 32: 460, 64: 580, 128: 860},
-    (100, 16, "fp16"): {16: 720, 32: 710, 64: 710},
-    (100, 8, "int8"): {16: 400, 32: 460, 64: 580, 256: 1100},
-    (100, 8, "fp16"): {16: 630, 32: 640, 64: 640},
-}
+# Which code generator this Triton has; figures are of 3.6.0 and 3.9.0.
+_TRITON = "before 3.7" if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else "since 3.7"
 
-# Bytes of each thread's registers that Triton 3.9 spills after the loop, in the sums that parts of K add up; with 3.6
-# only (100, 8, "fp16"). Ceilings that only go down; no other tile may spill.
-_SPILLED_AFTER_THE_LOOP = {
-    (80, 16, "int8"): {64: 64},
-    (80, 16, "fp16"): {32: 24, 64: 160},
-    (80, 8, "int8"): {128: 8},
-    (89, 16, "int8"): {64: 80},
-    (89, 16, "fp16"): {32: 32, 64: 112},
-    (90, 16, "int8"): {128: 768},
-    (90, 16, "fp16"): {64: 152},
-    (90, 8, "int8"): {256: 840},
-    (100, 16, "int8"): {128: 456},
-    (100, 16, "fp16"): {32: 16},
-    (100, 8, "int8"): {256: 864},
-    (100, 8, "fp16"): {32: 8},
-}
+# Of the product's loop: instructions of a warp for its 16 columns, 128 k and all rows of the tile, by those rows.
+# The most of it cut up along K or not, in steps of 5: ceilings that only go down.
+_CEILINGS = {
+    "before 3.7": {
+        (80, 16, "int8"): {16: 400, 32: 480, 64: 585},
+        (80, 8, "int8"): {16: 365, 32: 475, 64: 580, 128: 765},
+        (80, 16, "fp16"): {16: 775, 32: 900, 64: 1125},
+        (80, 8, "fp16"): {16: 710, 32: 925, 64: 1010},
+        (89, 16, "int8"): {16: 390, 32: 460, 64: 580},
+        (89, 8, "int8"): {16: 355, 32: 450, 64: 570, 128: 755},
+        (89, 16, "fp16"): {16: 775, 32: 900, 64: 1130},
+        (89, 8, "fp16"): {16: 710, 32: 925, 64: 1010},
+        (90, 16, "int8"): {16: 390, 32: 380, 64: 390, 128: 415},
+        (90, 8, "int8"): {16: 360, 32: 355, 64: 360, 256: 395},
+        (90, 16, "fp16"): {16: 770, 32: 780, 64: 785},
+        (90, 8, "fp16"): {16: 690, 32: 710, 64: 720},
+        (100, 16, "int8"): {16: 390, 32: 455, 64: 575, 128: 820},
+        (100, 8, "int8"): {16: 360, 32: 455, 64: 580, 256: 1145},
+        (100, 16, "fp16"): {16: 720, 32: 710, 64: 705},
+        (100, 8, "fp16"): {16: 630, 32: 640, 64: 640},
+    },
+    "since 3.7": {
+        (80, 16, "int8"): {16: 365, 32: 405, 64: 475},
+        (80, 8, "int8"): {16: 350, 32: 440, 64: 495, 128: 695},
+        (80, 16, "fp16"): {16: 780, 32: 840, 64: 935},
+        (80, 8, "fp16"): {16: 745, 32: 1035, 64: 1045},
+        (89, 16, "int8"): {16: 360, 32: 395, 64: 450},
+        (89, 8, "int8"): {16: 345, 32: 430, 64: 490, 128: 695},
+        (89, 16, "fp16"): {16: 755, 32: 815, 64: 900},
+        (89, 8, "fp16"): {16: 725, 32: 975, 64: 985},
+        (90, 16, "int8"): {16: 385, 32: 390, 64: 410, 128: 425},
+        (90, 8, "int8"): {16: 360, 32: 360, 64: 370, 256: 410},
+        (90, 16, "fp16"): {16: 770, 32: 785, 64: 800},
+        (90, 8, "fp16"): {16: 695, 32: 705, 64: 695},
+        (100, 16, "int8"): {16: 435, 32: 440, 64: 450, 128: 455},
+        (100, 8, "int8"): {16: 395, 32: 395, 64: 400, 256: 415},
+        (100, 16, "fp16"): {16: 680, 32: 685, 64: 690},
+        (100, 8, "fp16"): {16: 530, 32: 630, 64: 630},
+    },
+}[_TRITON]
+
+# Bytes of each thread's registers that are spilled outside of the loop: in float16 products of 64 rows of 16 bits, sums
+# that wait for the next flush, 1024 k later. Ceilings that only go down; no other tile may spill.
+_SPILLED = {
+    "before 3.7": {},
+    "since 3.7": {
+        (80, 16, "fp16"): {64: 88},
+        (89, 16, "fp16"): {64: 88},
+        (90, 16, "fp16"): {64: 120},
+    },
+}[_TRITON]
 
 # Warps that must find room on a multiprocessor, by the rows of the tile. A product of few rows is cut up along K until
 # there are BLOCKS_PER_MULTIPROCESSOR blocks of 4 warps for each: with 16 rows all of them run at once, with 32 all but
@@ -126,7 +143,7 @@ def shared_limit(capability):
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_tile_of_the_table_keeps_to_its_limits(capability, bits, arithmetic, record_property):
-    """No spills in the loop, few after it, the instructions it may have, and room for the warps it needs."""
+    """No spills in the loop, few outside, the instructions it may have, and room for the warps it needs."""
     key, parts = (capability, bits, arithmetic), []
     cases = list(itertools.product(tiles(*key), (False, True)))
     with concurrent.futures.ThreadPoolExecutor() as threads:  # each waits for a process that compiles
@@ -136,13 +153,13 @@ def test_every_tile_of_the_table_keeps_to_its_limits(capability, bits, arithmeti
         what = f"sm_{capability}, {bits} bits, {arithmetic}, {tile}, split {split}, {compiled.registers} registers"
         assert tile.columns == 16 * tile.warps, what
         assert not loop.count("^(LDL|STL)"), what
-        assert compiled.spills <= _SPILLED_AFTER_THE_LOOP.get(key, {}).get(tile.rows, 0), what
+        assert compiled.spills <= _SPILLED.get(key, {}).get(tile.rows, 0), what
         assert compiled.shared_bytes <= shared_limit(capability), what
         assert compiled.warps_per_multiprocessor() >= _LEAST_WARPS[arithmetic].get(tile.rows, 8), what
         assert len(loop) <= _CEILINGS[key][tile.rows], what
         if arithmetic == "int8":
             assert compiled.count("IGMMA" if capability == 90 else "IMMA"), what
-        spilled = f" ({compiled.spills} bytes spilled after it)" if compiled.spills else ""
+        spilled = f" ({compiled.spills} bytes spilled outside)" if compiled.spills else ""
         parts.append(f"{tile.rows}{' in parts' if split else ''}: {len(loop)}{spilled}")
     of_what = "instructions of a warp for 128 k by rows of the tile"
     record_property("summary", f"sm_{capability}, {bits} bits, {arithmetic}, {of_what}: {', '.join(parts)}")
