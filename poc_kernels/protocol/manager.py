@@ -33,11 +33,13 @@ _TRANSITIONS = {
 _VALIDATING_STATES = (PoCState.IDLE, PoCState.GENERATING, PoCState.VALIDATING)
 
 
-# What is computed between two pauses: milliseconds.
-_DRAWN_AT_ONCE_CPU, _DRAWN_AT_ONCE_DEVICE = 2**18, 2**24
+# What a GPU computes between two pauses; a processor is timed.
+_DRAWN_AT_ONCE = 2**24
 """Random numbers."""
-_PROJECTED_AT_ONCE_CPU, _PROJECTED_AT_ONCE_DEVICE = 2**29, 2**38
-"""Products of a projection; with fewer than 256 rows, drawing P would take the longer part."""
+_PROJECTED_AT_ONCE = 2**38
+"""Products of a projection."""
+_LEAST_PROJECTED_ROWS = 256
+"""With fewer rows at once, drawing P would take the longer part."""
 
 
 class IllegalTransitionError(RuntimeError):
@@ -133,19 +135,28 @@ class PoCManager:
         engine: the model that serves users.
         observer: called after every forward, in its thread.
         max_listed: valid nonces that `status` lists: the latest so many.
+        slice_seconds: how long to compute between two pauses, outside the engine's forward.
 
     Raises:
-        ValueError: the engine's hidden size is not one that projections take.
+        ValueError: the engine's hidden size is not one that projections take, or slice_seconds is not positive.
     """
 
     def __init__(
-        self, engine: Engine, observer: Callable[[BatchReport], None] | None = None, max_listed: int = 100_000
+        self,
+        engine: Engine,
+        observer: Callable[[BatchReport], None] | None = None,
+        max_listed: int = 100_000,
+        slice_seconds: float = 0.002,
     ) -> None:
+        if not slice_seconds > 0:
+            raise ValueError(f"slice_seconds must be positive, got {slice_seconds}")
         if not 1 <= engine.hidden_size <= MAX_FEATURES:
             raise ValueError(f"engine must have a hidden size in [1, {MAX_FEATURES}], got {engine.hidden_size}")
         self.engine = engine
         self._observer = observer
         self._max_listed = max_listed
+        self._slice_seconds = slice_seconds
+        self._row_seconds: dict[tuple[str, int], float] = {}
         self._state = PoCState.IDLE
         self._round: _Round | None = None
         self._lock = threading.RLock()
@@ -414,17 +425,14 @@ class PoCManager:
         """Inputs and permutations of nonces, some rows at a time: no number depends on the others."""
         engine, block_hash = self.engine, config.block_hash
         length, vocab_size = config.seq_len * engine.hidden_size, engine.vocab_size
-        at_once = _DRAWN_AT_ONCE_CPU if engine.device.type == "cpu" else _DRAWN_AT_ONCE_DEVICE
         x = torch.empty(len(rows), config.seq_len, engine.hidden_size, dtype=engine.dtype, device=engine.device)
         permutation = torch.empty(len(rows), vocab_size, dtype=torch.int64, device=engine.device)
-        for some in _chunks(len(rows), at_once // length):
+        for some in self._pieces("inputs", len(rows), length, pause, at_once=_DRAWN_AT_ONCE // length):
             x[some] = nonce_inputs(
                 block_hash, public_key, rows[some], config.seq_len, engine.hidden_size, engine.device, engine.dtype
             )
-            pause()
-        for some in _chunks(len(rows), at_once // vocab_size):
+        for some in self._pieces("permutations", len(rows), vocab_size, pause, at_once=_DRAWN_AT_ONCE // vocab_size):
             permutation[some] = permutations(block_hash, public_key, rows[some], vocab_size, engine.device)
-            pause()
         return x, permutation
 
     def _project_inputs(self, config: PoCConfig, x: Tensor, pause: Pause) -> None:
@@ -435,14 +443,31 @@ class PoCManager:
         if self._projected_hash != config.block_hash:
             self._projection.set_block_hash(config.block_hash)
             self._projected_hash = config.block_hash
-        flat = x.view(-1, x.shape[-1])
-        at_once = _PROJECTED_AT_ONCE_CPU if x.device.type == "cpu" else _PROJECTED_AT_ONCE_DEVICE
-        for some in _chunks(len(flat), max(256, at_once // x.shape[-1] ** 2)):
+        flat, width = x.view(-1, x.shape[-1]), x.shape[-1]
+        pieces = self._pieces(
+            "projection", len(flat), width, pause, at_once=_PROJECTED_AT_ONCE // width**2, least=_LEAST_PROJECTED_ROWS
+        )
+        for some in pieces:
             flat[some] = self._projection.pre(flat[some])
+
+    def _pieces(
+        self, work: str, rows: int, width: int, pause: Pause, *, at_once: int, least: int = 1
+    ) -> Iterator[slice]:
+        """Pieces of ``rows`` that take slice_seconds each, by the fastest so far, with a pause after each.
+
+        A GPU, which computes later than it is asked to, is given ``at_once`` rows.
+        """
+        timed, start = self.engine.device.type == "cpu", 0
+        while start < rows:
+            size = at_once
+            if timed:
+                row_seconds = self._row_seconds.get((work, width))
+                size = least if row_seconds is None else int(self._slice_seconds / row_seconds)
+            piece = slice(start, min(rows, start + max(size, least)))
+            began = time.perf_counter()
+            yield piece
+            if timed:
+                seconds = max(time.perf_counter() - began, 1e-9) / (piece.stop - piece.start)
+                self._row_seconds[work, width] = min(seconds, self._row_seconds.get((work, width), seconds))
+            start = piece.stop
             pause()
-
-
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    for start in range(0, count, size):
-        yield slice(start, start + size)

@@ -80,6 +80,11 @@ class SlicedForward:
         self._timings.clear()
         self._slices = None
 
+    def run_unmeasured(self, forward: Callable[[], Result], pause: Pause) -> Result:
+        """What ``forward`` returns, with ``pause`` called between all its calls: for one that makes other calls."""
+        with _Cut(None, pause):
+            return forward()
+
     def run(self, forward: Callable[[], Result], pause: Pause) -> Result:
         """What ``forward`` returns, with ``pause`` called between its slices: between all its calls until measured."""
         if self._slices is not None:
@@ -138,14 +143,14 @@ class _Calls(TorchFunctionMode):
 
 
 class _Cut(_Calls):
-    """Pauses before chosen calls."""
+    """Pauses before chosen calls; None: before all but the first."""
 
-    def __init__(self, cuts: frozenset[int], pause: Pause) -> None:
+    def __init__(self, cuts: frozenset[int] | None, pause: Pause) -> None:
         super().__init__()
         self._cuts, self._pause = cuts, pause
 
     def _before(self, place: int, name: str) -> None:
-        if place in self._cuts:
+        if place > 0 if self._cuts is None else place in self._cuts:
             self._pause()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,19 +101,30 @@ class StreamPartition:
         return tensor
 
     def raise_streams(self, owner: object) -> int:
-        """Replace every stream that ``owner`` keeps in an attribute, and what it owns keeps, by that of inference.
+        """Replace every stream that ``owner`` keeps in an attribute, and what it owns keeps, by one of high priority.
 
-        For a stack that makes its own streams of priority 0. Call it before anything was captured or launched on them.
+        For a stack that makes its own streams of priority 0. The first is replaced by the stream of inference, each
+        other one by a stream of its own. Call it before anything was captured or launched on them.
 
         Args:
             owner: searched through attributes, lists, tuples and dicts, as far as the package that its class is from.
 
         Returns:
-            How many were replaced.
+            How many places there were.
         """
         if self._inference is None:
             return 0
-        return _replace_streams(owner, self._inference, type(owner).__module__.rpartition(".")[0], set())
+        raised: dict[int, Any] = {}
+
+        def replace(stream: Any) -> Any:
+            if id(stream) not in raised:
+                new = self._inference
+                if raised:
+                    new = torch.cuda.Stream(self.device, priority=_priority_range()[1])  # type: ignore[no-untyped-call]
+                raised[id(stream)] = stream, new  # the old one lives, or its id could come again
+            return raised[id(stream)][1]
+
+        return _replace_streams(owner, replace, type(owner).__module__.rpartition(".")[0], set())
 
 
 class InFlight:
@@ -156,13 +167,13 @@ def _green_stream(device: torch.device, multiprocessors: int) -> tuple[Any, Any]
     if make is None:
         raise ValueError("validation_multiprocessors needs a torch with green contexts (2.9 on), this one has none")
     try:
-        context = make.create(multiprocessors, device.index)
+        context = make.create(num_sms=multiprocessors, device_id=device.index)
         return context, context.Stream()
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"validation_multiprocessors needs green contexts, which fail here: {error}") from error
 
 
-def _replace_streams(owner: Any, stream: Any, package: str, seen: set[int]) -> int:
+def _replace_streams(owner: Any, replace: Callable[[Any], Any], package: str, seen: set[int]) -> int:
     if id(owner) in seen:
         return 0
     seen.add(id(owner))
@@ -171,7 +182,7 @@ def _replace_streams(owner: Any, stream: Any, package: str, seen: set[int]) -> i
     elif isinstance(owner, list):
         items = list(enumerate(owner))
     elif isinstance(owner, tuple):
-        return sum(_replace_streams(value, stream, package, seen) for value in owner)
+        return sum(_replace_streams(value, replace, package, seen) for value in owner)
     elif type(owner).__module__.startswith(package) and hasattr(owner, "__dict__"):
         items = list(vars(owner).items())
     else:
@@ -180,10 +191,10 @@ def _replace_streams(owner: Any, stream: Any, package: str, seen: set[int]) -> i
     for key, value in items:
         if isinstance(value, torch.Stream):
             if isinstance(owner, (dict, list)):
-                owner[key] = stream
+                owner[key] = replace(value)
             else:
-                setattr(owner, key, stream)
+                setattr(owner, key, replace(value))
             replaced += 1
         else:
-            replaced += _replace_streams(value, stream, package, seen)
+            replaced += _replace_streams(value, replace, package, seen)
     return replaced

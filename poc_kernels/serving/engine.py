@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -164,14 +165,16 @@ class TransformersEngine:
 
     def _capture_checked(self, example: Tensor, pause: Pause) -> _Captured | None:
         """The forward of that shape as graphs if their replay gives the same bits; else None, with a warning."""
-        for _ in range(MEASURED_FORWARDS):  # libraries set themselves up outside the capture, too
-            expected = self._sliced.run(lambda: self._run(example), pause)
+        expected = self._sliced.run_unmeasured(lambda: self._run(example), pause)
+        with _masks_as_outside_a_capture():  # the calls that are measured are those that will be captured
+            for _ in range(MEASURED_FORWARDS):
+                self._sliced.run(lambda: self._run(example), pause)
         with self._alone():
             try:
                 captured = self._capture(example)
             except torch.OutOfMemoryError as error:
                 logger.warning("no memory to capture the model's forward as a CUDA graph; it runs without: %s", error)
-                return None  # another round may have room
+                return None  # another shape may have room
             except (RuntimeError, NotImplementedError) as error:
                 self._give_up_graphs(str(error))
                 return None
@@ -213,7 +216,7 @@ class TransformersEngine:
             with torch.cuda.stream(stream), contextlib.suppress(RuntimeError):
                 graphs[-1].capture_end()
             torch.cuda.set_stream(before)
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator = torch.cuda.default_generators[self.device.index]
             generator.graphsafe_set_state(generator.clone_state())
             raise
         before.wait_stream(stream)
@@ -239,8 +242,16 @@ def _masks_as_outside_a_capture() -> Iterator[None]:
     """Have transformers make the masks that it makes for whole sequences, none where attention is simply causal.
 
     While a graph is captured it cannot look whether a batch is packed or padded, and makes masks to be sure, with which
-    other attention kernels run, and give other bits.
+    other attention kernels run, and give other bits. In this thread alone: others serve users meanwhile.
     """
+    thread = threading.get_ident()
+
+    def only_here(answer: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(*arguments: Any, **named: Any) -> Any:
+            return (answer if threading.get_ident() == thread else otherwise)(*arguments, **named)
+
+        return choose
+
     answers: dict[str, Callable[..., Any]] = {
         "find_packed_sequence_indices": lambda *_, **__: None,
         "is_tracing": lambda *_, **__: False,
@@ -248,7 +259,7 @@ def _masks_as_outside_a_capture() -> Iterator[None]:
     before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
     try:
         for name in before:
-            setattr(masking_utils, name, answers[name])
+            setattr(masking_utils, name, only_here(answers[name], before[name]))
         yield
     finally:
         for name, function in before.items():

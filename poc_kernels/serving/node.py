@@ -92,7 +92,7 @@ class Node:
         )
         self.streams = StreamPartition(model.device, validation_multiprocessors=settings.validation_multiprocessors)
         self.metrics = Metrics()
-        self.manager = PoCManager(self.engine, self.metrics.batch)
+        self.manager = PoCManager(self.engine, self.metrics.batch, slice_seconds=settings.slice_seconds)
         limits = InferenceLimits(
             max_new_tokens=settings.max_new_tokens,
             cb_block_size=settings.kv_block_size,
@@ -216,9 +216,12 @@ class Node:
         """
         engine = self.engine
         if engine.device.type == "cuda":
-            shape = PoCConfig.batch_size, min(PoCConfig.seq_len, engine.max_positions), engine.hidden_size
+            length = min(PoCConfig.seq_len, engine.max_positions)
             with self.streams.validation():
-                engine.forward(torch.zeros(shape, dtype=engine.dtype, device=engine.device))
+                # Real inputs: zeros would be zeros in every layer, and the check of a captured graph would see nothing.
+                seeds = list(range(PoCConfig.batch_size))
+                x = inputs.normal(seeds, length * engine.hidden_size, engine.device, engine.dtype)
+                engine.forward(x.view(len(seeds), length, engine.hidden_size))
 
     def start(self) -> None:
         """Start inference, callbacks and the proof worker."""

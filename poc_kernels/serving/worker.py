@@ -276,7 +276,9 @@ class ProofWorker:
             try:
                 yield
             finally:
-                self._metrics.slice(self._turn.end())
+                seconds = self._turn.end()
+                if seconds > 0:
+                    self._metrics.slice(seconds)
 
     def _pause(self) -> None:
         """Between two slices of a batch."""

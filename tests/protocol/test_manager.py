@@ -325,29 +325,59 @@ def test_the_latest_valid_nonces_are_listed():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """So little at a time that everything is computed in pieces."""
-    monkeypatch.setattr(manager_module, "_DRAWN_AT_ONCE_CPU", 24 * 6 * 2)
-    monkeypatch.setattr(manager_module, "_PROJECTED_AT_ONCE_CPU", 1)
+    """So slow a clock that everything is computed in the smallest pieces."""
+    monkeypatch.setattr(manager_module, "time", types.SimpleNamespace(perf_counter=Ticks(1.0), monotonic=lambda: 0.0))
+
+
+class Ticks:
+    """A clock that goes on by so much whenever it is looked at."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now = seconds, 0.0
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
 
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
-    m = manager()
-    with pytest.MonkeyPatch.context() as whole:
-        whole.setattr(manager_module, "_DRAWN_AT_ONCE_CPU", 2**30)
-        whole.setattr(manager_module, "_PROJECTED_AT_ONCE_CPU", 2**40)
-        m.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
-        expected = [m.run_batch().dist for _ in range(2)]
-        m.stop_round()
-    m.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
+    whole, m = PoCManager(SmallEngine(), slice_seconds=1e9), manager()
+    for each in (whole, m):
+        each.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
+    whole.run_batch()  # which was timed
+    whole.stop_round()
+    whole.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
     pauses = []
+    expected = [whole.run_batch(lambda: pauses.append(1)).dist for _ in range(2)]
+    assert len(pauses) == 2 * (1 + 1 + projection + 1 + 1 + 1)
+    pauses.clear()
     assert [m.run_batch(lambda: pauses.append(1)).dist for _ in range(2)] == expected
-    # Inputs 2 rows at a time, permutations too, projections 256 of the 360 positions, the forward, the logits.
-    assert len(pauses) == 2 * (30 + 30 + 2 * projection + 1 + 1 + 1)
+    # Inputs and permutations row by row, projections 256 of the 360 positions, twice in the forward, the logits.
+    assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
     pauses.clear()
     *_, verdict = m.validation(claim(range(120)), lambda: pauses.append(1))
     assert verdict.dist == [*expected[0], *expected[1]]
-    assert len(pauses) == 2 * (30 + 30 + 2 * projection + 1 + 1 + 1)
+    assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
+
+
+def test_pieces_take_as_long_as_they_should(monkeypatch):
+    ticks = Ticks(0.001)
+    monkeypatch.setattr(manager_module, "time", types.SimpleNamespace(perf_counter=ticks, monotonic=lambda: 0.0))
+    m = PoCManager(SmallEngine(), slice_seconds=0.01)
+    pauses = []
+
+    def pieces(count):
+        found = []
+        for piece in m._pieces("inputs", count, 7, lambda: pauses.append(1), at_once=1):
+            ticks.now += 0.001 * (piece.stop - piece.start)  # each row takes a millisecond, looking at the clock one
+            found.append((piece.start, piece.stop))
+        return found
+
+    # The first is timed: 2 ms with the clock, so 5 rows to 10 ms; then 1.2 ms a row, so 8.
+    assert pieces(20) == [(0, 1), (1, 6), (6, 14), (14, 20)]
+    assert pieces(20)[0] == (0, 8)
+    assert len(pauses) == 4 + 3
 
 
 @pytest.mark.parametrize("change", ["stop", "validate"])
@@ -386,9 +416,9 @@ def test_validation_ends_at_the_next_pause(small_pieces):
     assert m.run_batch().nonces == list(range(5))
 
 
-@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("at", [1, 5, 10, 11, 12, 13])
 @pytest.mark.parametrize("how", ["stop", "another round", "another phase"])
-def test_a_round_that_ends_in_a_pause_computes_no_further(at, how):
+def test_a_round_that_ends_in_a_pause_computes_no_further(small_pieces, at, how):
     m = manager()
     m.start_round(config(use_random_projection=True))
     pauses = 0
@@ -408,7 +438,9 @@ def test_a_round_that_ends_in_a_pause_computes_no_further(at, how):
     with pytest.raises(RoundEndedError, match="left GENERATING"):
         m.run_batch(end)
     assert pauses == at
-    assert len(m.engine.shapes) == (at > 3)  # the engine pauses once it has begun
+    assert len(m.engine.shapes) == (
+        at > 11
+    )  # after 5 inputs, 5 permutations and a projection the engine pauses once it has begun
     assert m.status()["total_checked"] == 0
     m.stop_round()
 

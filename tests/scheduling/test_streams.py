@@ -165,7 +165,7 @@ def test_a_torch_without_green_contexts(cuda: Device) -> None:
 
 
 def test_a_driver_without_green_contexts(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(*_: Any) -> Any:
+    def create(**_: Any) -> Any:
         raise RuntimeError("driver too old")
 
     monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
@@ -177,8 +177,8 @@ def test_a_green_context_has_validation_s_stream(cuda: Device, monkeypatch: pyte
     asked: list[Any] = []
     green = Stream("green")
 
-    def create(*arguments: Any) -> Any:
-        asked.append(arguments)
+    def create(*, num_sms: int, device_id: int) -> Any:
+        asked.append((num_sms, device_id))
         return types.SimpleNamespace(Stream=lambda: green)
 
     monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
@@ -212,8 +212,10 @@ def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
     partition = StreamPartition("cuda")
     foreign = Foreign(stream=Stream("foreign"))
     inner = Held(stream=Stream("inner"))
+    compute = Stream("compute")
     owner = Held(
-        compute=Stream("compute"),
+        compute=compute,
+        compute_again=[compute],
         pairs=[Stream("in a list"), {"copy": Stream("in a dict")}],
         several=(inner, [Stream("in a list in a tuple")]),
         number=3,
@@ -222,9 +224,12 @@ def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
     )
     inner.owner = owner  # a cycle
     owner.again = inner
-    assert partition.raise_streams(owner) == 5
+    assert partition.raise_streams(owner) == 6
     high = partition.inference_stream
-    assert owner.compute is owner.pairs[0] is owner.pairs[1]["copy"] is inner.stream is owner.several[1][0] is high
+    assert owner.compute is owner.compute_again[0] is high
+    others = [owner.pairs[0], owner.pairs[1]["copy"], inner.stream, owner.several[1][0]]
+    assert others == cuda.made[2:], "one for each, and no stream for two"
+    assert all(each.options == high.options for each in others)
     assert foreign.stream.name == "foreign"
     assert (owner.number, owner.none, inner.owner) == (3, None, owner)
 
