@@ -440,7 +440,7 @@ def test_a_round_that_ends_in_a_pause_computes_no_further(small_pieces, at, how)
     assert pauses == at
     assert len(m.engine.shapes) == (
         at > 11
-    )  # after 5 inputs, 5 permutations and a projection the engine pauses once it has begun
+    )  # 5 inputs, 5 permutations, a projection
     assert m.status()["total_checked"] == 0
     m.stop_round()
 
