@@ -218,8 +218,7 @@ class Node:
         config = round_config(served.case, projection)
         self._batches = distances_alone(model, config)
         self._margins = Margins(model)
-        self._concurrent = model.device.type == "cuda"
-        self._turns = SwitchedTurns(Turns(Pacing(), concurrent=self._concurrent))
+        self._turns = SwitchedTurns(Turns(Pacing(), concurrent=True))
         turns: Any = self._turns
         self.engine = TransformersEngine(model, slice_seconds=slice_seconds, alone=self._turns.alone)
         streams = StreamPartition(model.device, validation_multiprocessors=multiprocessors)
@@ -270,9 +269,7 @@ class Node:
             DifferenceError: a distance in slices is not that of one go, or an answer is not that of a plain forward.
         """
         self._worker.start()
-        for index in range(
-            MEASURED_FORWARDS + 2
-        ):  # those that measure, one that captures, one as all others
+        for index in range(MEASURED_FORWARDS + 2):  # those that measure, one that captures, one as all others
             await self._validated(index % self.proofs, timeout_seconds)
         ends = self._recorder.batches
         self.parts_per_batch = ends[-1] - ends[-2]
@@ -327,7 +324,7 @@ class Node:
         pacing = None if condition.share is None else Pacing(share=condition.share)
         if pacing is None and condition.chat != condition.validation:
             pacing = Pacing()  # one side alone: there is nothing to pace
-        self._turns.switch(Turns(pacing, concurrent=self._concurrent or pacing is None))
+        self._turns.switch(Turns(pacing, concurrent=True))
 
     def begin(self, request: Request, ended: Callable[[Request], None]) -> None:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,16 @@ as they are.
 
 from .slices import SlicedForward, Slices
 from .streams import InFlight, StreamPartition
-from .turns import Pacing, Turn, Turns, TurnsClosed
+from .turns import Pacing, Turn, Turns, TurnsClosed, default_share
 
-__all__ = ["InFlight", "Pacing", "SlicedForward", "Slices", "StreamPartition", "Turn", "Turns", "TurnsClosed"]
+__all__ = [
+    "InFlight",
+    "Pacing",
+    "SlicedForward",
+    "Slices",
+    "StreamPartition",
+    "Turn",
+    "Turns",
+    "TurnsClosed",
+    "default_share",
+]

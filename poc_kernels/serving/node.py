@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import backends
 from ..protocol import PoCConfig, PoCManager, PoCState, inputs
-from ..scheduling import Pacing, StreamPartition, Turns
+from ..scheduling import Pacing, StreamPartition, Turns, default_share
 from . import routes
 from .batching_config import InferenceLimits
 from .callbacks import CallbackSender
@@ -80,10 +80,13 @@ class Node:
         if model is None:
             model, tokenizer = load_model(settings)
         self.settings = settings
+        share = settings.validation_share
+        self.pacing = Pacing(
+            share=default_share(model.device.type) if share is None else share,
+            max_wait_seconds=settings.validation_wait_seconds,
+        )
+        self.turns = Turns(self.pacing, concurrent=True)
         # Before anything serves the model: the engine compares itself with it.
-        on_cuda = model.device.type == "cuda"
-        pacing = Pacing(share=settings.validation_share, max_wait_seconds=settings.validation_wait_seconds)
-        self.turns = Turns(pacing, concurrent=on_cuda)
         self.engine = TransformersEngine(
             model,
             cuda_graphs=settings.cuda_graphs,
@@ -180,7 +183,7 @@ class Node:
         slices = self.engine.slices
         return {
             **self.worker.queue.status(),
-            "share": self.settings.validation_share,
+            "share": self.pacing.share,
             "slices": None
             if slices is None
             else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},
