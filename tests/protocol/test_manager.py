@@ -438,9 +438,7 @@ def test_a_round_that_ends_in_a_pause_computes_no_further(small_pieces, at, how)
     with pytest.raises(RoundEndedError, match="left GENERATING"):
         m.run_batch(end)
     assert pauses == at
-    assert len(m.engine.shapes) == (
-        at > 11
-    )  # 5 inputs, 5 permutations, a projection
+    assert len(m.engine.shapes) == (at > 11)  # 5 inputs, 5 permutations, a projection
     assert m.status()["total_checked"] == 0
     m.stop_round()
 
