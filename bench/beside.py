@@ -27,8 +27,9 @@ import torch
 from beside_load import Block, Condition, DifferenceError, Rig, poisson, run_block, saturation
 from beside_node import Node, device_of
 
-from poc_kernels.scheduling import Pacing, default_share
+from poc_kernels.scheduling import Pacing
 
+DEFAULT_SHARE = Pacing().share
 ALONE = Condition(beside_results.ALONE, validation=False)
 SOLO = Condition(beside_results.SOLO, chat=False)
 UNPACED = Condition("no pacing")
@@ -64,23 +65,23 @@ NAMES, FRACTIONS = ("light", "half", "near saturation"), (0.15, 0.5, 0.85)
 ENDS = (0.05, 0.8)
 PLANS = {
     "quick": Plan("demo@4x16", 6, 8, 6, 4, 1.0, 0.6, (1, 1, 1), ()),
-    "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 7.0, (5, 3, 1), (0.2, 0.5)),
-    "cuda": Plan("qwen3-8b@32x256", 64, 256, 24, 32, 12.0, 10.0, (4, 4, 2), (0.2, 0.5)),
+    "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 7.0, (5, 3, 1), (0.2, 0.4)),
+    "cuda": Plan("qwen3-8b@32x256", 64, 256, 24, 32, 12.0, 10.0, (4, 4, 2), (0.2, 0.4)),
     "short": Plan("qwen3-8b@32x256", 48, 128, 8, 16, 4.0, 4.0, (0, 2, 0), ()),
 }
 """Short: on a GPU, in about two minutes."""
 
 
-def condition_of(share: float, default: float) -> Condition:
+def condition_of(share: float) -> Condition:
     """Both at once, with a pacing of that share."""
-    name = f"share {share:g}" + (", the default" if share == default else "")
+    name = f"share {share:g}" + (", the default" if share == DEFAULT_SHARE else "")
     return Condition(name, share=share)
 
 
-def conditions_at(rate: Rate, shares: tuple[float, ...], default: float) -> list[Condition]:
+def conditions_at(rate: Rate, shares: tuple[float, ...]) -> list[Condition]:
     """What takes turns at a rate."""
-    chosen = {default, *ENDS, *(shares if rate.every_share else ())}
-    return [ALONE, *(condition_of(share, default) for share in sorted(chosen)), UNPACED, SOLO]
+    chosen = {DEFAULT_SHARE, *ENDS, *(shares if rate.every_share else ())}
+    return [ALONE, *map(condition_of, sorted(chosen)), UNPACED, SOLO]
 
 
 def in_order(conditions: list[Condition], turn: int, rounds: int) -> list[Condition]:
@@ -149,8 +150,7 @@ async def _measure_all(rig: Any, rates: list[Rate], options: argparse.Namespace)
         if measured and time.monotonic() > options.deadline:
             progress(f"{rate.name}: left out, --limit-seconds is over")
             continue
-        default = default_share(options.device.type)
-        conditions = rig.conditions or conditions_at(rate, options.shares, default)
+        conditions = rig.conditions or conditions_at(rate, options.shares)
         per_second = rate.fraction * saturated
         blocks = await measure_rate(rig, rate, per_second, conditions, options)
         cells = beside_results.cells(blocks, options.seed)
@@ -254,13 +254,12 @@ def _in_process(options: argparse.Namespace, directory: Path) -> tuple[Any, dict
 def _over_http(options: argparse.Namespace, directory: Path) -> tuple[Any, dict[str, Any]]:
     from beside_http import HttpNode  # a bare GPU machine has no HTTP client
 
-    default = default_share(options.device.type)
     served = beside_models.build(options.case, getattr(torch, options.dtype), torch.device("cpu"), directory)
     node = HttpNode(
         directory,
         served,
         device=options.device.type,
-        conditions=[ALONE, condition_of(default, default), SOLO],
+        conditions=[ALONE, condition_of(DEFAULT_SHARE), SOLO],
         new_tokens=options.new_tokens,
         prompt_words=options.prompt_tokens,
         prompt_count=options.prompts,
@@ -290,7 +289,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": {"name": options.case.model, "dtype": options.dtype, **model},
         "batch_size": options.case.batch_size,
         "seq_len": options.case.seq_len,
-        "default_share": default_share(options.device.type),
+        "default_share": DEFAULT_SHARE,
         **{
             name: getattr(options, name)
             for name in (

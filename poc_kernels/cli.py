@@ -104,11 +104,7 @@ def _add_serve(commands: Any) -> None:
     add("--max-queued-nonces", type=int, default=100_000, help="most nonces waiting to be validated")
     add("--result-seconds", type=float, default=3600.0, help="how long verdicts are kept for those who ask later")
     add("--max-proof-tokens", type=int, default=65536, help="most batch_size * seq_len of a round")
-    add(
-        "--validation-share",
-        type=float,
-        help="of the device, sure to validation; else 0.4 on a CPU, 0.1 on a GPU",
-    )
+    add("--validation-share", type=float, default=0.1, help="share of the device that validation is sure of")
     add("--validation-wait-seconds", type=float, default=1.0, help="longest that a slice of validation is held back")
     add("--slice-seconds", type=float, default=0.002, help="longest that a slice of validation should take")
     add("--slices-in-flight", type=int, default=2, help="slices that a GPU is given before the first is done")

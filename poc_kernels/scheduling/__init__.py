@@ -6,7 +6,7 @@ as they are.
 
 from .slices import SlicedForward, Slices
 from .streams import InFlight, StreamPartition
-from .turns import Pacing, Turn, Turns, TurnsClosed, default_share
+from .turns import Pacing, Turn, Turns, TurnsClosed
 
 __all__ = [
     "InFlight",
@@ -17,5 +17,4 @@ __all__ = [
     "Turn",
     "Turns",
     "TurnsClosed",
-    "default_share",
 ]

@@ -21,22 +21,13 @@ class TurnsClosed(RuntimeError):  # noqa: N818 (a state, not a fault)
     """The turns were closed, or this turn was cancelled: nothing computes any more."""
 
 
-def default_share(device_type: str) -> float:
-    """The share of `Pacing` on a device of that type: 0.4 on a processor ("cpu"), else 0.1.
-
-    The first keeps users' 99th percentiles within 1.25 of what they are alone where it was measured; the second is a
-    careful guess: no GPU has measured it.
-    """
-    return 0.4 if device_type == "cpu" else 0.1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pacing:
     """How far proofs are held back while inference computes.
 
     Args:
         share: of the device's time, guaranteed to proofs that wait while inference computes step after step, in
-            (0, 1): more makes validation faster and users' tokens later (`default_share`). For share / (1 - share) of
+            (0, 1): more makes validation faster and users' tokens later. For share / (1 - share) of
             the time of steps slices run, between them or, where turns are concurrent, beside them: from 0.5 on always.
         max_wait_seconds: longest that a slice is held back once the device is free.
         linger_seconds: for so long after a step, requests being in flight, the next step is expected, and a proof that

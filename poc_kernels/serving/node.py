@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import backends
 from ..protocol import PoCConfig, PoCManager, PoCState, inputs
-from ..scheduling import Pacing, StreamPartition, Turns, default_share
+from ..scheduling import Pacing, StreamPartition, Turns
 from . import routes
 from .batching_config import InferenceLimits
 from .callbacks import CallbackSender
@@ -80,12 +80,8 @@ class Node:
         if model is None:
             model, tokenizer = load_model(settings)
         self.settings = settings
-        share = settings.validation_share
-        self.pacing = Pacing(
-            share=default_share(model.device.type) if share is None else share,
-            max_wait_seconds=settings.validation_wait_seconds,
-        )
-        self.turns = Turns(self.pacing, concurrent=True)
+        pacing = Pacing(share=settings.validation_share, max_wait_seconds=settings.validation_wait_seconds)
+        self.turns = Turns(pacing, concurrent=True)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(
             model,
@@ -183,7 +179,7 @@ class Node:
         slices = self.engine.slices
         return {
             **self.worker.queue.status(),
-            "share": self.pacing.share,
+            "share": self.settings.validation_share,
             "slices": None
             if slices is None
             else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},

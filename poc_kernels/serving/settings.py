@@ -31,7 +31,7 @@ class Settings:
         result_seconds: how long verdicts are kept for those who ask for them later.
         max_proof_tokens: most batch_size * seq_len of a round.
         validation_share: share of the device, in (0, 1), that validation is sure of while users are served: more makes
-            validation faster and users' tokens later; None for 0.4 on a CPU and 0.1 on a GPU.
+            validation faster and users' tokens later.
         validation_wait_seconds: longest that a slice of validation is held back for users.
         slice_seconds: longest that a slice of validation should take.
         slices_in_flight: slices that a GPU is given before the first of them is done.
@@ -66,7 +66,7 @@ class Settings:
     max_queued_nonces: int = 100_000
     result_seconds: float = 3600.0
     max_proof_tokens: int = 65536
-    validation_share: float | None = None
+    validation_share: float = 0.1
     validation_wait_seconds: float = 1.0
     slice_seconds: float = 0.002
     slices_in_flight: int = 2
@@ -100,7 +100,7 @@ class Settings:
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be positive, got {number}")
-        if self.validation_share is not None and not 0 < self.validation_share < 1:
+        if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be in (0, 1), got {self.validation_share}")
         for name in ("drain_seconds", "shutdown_seconds", "validation_wait_seconds"):
             if not getattr(self, name) >= 0:

@@ -188,10 +188,10 @@ def test_a_distance_that_differs_is_named(module):
 def test_conditions_of_a_rate_and_their_order(module):
     m = module("beside")
     light, near = m.Rate("light", 0.15, 3, True), m.Rate("near saturation", 0.85, 2, False)
-    names = [condition.name for condition in m.conditions_at(light, (0.2,), 0.4)]
-    shares = ["share 0.05", "share 0.2", "share 0.4, the default", "share 0.8"]
+    names = [condition.name for condition in m.conditions_at(light, (0.2,))]
+    shares = ["share 0.05", "share 0.1, the default", "share 0.2", "share 0.8"]
     assert names == ["chat alone", *shares, "no pacing", "validation alone"]
-    assert "share 0.2" not in [condition.name for condition in m.conditions_at(near, (0.2,), 0.4)]
+    assert "share 0.2" not in [condition.name for condition in m.conditions_at(near, (0.2,))]
     orders = [m.in_order(names, turn, 3) for turn in range(3)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert len({order[0] for order in orders}) == 3

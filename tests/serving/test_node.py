@@ -45,7 +45,7 @@ def test_before_any_round(model_dir: Path) -> None:
             "validation": {
                 **dict.fromkeys(("queued_batches", "queued_nonces", "submitters", "nonces_per_second"), 0),
                 "running": None,
-                "share": 0.4,
+                "share": 0.1,
                 "slices": None,
             },
             "callbacks": {
