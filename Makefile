@@ -12,6 +12,7 @@ ROUND_RESULT ?= bench/results/round-$(DEVICE)
 BESIDE_RESULT ?= bench/results/beside-$(DEVICE)
 GPU_CHECK_OUT ?= bench/results
 gpu-check: DEVICE = cuda
+gpu-check: BEGAN := $(shell date +%s)
 
 .PHONY: demo test lint format bench bench-projection bench-round bench-beside gpu-check clean
 
@@ -57,12 +58,12 @@ bench-beside: $(VENV)/installed-dev
 # On a machine with a GPU and perhaps no network, into PYTHON's own packages, which have torch, transformers, the build's
 # needs (pybind11, scikit-build-core, cmake, ninja) and the tests' (pytest, pytest-benchmark, hypothesis, scipy,
 # matplotlib). WHEELS is a folder with wheels of what they lack. Known answers, tests marked gpu in several processes,
-# compute-sanitizer and the benchmarks, in 10 minutes after the build (bench/gpu_check.py has the plan); results in the
-# folder GPU_CHECK_OUT. make gpu-check DEVICE=cpu rehearses it in half a minute.
+# the benchmarks and compute-sanitizer, in 10 minutes with the build (bench/gpu_check.py has the plan); results in the
+# folder GPU_CHECK_OUT. make gpu-check DEVICE=cpu rehearses it, in about two minutes on 2 cores.
 gpu-check:
 	$(if $(WHEELS),$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) -P bench/gpu_check.py $(GPU_CHECK_OUT) --device $(DEVICE) --round-args="$(ROUND_ARGS)"
+	$(PYTHON) -P bench/gpu_check.py $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --round-args="$(ROUND_ARGS)"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

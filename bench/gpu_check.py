@@ -1,6 +1,8 @@
 """What make gpu-check runs, step after step within 10 minutes, and what came of each: ok, failed, or skipped and why.
 
-    python bench/gpu_check.py OUT [--device cuda|cpu]
+    python bench/gpu_check.py OUT [--device cuda|cpu] [--began UNIX_TIME]
+
+The 10 minutes count from --began, when the build before it began; the steps are planned to take less (`PLAN`).
 
 Results go to the folder OUT. A step that fails does not stop the others. --device cpu rehearses it with small cases.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -26,6 +29,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 TESTS = ("tests/test_*.py", "tests/kernels", "tests/protocol", "tests/serving/test_engine.py")
+OVERLAP_TESTS = "tests/test_cuda_beside.py"
+"""Look at what runs at the same time, so nothing else may."""
 SHARDS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """Processes that share the tests."""
 
@@ -47,23 +52,25 @@ class Suite(NamedTuple):
 
 
 SUITES = (
-    Suite("projection", "test_projection_gpu.py", "gpu_report.py", 120, 8),
+    Suite("projection", "test_projection_gpu.py", "gpu_report.py", 75, 8),
     Suite(
-        *("round", "test_round_overhead.py", "round_report.py", 100, 30),
+        *("round", "test_round_overhead.py", "round_report.py", 50, 30),
         on_gpu=("--bench-cases", "qwen3-8b@32x256,qwen3-0.6b@32x256"),
     ),
     Suite(
-        *("beside", "beside.py", "beside_report.py", 135, None),
-        on_gpu=("--device", "cuda", "--short", "--limit-seconds", "90"),
+        *("beside", "beside.py", "beside_report.py", 100, None),
+        on_gpu=("--device", "cuda", "--short", "--limit-seconds", "60"),
         rehearsed=("--quick",),
     ),
 )
-REPORT_SECONDS = 15
+REPORT_SECONDS = 8
 TOTAL_SECONDS = 600
 # Of the steps in their order. What a step leaves, and what the sum leaves of the total, the following may use.
-PLAN: dict[str, float] = {"torch": 10, "verify": 35, "tests": 105, "compute-sanitizer": 50}
+# A new machine imports torch slowly, and compiles 44 kernels before it trusts them.
+PLAN: dict[str, float] = {"torch": 60, "verify": 60, "tests": 50, "overlap tests": 20}
 for _suite in SUITES:
     PLAN |= {_suite.name: _suite.seconds, f"{_suite.name} report": REPORT_SECONDS}
+PLAN["compute-sanitizer"] = 80
 LEAST_SECONDS = 2.0
 """No step begins with less."""
 GRACE_SECONDS = 10.0
@@ -88,6 +95,36 @@ if device.type == "cuda":
     torch.cuda.synchronize()
 print("short run done")
 """
+SHORT_FORWARDS = """
+import sys, torch
+try:
+    import transformers
+except ImportError as error:
+    print(f"SKIPPED [1] forwards of a model: {error}")
+    raise SystemExit
+from poc_kernels.scheduling import StreamPartition
+from poc_kernels.scheduling.slices import MEASURED_FORWARDS
+from poc_kernels.serving.engine import TransformersEngine
+device = torch.device(sys.argv[1])
+dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+config = transformers.Qwen3Config(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=None, pad_token_id=0)
+engine = TransformersEngine(
+    transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval(), slice_seconds=1e-4)
+x, square = torch.randn(2, 16, 64, device=device).to(dtype), torch.randn(512, 512, device=device).to(dtype)
+streams = StreamPartition(device)
+for _ in range(MEASURED_FORWARDS + 2):
+    with streams.inference():
+        product = square @ square
+    with streams.validation():
+        states = engine.forward(x)
+assert engine.slices is not None, "not measured"
+if device.type == "cuda":
+    torch.cuda.synchronize()
+    assert engine._captured is not None, "not captured"
+print(f"forwards in {len(engine.slices.seconds)} slices done")
+"""
 
 
 class Command(NamedTuple):
@@ -102,7 +139,7 @@ class Outcome(NamedTuple):
 
     name: str
     result: str
-    """"ok", "FAILED ..." or "skipped: ..."."""
+    """"ok", "FAILED ...", "not done ..." or "skipped: ..."."""
     seconds: float
     skipped: tuple[str, ...] = ()
     """What it left out itself."""
@@ -161,8 +198,9 @@ class Check:
         out: folder for the logs and the table, which is written after every step.
         device: "cuda" or "cpu".
         plan: seconds for each step, in their order.
-        total: seconds that all steps have together, from now on.
+        total: seconds that all steps have together.
         grace: seconds between the interrupt of a late step and its end.
+        elapsed: seconds of the total that are over. If less than the plan is left, all steps get less alike.
 
     Raises:
         ValueError: the plan is longer than the total.
@@ -175,6 +213,7 @@ class Check:
         plan: Mapping[str, float] = PLAN,
         total: float = TOTAL_SECONDS,
         grace: float = GRACE_SECONDS,
+        elapsed: float = 0.0,
     ) -> None:
         planned = sum(plan.values())
         if planned > total:
@@ -183,17 +222,22 @@ class Check:
         self.outcomes: list[Outcome] = []
         self._grace = grace
         self._ends: dict[str, float] = {}
-        end = time.monotonic() + total - planned
+        left = max(0.0, total - elapsed)
+        end = time.monotonic() + max(0.0, left - planned)
         for name, seconds in plan.items():
-            self._ends[name] = end = end + seconds
+            self._ends[name] = end = end + seconds * min(1.0, left / planned)
 
     def left(self, name: str) -> float:
         """Seconds that the step may take before it is interrupted."""
         left = self._ends[name] - time.monotonic()
         return left - min(self._grace, left / 4)
 
-    def run(self, name: str, *commands: Command) -> bool:
-        """Run a step, its commands at once, until the time planned for it is over; True if all of them succeed."""
+    def run(self, name: str, *commands: Command, must_end: bool = True, error: str | None = None) -> bool:
+        """Run a step, its commands at once, until the time planned for it is over; True if all of them succeed.
+
+        A step that is not done by then has failed if it ``must_end``; one with a line that matches ``error``, a regular
+        expression, has failed in any case.
+        """
         limit = self.left(name)
         if limit < LEAST_SECONDS:
             self.skip(name, "no time left")
@@ -220,7 +264,10 @@ class Check:
         failed = [str(status) for status in statuses if status != 0]
         result = f"FAILED with {', '.join(failed)}" if failed else "ok"
         if late:
-            result = f"FAILED: not done after {limit:.0f} s"
+            result = f"{'FAILED: ' if must_end else ''}not done after {limit:.0f} s"
+        errors = [line for process in processes for line in process.lines if error and re.match(error, line)]
+        if errors:
+            result = f"FAILED: {errors[0]}"
         self._add(Outcome(name, result, time.monotonic() - start, _skips(processes)))
         return result == "ok"
 
@@ -266,10 +313,14 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or (str(bundled) if bundled.exists() else None)
 
 
-def _tests(device: str) -> list[Command]:
-    """The tests marked gpu in several processes, and the short run, whose kernels are then compiled."""
-    files = [str(path) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
-    pytest = [
+def _sees_a_device(check: Check, command: Command) -> bool:
+    """False if torch said that there is no CUDA device; one that takes long to import has not said so."""
+    return check.run("torch", command, must_end=False) or not check.outcomes[-1].result.startswith("FAILED")
+
+
+def _pytest(*arguments: str, **environment: str) -> Command:
+    """The tests marked gpu of the files among ``arguments``."""
+    command = [
         sys.executable,
         "-P",
         "-m",
@@ -280,19 +331,24 @@ def _tests(device: str) -> list[Command]:
         "gpu",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "gpu_shard",
     ]
+    return Command([*command, *arguments], environment)
+
+
+def _tests(device: str) -> list[Command]:
+    """The tests in several processes, and the short runs, whose kernels are then compiled."""
+    paths = [path for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
+    files = [str(path) for path in paths if path != ROOT / OVERLAP_TESTS]
     path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
     shards = [
-        Command([*pytest, *files], {"PYTHONPATH": path, "POC_TEST_SHARD": f"{shard}/{SHARDS}"})
+        _pytest("-p", "gpu_shard", *files, PYTHONPATH=path, POC_TEST_SHARD=f"{shard}/{SHARDS}")
         for shard in range(1, SHARDS + 1)
     ]
-    return [*shards, _short_run(device)]
+    return [*shards, _script(SHORT_RUN, device), _script(SHORT_FORWARDS, device)]
 
 
-def _short_run(device: str, *before: str, **environment: str) -> Command:
-    return Command([*before, sys.executable, "-P", "-c", SHORT_RUN, device], environment)
+def _script(code: str, device: str, *before: str, **environment: str) -> Command:
+    return Command([*before, sys.executable, "-P", "-c", code, device], environment)
 
 
 def _memcheck(check: Check) -> None:
@@ -305,9 +361,10 @@ def _memcheck(check: Check) -> None:
         # torch asks the driver for what it may lack: such answers are no errors.
         options = ["--tool", "memcheck", "--error-exitcode", "1", "--report-api-errors", "no"]
         options += ["--target-processes", "application-only"]
-        # Without torch's cache each tensor is an allocation of its own, beyond which an access is found.
-        command = _short_run(check.device, sanitizer, *options, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        check.run("compute-sanitizer", command)
+        watch = (check.device, sanitizer, *options)
+        # Without torch's cache, which graphs need, an access beyond a tensor is one beyond its allocation.
+        commands = _script(SHORT_RUN, *watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1"), _script(SHORT_FORWARDS, *watch)
+        check.run("compute-sanitizer", *commands, must_end=False, error="=+ (Invalid|Misaligned) ")
 
 
 def _suite_command(check: Check, suite: Suite, json: Path, more: list[str]) -> Command:
@@ -354,28 +411,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for JSON, tables, plots and logs")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--began", type=float, help="Unix time from which the 10 minutes count: now")
     parser.add_argument("--round-args", default="", help="options of the round's suite")
     arguments = parser.parse_args()
     end_with_sigterm()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    check = Check(arguments.out.resolve(), arguments.device)
+    elapsed = 0.0 if arguments.began is None else time.time() - arguments.began
+    check = Check(arguments.out.resolve(), arguments.device, elapsed=elapsed)
 
     there = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     python = [sys.executable, "-P"]
-    if check.device == "cuda" and not check.run("torch", Command([*python, "-c", there])):
+    if check.device == "cuda" and not _sees_a_device(check, Command([*python, "-c", there])):
         print("gpu-check: torch finds no CUDA device, so nothing of it ran (make gpu-check DEVICE=cpu rehearses it)")
         return 1
 
     check.run("verify", Command([*python, "-m", "poc_kernels.cli", "verify"]))
     check.run("tests", *_tests(check.device))
-    _memcheck(check)
+    if importlib.util.find_spec("transformers") is None:
+        check.skip("overlap tests", "no transformers")
+    else:
+        check.run("overlap tests", _pytest(str(ROOT / OVERLAP_TESTS)))
     more = {"round": shlex.split(arguments.round_args)}
     summaries = [_benchmark(check, suite, more.get(suite.name, [])) for suite in SUITES]
+    _memcheck(check)  # last: it may take whatever is left
 
     check.save("\n".join(filter(None, summaries)))
     print(f"\n== results in {check.out}\n")
     print((check.out / f"gpu-check-{check.device}.txt").read_text())
-    return 1 if any(outcome.result.startswith("FAILED") for outcome in check.outcomes) else 0
+    results = [outcome.result for outcome in check.outcomes]
+    return 1 if "ok" not in results or any(result.startswith("FAILED") for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -95,6 +95,26 @@ def read(results: dict[str, Any]) -> tuple[list[Case], Bounds | None]:
     return sorted(cases, key=lambda case: (case.size, case.rows)), best if bounds else None
 
 
+def splits(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows of the table of what few rows take with K in parts; no rows if that was not measured."""
+    infos = [bench["extra_info"] for bench in results["benchmarks"] if bench["group"] == "splits-gpu"]
+    infos.sort(key=lambda info: (info["D"], info["M"]))
+    parts = sorted({count for info in infos for form in info["seconds"].values() for count in form}, key=int)
+    columns = ("D", "M", "op, bits", *(f"K / {count}, ms" for count in parts), "rounds")
+    rows = [
+        [
+            str(info["D"]),
+            str(info["M"]),
+            form.removeprefix("op_"),
+            *(milliseconds(seconds[count]["median"]) for count in parts),
+            str(info["rounds"]),
+        ]
+        for info in infos
+        for form, seconds in info["seconds"].items()
+    ]
+    return columns, rows
+
+
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +216,9 @@ def markdown(results: dict[str, Any], plot: str) -> str:
     ]
     if bounds is not None:
         parts += ["## What bounds it", _bounds_text(bounds)]
+    columns, rows = splits(results)
+    if rows:
+        parts += ["## Few rows with K in parts, from a cold L2", table(columns, rows)]
     parts += ["## Goals, on an H200", "\n".join(goals(cases))]
     return "\n\n".join(parts) + "\n"
 
@@ -212,6 +235,10 @@ def short(results: dict[str, Any]) -> str:
             ratio = f"{case.speedups[form]['median']:.2f}" if form in case.speedups else ""
             line += f"{milliseconds(case.median(form)):>9}{ratio:>6}"
         lines.append(line)
+    columns, rows = splits(results)
+    if rows:
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines += ["  ".join(map(str.rjust, line, widths)) for line in (columns, *rows)]
     return "\n".join([*lines, *goals(cases)])
 
 

@@ -2,7 +2,7 @@
 
 One round runs every call once, one after another, from CUDA graphs; with few rows each starts from a cold L2, as in
 a model. A case is timed only after its results have been checked: the op bit for bit against the CPU. The cases that
-the goals are about come first.
+the goals are about come first; after those of the largest D, products of few rows with K in 1, 2 and 4 parts.
 POC_BENCH_QUICK=1 runs small cases, on a CPU too (--bench-device cpu), to try the suite itself.
 """
 
@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import poc_kernels
-from poc_kernels import backends
+from poc_kernels import backends, definition
 
 try:
     import randn_product
@@ -35,6 +35,8 @@ ROWS = (1, 32) if QUICK else (1, 8, 32, 64, 256, 1024, 4096, 8192, 16384)
 COLD_ROWS = 64
 """Cases of so many rows or fewer start from a cold L2."""
 BITS = (16, 8)
+SPLIT_SIZE, SPLIT_ROWS, SPLITS = 8192, (16, 32, 64), (1, 2, 4)
+"""D, M and the numbers of parts of K."""
 CASE_SECONDS = 0.1 if QUICK else 1.0
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 COPY_BYTES = 2**22 if QUICK else 2**30
@@ -82,6 +84,8 @@ def _urgency(case: tuple[int, int]) -> tuple[bool, bool, int, int]:
 
 
 CASES = sorted(itertools.product(SIZES, ROWS), key=_urgency)
+FIRST_CASES = 1 if QUICK else sum(not _urgency(case)[0] for case in CASES)
+"""How many of them are those of the goals and the largest D."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -205,10 +209,62 @@ def test_bounds(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
     )
 
 
+def _for_cases(cases: list[tuple[int, int]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("size", "rows"), cases, ids=[f"D{size}-M{rows}" for size, rows in cases])
+
+
 @pytest.mark.benchmark(group="projection-gpu")
-@pytest.mark.parametrize(("size", "rows"), CASES, ids=[f"D{size}-M{rows}" for size, rows in CASES])
+@_for_cases(CASES[:FIRST_CASES])
+@torch.inference_mode()
+def test_first(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, size: int, rows: int) -> None:
+    _measure_projection(benchmark, clock, device, size, rows)
+
+
+@pytest.mark.benchmark(group="splits-gpu")
+@pytest.mark.parametrize("rows", SPLIT_ROWS, ids=lambda rows: f"D{SPLIT_SIZE}-M{rows}")
+@torch.inference_mode()
+def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, rows: int) -> None:
+    """What few rows take with K in so many parts, by which BLOCKS_PER_MULTIPROCESSOR is chosen."""
+    if device.type != "cuda" or backends.select(device).name != "triton":
+        pytest.skip("parts of K are those of the Triton kernels on a GPU")
+    from poc_kernels.kernels import triton, triton_configs
+
+    stored = _stored(SPLIT_SIZE, device)
+    x = _activations(rows, stored)
+    options = {"domain": 0, "coefficient": definition.coefficient(definition.DEFAULT_STD), "row_mask": None}
+    options |= {"column_start": 0, "columns": SPLIT_SIZE, "residual": True}
+    calls: dict[str, Call] = {
+        f"op_{bits} in {splits}": functools.partial(
+            triton.project, x, stored.seed, activation_bits=bits, splits=splits, **options
+        )
+        for bits, splits in itertools.product(BITS, SPLITS)
+    }
+    for (bits, _), call in zip(itertools.product(BITS, SPLITS), calls.values(), strict=True):
+        _assert_bits_of_the_cpu(call(), x, stored.seed, bits)
+
+    seconds = _timed(benchmark, clock, calls, device, cold=True)
+
+    benchmark.extra_info.update(
+        D=SPLIT_SIZE,
+        M=rows,
+        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
+        blocks_per_multiprocessor=triton_configs.BLOCKS_PER_MULTIPROCESSOR,
+        rounds=len(next(iter(seconds.values()))),
+        seconds={
+            f"op_{bits}": {str(splits): summary(seconds[f"op_{bits} in {splits}"]) for splits in SPLITS}
+            for bits in BITS
+        },
+    )
+
+
+@pytest.mark.benchmark(group="projection-gpu")
+@_for_cases(CASES[FIRST_CASES:])
 @torch.inference_mode()
 def test_projection(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, size: int, rows: int) -> None:
+    _measure_projection(benchmark, clock, device, size, rows)
+
+
+def _measure_projection(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, size: int, rows: int) -> None:
     stored = _stored(size, device)
     x = _activations(rows, stored)
     calls = _calls(x, stored)

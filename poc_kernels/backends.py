@@ -1,4 +1,4 @@
-"""Which backend serves a device: the best one that gives the known answers there.
+"""Which backend serves a device: the best one that gives the known answers there, the Triton one by every tile.
 
 The choice is made once per device, at the first call. ``POC_KERNELS_BACKEND`` in the environment names the backend
 to use in place of the best (``poc-kernels verify`` lists the names).
@@ -68,6 +68,11 @@ def _triton_entries(*arguments: Any, **options: Any) -> Tensor:
     return result
 
 
+def _wrong_tiles(backend: Backend, device: torch.device) -> list[str]:
+    wrong: list[str] = _triton().wrong_tiles(device) if backend.name == "triton" else []
+    return wrong
+
+
 @functools.cache
 def backends() -> tuple[Backend, ...]:
     """Every backend of this installation, best first, whether or not this machine can run it."""
@@ -99,7 +104,9 @@ def refuse_capture(device: torch.device, what: str) -> None:
 
 
 def verdict(backend: Backend, device: torch.device) -> list[str]:
-    """The known answers that ``backend`` gets wrong on ``device``: tried once, logged as an error if there are any.
+    """What ``backend`` gets wrong on ``device``: known answers, or else its tiles if it is the Triton backend.
+
+    It is tried once, and logged as an error if anything is wrong.
 
     Raises:
         RuntimeError: it was not tried yet and a CUDA graph is being captured, in which it cannot be.
@@ -109,6 +116,7 @@ def verdict(backend: Backend, device: torch.device) -> list[str]:
         if key not in _verdicts:
             refuse_capture(device, "the backend")
             wrong = self_test.wrong_answers(backend, device)
+            wrong = wrong or self_test.found_wrong(lambda: _wrong_tiles(backend, device))
             if wrong:
                 logger.error(
                     "poc_kernels backend %s gives wrong answers on %s and will not be used there: %s",

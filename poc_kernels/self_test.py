@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -92,22 +93,28 @@ def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any
     ``answers`` has the layout of the definition's vectors; the package's own known answers unless given.
     An exception that the backend raises counts as a wrong answer, but for a lack of memory, which is raised.
     """
-    answers = answers or _known_answers()
+    return found_wrong(lambda: _wrong_answers(backend, device, answers or _known_answers()))
+
+
+def found_wrong(check: Callable[[], list[str]]) -> list[str]:
+    """What ``check`` finds wrong with a backend; or the exception that it raises, but for a lack of memory."""
     try:
-        wrong = [
-            f"entries from k = {case['k0']}, n = {case['n0']} of domain {case['domain']}"
-            for case in answers["entries"]
-            if digest(
-                backend.entries(_seed(case, device), case["domain"], case["k0"], case["K"], case["n0"], case["N"])
-            )
-            != case["sha256_int16_le"]
-        ]
-        for case in answers["residual"] + answers["edge"]:
-            wrong += _wrong_products(backend, device, case, residual=True)
-        for case in answers["projection"]:
-            wrong += _wrong_products(backend, device, case, residual=False)
+        return check()
     except torch.OutOfMemoryError:  # says nothing of the backend
         raise
     except Exception as error:  # whatever it is, such a backend is not to be used
         return [f"{type(error).__name__}: {error}"]
+
+
+def _wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any]) -> list[str]:
+    wrong = [
+        f"entries from k = {case['k0']}, n = {case['n0']} of domain {case['domain']}"
+        for case in answers["entries"]
+        if digest(backend.entries(_seed(case, device), case["domain"], case["k0"], case["K"], case["n0"], case["N"]))
+        != case["sha256_int16_le"]
+    ]
+    for case in answers["residual"] + answers["edge"]:
+        wrong += _wrong_products(backend, device, case, residual=True)
+    for case in answers["projection"]:
+        wrong += _wrong_products(backend, device, case, residual=False)
     return wrong

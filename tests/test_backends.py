@@ -202,6 +202,7 @@ def serving(fresh_choice, monkeypatch):
     ]
     monkeypatch.setattr(backends, "backends", lambda: tuple(choice))
     monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: [])
+    monkeypatch.setattr(backends, "_wrong_tiles", lambda backend, device: [])
     return choice
 
 

@@ -313,6 +313,26 @@ def test_a_call_waits_for_what_its_own_stream_does_first():
     assert_same_bits(y, residual_projection(x, seed_tensor(4)))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_what_lies_on_another_device_than_the_current_one():
+    other = torch.device("cuda", 1)
+    assert torch.cuda.current_device() == 0
+    for rows, bits in itertools.product((3, 200), (16, 8)):
+        x, seed = rows_of_every_kind(rows, 1000, torch.bfloat16, rows), seed_tensor(6)
+        y = residual_projection(x.to(other), seed.to(other), activation_bits=bits)
+        assert y.device == other
+        assert_same_bits(y, residual_projection(x, seed, activation_bits=bits))
+    entries = projection_entries(seed.to(other), 1, 5, 100, 7, 33)
+    assert entries.device == other
+    assert_same_bits(entries, projection_entries(seed, 1, 5, 100, 7, 33))
+    drawn = inputs.normal([1, 2**32 - 1], 5001, other, torch.bfloat16)
+    hashes = inputs.hash32([1, 2**32 - 1], 3, 1000, other)
+    assert drawn.device == hashes.device == other
+    assert_same_bits(drawn, inputs.normal([1, 2**32 - 1], 5001, CPU, torch.bfloat16))
+    assert_same_bits(hashes, inputs.hash32([1, 2**32 - 1], 3, 1000, CPU))
+    assert torch.cuda.current_device() == 0
+
+
 # ---- inputs --------------------------------------------------------------------------------------------------------
 
 

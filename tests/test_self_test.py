@@ -205,6 +205,57 @@ def test_native_kernels_run_on_the_cpu_only():
     assert backends.backends()[-1].unavailable(torch.device("cuda")) is None
 
 
+# ---- the tiles of the Triton backend -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Sets what the Triton kernels say of their tiles; returns the devices that were asked about."""
+    asked = []
+
+    class Kernels:
+        @staticmethod
+        def wrong_tiles(device):
+            asked.append(device)
+            if isinstance(Kernels.answer, Exception):
+                raise Kernels.answer
+            return Kernels.answer
+
+    def answer(what):
+        Kernels.answer = what
+        return asked
+
+    monkeypatch.setattr(backends, "_triton", lambda: Kernels)
+    return answer
+
+
+def test_a_tile_that_the_known_answers_do_not_reach_is_tried(tiles, monkeypatch, caplog):
+    asked = tiles(["16 bits in int8 by a tile, K whole"])
+    install(monkeypatch, made("triton"), made("good"))
+    assert backends.select(CPU).name == "good"
+    assert backends.verdict(made("triton"), CPU) == ["16 bits in int8 by a tile, K whole"]
+    assert asked == [CPU], "once"
+    assert "will not be used there: 16 bits in int8 by a tile, K whole" in caplog.text
+
+
+def test_an_exception_of_a_tile_is_a_wrong_answer_but_for_a_lack_of_memory(tiles, monkeypatch):
+    tiles(torch.OutOfMemoryError("no memory left"))
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.verdict(made("triton"), CPU)
+    tiles(RuntimeError("a tile that does not launch"))
+    assert backends.verdict(made("triton"), CPU) == ["RuntimeError: a tile that does not launch"]
+
+
+def test_tiles_are_tried_of_a_triton_backend_that_gives_the_known_answers(tiles):
+    asked = tiles([])
+    assert backends.verdict(made("good"), CPU) == []
+    assert backends.verdict(made("triton", entries=raising), CPU) == ["RuntimeError: a kernel that does not launch"]
+    assert asked == []
+    backends._verdicts.clear()
+    assert backends.verdict(made("triton"), CPU) == []
+    assert asked == [CPU]
+
+
 # ---- use_backend ---------------------------------------------------------------------------------------------------
 
 

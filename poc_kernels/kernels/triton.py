@@ -19,13 +19,14 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import definition
+from .. import definition, reference, self_test
 from . import triton_configs
 from .triton_configs import Tile
 from .triton_device import (
@@ -455,6 +456,44 @@ def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: in
             BYTE_PERM=_BYTE_PERM,
         )
     return out
+
+
+def wrong_tiles(device: torch.device) -> list[str]:
+    """Which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
+
+    Tried are the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
+    whole and in two parts; bfloat16 activations of several tiles of rows and, in float16, more than one flush of sums.
+    """
+    capability, _ = _hardware(device)
+    arithmetic = _arithmetic(capability)
+    rows, k, columns = (20, 140, 20) if _INTERPRETED else (300, 1152, 512)
+    x = self_test.activations({"dtype": "bfloat16", "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
+    row_mask = torch.arange(rows, device="cpu") % 7 != 3
+    seed = definition.seed_tensor(-rows, "cpu")
+    wrong = []
+    for bits in (16, 8):
+        options: dict[str, Any] = {
+            "domain": 2**32 - 1,
+            "coefficient": definition.coefficient(definition.DEFAULT_STD),
+            "activation_bits": bits,
+            "column_start": 0,
+            "columns": columns,
+            "residual": True,
+        }
+        expected = reference.project(x, seed, row_mask=row_mask, **options)
+        for tile, splits in itertools.product(triton_configs.tiles(capability, bits, arithmetic), (1, 2)):
+            y = project(
+                *(x.to(device), seed.to(device)),
+                row_mask=row_mask.to(device),
+                tile=tile,
+                splits=splits,
+                arithmetic=arithmetic,
+                **options,
+            )
+            if self_test.digest(y) != self_test.digest(expected):
+                form = "whole" if splits == 1 else "in two parts"
+                wrong.append(f"{bits} bits in {arithmetic} by {tile}, K {form}")
+    return wrong
 
 
 def warmup(

@@ -1,6 +1,7 @@
 """The steps of make gpu-check: their time, what ends with them, and what is kept of them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+import poc_kernels
 
 # Starts a process that would outlive it, writes its number to argv[1], and waits; argv[2:] are lines of Python before.
 PARENT = """
@@ -31,14 +34,20 @@ def gpu_check(module):
 
 @pytest.fixture
 def make_check(gpu_check, tmp_path):
-    def make(plan, total=60.0, grace=1.0):
-        return gpu_check.Check(tmp_path, "cpu", plan, total, grace)
+    def make(plan, total=60.0, grace=1.0, elapsed=0.0):
+        return gpu_check.Check(tmp_path, "cpu", plan, total, grace, elapsed)
 
     return make
 
 
 def python(gpu_check, code, *arguments, **environment):
     return gpu_check.Command([sys.executable, "-c", code, *map(str, arguments)], environment)
+
+
+def with_sources():
+    """The environment of a process that imports the package that these tests do."""
+    paths = [str(Path(poc_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def gone(pid):
@@ -136,6 +145,71 @@ def test_a_step_without_time_is_skipped(gpu_check, make_check):
     assert check.outcomes[0].result == "skipped: no time left"
 
 
+def test_the_total_counts_from_before_the_build(make_check):
+    plan = {"first": 10, "second": 30}
+    assert 19 < make_check(plan, total=50.0, grace=0.0).left("first") <= 20
+    assert 9 < make_check(plan, total=50.0, elapsed=10.0, grace=0.0).left("first") <= 10
+    less = make_check(plan, total=50.0, elapsed=30.0, grace=0.0)
+    assert 4 < less.left("first") <= 5, "half of what was planned"
+    assert 19 < less.left("second") <= 20
+    none = make_check(plan, total=50.0, elapsed=51.0)
+    assert max(none.left("first"), none.left("second")) <= 0
+
+
+def test_a_late_step_that_need_not_end_is_not_done(gpu_check, make_check):
+    check = make_check({"slow": 3}, total=3.0, grace=0.6)
+    assert not check.run("slow", python(gpu_check, "import time; time.sleep(60)"), must_end=False)
+    assert check.outcomes[0].result == "not done after 2 s"
+
+
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_a_line_with_an_error_is_a_failure_done_or_not(gpu_check, make_check, seconds):
+    check = make_check({"step": 4}, total=4.0, grace=1.0)
+    code = f"import time; print('==== Invalid write', flush=True); time.sleep({seconds})"
+    assert not check.run("step", python(gpu_check, code), must_end=False, error="=+ (Invalid|Misaligned) ")
+    assert check.outcomes[0].result == "FAILED: ==== Invalid write"
+
+
+@pytest.mark.parametrize(
+    ("code", "goes_on", "result"),
+    [
+        ("pass", True, "ok"),
+        ("raise SystemExit(1)", False, "FAILED with 1"),
+        ("import time; time.sleep(60)", True, "not done after 3 s"),
+    ],
+)
+def test_only_a_torch_that_sees_no_device_ends_the_check(gpu_check, make_check, code, goes_on, result):
+    check = make_check({"torch": 4}, total=4.0, grace=1.0)
+    assert gpu_check._sees_a_device(check, python(gpu_check, code)) is goes_on
+    assert check.outcomes[0].result == result
+
+
+def test_make_says_when_it_began(gpu_check):
+    arguments = ["make", "-n", "gpu-check", "DEVICE=cpu", "PYTHON=python"]
+    before = time.time() - 1
+    recipe = subprocess.run(arguments, cwd=gpu_check.ROOT, capture_output=True, text=True, check=True).stdout
+    (began,) = re.findall(r"gpu_check\.py .*--began (\d+)", recipe)
+    assert before < int(began) <= time.time()
+
+
+def test_tests_that_look_at_what_overlaps_run_alone(gpu_check):
+    commands = gpu_check._tests("cpu")
+    files = {Path(part).name for command in commands for part in command.arguments if part.endswith(".py")}
+    overlap = Path(gpu_check.ROOT, gpu_check.OVERLAP_TESTS)
+    assert overlap.exists()
+    assert "test_cuda.py" in files
+    assert overlap.name not in files
+    assert list(gpu_check.PLAN).index("overlap tests") == list(gpu_check.PLAN).index("tests") + 1
+
+
+def test_the_short_run_of_a_model_measures_its_slices(gpu_check):
+    pytest.importorskip("transformers")
+    command = gpu_check._script(gpu_check.SHORT_FORWARDS, "cpu")
+    done = subprocess.run(command.arguments, cwd=gpu_check.ROOT, env=with_sources(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"forwards in [1-9]\d* slices done\n", done.stdout)
+
+
 def test_a_plan_longer_than_the_total_is_refused(make_check):
     with pytest.raises(ValueError, match="plan must add up to at most total, 20 s, got 30 s"):
         make_check({"a": 10, "b": 20}, total=20.0)
@@ -143,9 +217,11 @@ def test_a_plan_longer_than_the_total_is_refused(make_check):
 
 def test_the_plan_fits_ten_minutes(gpu_check):
     assert gpu_check.TOTAL_SECONDS == 600
-    assert sum(gpu_check.PLAN.values()) <= 600
+    assert sum(gpu_check.PLAN.values()) <= 520, "the build takes time too"
     suites = {suite.name: suite for suite in gpu_check.SUITES}
-    assert {"verify", "tests", "compute-sanitizer", *suites} < set(gpu_check.PLAN)
+    assert {"torch", "verify", "tests", "overlap tests", "compute-sanitizer", *suites} < set(gpu_check.PLAN)
+    assert (gpu_check.PLAN["torch"], gpu_check.PLAN["verify"], gpu_check.PLAN["compute-sanitizer"]) == (60, 60, 80)
+    assert list(gpu_check.PLAN)[-1] == "compute-sanitizer", "which may take all that is left"
     for suite in suites.values():
         assert (gpu_check.BENCH / suite.file).exists()
         assert (gpu_check.BENCH / suite.report).exists()
@@ -167,7 +243,7 @@ def test_a_suite_of_pytest_is_told_device_results_and_time(gpu_check, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("device", "options"), [("cuda", "--device cuda --short --limit-seconds 90"), ("cpu", "--quick")]
+    ("device", "options"), [("cuda", "--device cuda --short --limit-seconds 60"), ("cpu", "--quick")]
 )
 def test_the_script_that_measures_inference_takes_its_options(gpu_check, module, tmp_path, device, options):
     pytest.importorskip("transformers")

@@ -87,6 +87,25 @@ def test_goals_are_judged_by_the_slowest_case_and_not_without_one(module):
     assert "met, at worst 2.00" in lines[3]
 
 
+def test_parts_of_k_are_a_table_of_their_own(module):
+    pytest.importorskip("matplotlib")
+    report = module("gpu_report")
+    measured = {"1": seconds(4e-3), "2": seconds(3e-3), "4": seconds(2.5e-3)}
+    parts = [
+        {
+            "group": "splits-gpu",
+            "extra_info": {"D": 8192, "M": rows, "rounds": 7, "seconds": {"op_16": measured, "op_8": measured}},
+        }
+        for rows in (64, 16)
+    ]
+    text = report.markdown(results(entry(8192, 1), *parts), "a.png")
+    assert "| D | M | op, bits | K / 1, ms | K / 2, ms | K / 4, ms | rounds |" in text
+    assert "| 8192 | 16 | 16 | 4 | 3 | 2.5 | 7 |\n| 8192 | 16 | 8 | 4 | 3 | 2.5 | 7 |\n| 8192 | 64 |" in text
+    printed = report.short(results(entry(8192, 1), *parts)).splitlines()
+    assert [line.split() for line in printed].count(["8192", "64", "8", "4", "3", "2.5", "7"]) == 1
+    assert "K in parts" not in report.markdown(results(entry(8192, 1)), "a.png")
+
+
 def test_the_report_is_written_beside_its_results(module, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "run.json"

@@ -159,16 +159,22 @@ def test_rows_of_every_kind(dtype, bits):
     assert_same_bits(triton_project(x, activation_bits=bits, tile=SMALL[3]), expected(x, activation_bits=bits))
 
 
-@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_every_tile_of_the_tables(rows, arithmetic, bits):
-    x = rows_of_every_kind(rows, 140, torch.bfloat16, rows)
-    y = expected(x, activation_bits=bits, columns=50)
-    chosen = {triton_configs.choose((major, 0), rows, bits, arithmetic) for major in (8, 9, 10, 12)}
-    for tile in chosen:
-        result = triton_project(x, tile=tile, arithmetic=arithmetic, activation_bits=bits, columns=50)
-        assert_same_bits(result, y, str(tile))
+def test_every_tile_of_the_tables(bits, arithmetic, splits):
+    capabilities = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
+    tiles = {  # stages are the compiler's alone
+        tile._replace(stages=1) for each in capabilities for tile in triton_configs.tiles(each, bits, arithmetic)
+    }
+    x = rows_of_every_kind(max(tile.rows for tile in tiles), 140, torch.bfloat16, bits)
+    y = expected(x, activation_bits=bits, columns=20)
+    for tile in tiles:
+        rows = tile.rows - 3
+        result = triton_project(
+            x[:rows], tile=tile, splits=splits, arithmetic=arithmetic, activation_bits=bits, columns=20
+        )
+        assert_same_bits(result, y[:rows], str(tile))
 
 
 @pytest.mark.parametrize(("bits", "arithmetic"), [(16, "int8"), (8, "int8"), (16, "fp16")])
@@ -259,6 +265,51 @@ def test_the_known_answers_of_a_first_use():
         **{form: sorted(answers[form], key=size)[:3] for form in ("residual", "projection")},
     }
     assert self_test.wrong_answers(BACKEND, CPU, few) == []
+
+
+def test_a_tile_that_only_calls_of_many_rows_take_is_found_before_its_use(fresh_choice, monkeypatch):
+    whole = kernels.project
+
+    def broken(x, *arguments, tile=None, splits=None, **options):
+        """One bit is wrong where the largest tile of 8 bits sums K in one part."""
+        y = whole(x, *arguments, tile=tile, splits=splits, **options)
+        tile = tile or triton_configs.choose((9, 0), len(x), options["activation_bits"], "int8")
+        if tile == triton_configs.tiles((9, 0), 8, "int8")[-1] and splits == 1:
+            y.view(torch.int16)[-1, -1] ^= 1
+        return y
+
+    monkeypatch.setattr(kernels, "project", broken)
+    few = {"entries": [], "residual": [], "projection": [], "edge": self_test._known_answers()["edge"]}
+    monkeypatch.setattr(self_test, "_known_answers", lambda: few)
+    monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
+    triton_backend = next(backend for backend in backends.backends() if backend.name == "triton")
+    assert self_test.wrong_answers(triton_backend, CPU) == [], "known answers are of few rows"
+    wrong = ["8 bits in int8 by Tile(columns=64, rows=256, warps=4, stages=3, run=4), K whole"]
+    assert backends.verdict(triton_backend, CPU) == wrong
+    with pytest.raises(RuntimeError, match="triton: wrong answers in its self-test"):
+        backends.select(CPU)
+
+
+@pytest.mark.parametrize(("arithmetic", "tried"), [("int8", 2 * 4 * 2), ("fp16", 2 * 3 * 2)])
+def test_the_tiles_of_a_device_are_tried_whole_and_in_parts(arithmetic, tried, monkeypatch):
+    calls = []
+
+    def recorded(x, *arguments, **options):
+        calls.append((options["activation_bits"], options["tile"], options["splits"]))
+        assert options["arithmetic"] == arithmetic
+        return torch.zeros(len(x), options["columns"], dtype=x.dtype)
+
+    monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", arithmetic)
+    monkeypatch.setattr(kernels, "project", recorded)
+    wrong = kernels.wrong_tiles(CPU)
+    assert len(wrong) == len(set(wrong)) == len(calls) == tried
+    assert wrong[1] == f"16 bits in {arithmetic} by {calls[1][1]}, K in two parts"
+    assert set(calls) == {
+        (bits, tile, splits)
+        for bits in (16, 8)
+        for tile in triton_configs.tiles((9, 0), bits, arithmetic)
+        for splits in (1, 2)
+    }
 
 
 # ---- choices -------------------------------------------------------------------------------------------------------

@@ -178,21 +178,39 @@ def test_on_hopper_entries_go_from_registers_to_the_matrix_unit(bits):
         assert not loop.count("^(STS|STL)")
 
 
+def assert_not_fused(compiled):
+    """But where the product is exact: some compilers fuse the 512 * top + rest of `rounded_sum`."""
+    fused = [each for each in compiled.code if each.opcode.startswith("FFMA") and ", 512," not in each.operands]
+    assert not fused, [str(each) for each in fused]
+    assert ".ftz" not in compiled.ptx, "subnormals are kept"
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_products_and_sums_are_not_fused(capability, bits):
-    """But where the product is exact: some compilers fuse the 512 * top + rest of `rounded_sum`."""
-    for tile in tiles(capability, bits):
-        compiled = product(capability, bits, tile, tile.rows <= 64, "int8")
-        fused = [each for each in compiled.code if each.opcode.startswith("FFMA") and ", 512," not in each.operands]
-        assert not fused, [str(each) for each in fused]
-        assert ".ftz" not in compiled.ptx, "subnormals are kept"
+def test_products_and_sums_are_not_fused(capability, bits, arithmetic):
+    for tile, split in itertools.product(tiles(capability, bits, arithmetic), (False, True)):
+        assert_not_fused(product(capability, bits, tile, split, arithmetic))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_products_of_other_dtypes_compile_without_spills(capability, dtype):
-    assert product(capability, 16, tiles(capability, 16)[0], True, "int8", dtype).spills == 0
+def test_products_of_other_dtypes_are_not_fused_and_do_not_spill(capability, dtype):
+    for split in (False, True):
+        compiled = product(capability, 16, tiles(capability, 16)[0], split, "int8", dtype)
+        assert compiled.spills == 0
+        assert_not_fused(compiled)
+
+
+@pytest.mark.parametrize(("capability", "arithmetic"), [(103, "fp16"), (120, "int8")])
+def test_few_rows_on_newer_cards_compile_without_spills(capability, arithmetic):
+    """B300, by the rule of the table in float16, and RTX 50."""
+    assert triton_configs.arithmetic(divmod(capability, 10)) == arithmetic
+    for bits, split in itertools.product((16, 8), (False, True)):
+        compiled = product(capability, bits, tiles(capability, bits, arithmetic)[0], split, arithmetic)
+        assert compiled.spills == 0
+        assert compiled.count("MMA")
+        assert_not_fused(compiled)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -229,7 +229,7 @@ def compile_for(
     aligned: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """``kernel`` compiled for the NVIDIA GPUs of one compute capability (80, 89, 90, 100), kept for this process.
+    """``kernel`` compiled for the NVIDIA GPUs of one compute capability (80, ..., 120), kept for this process.
 
     Args:
         kernel: an @triton.jit function at the top of a module that can be imported, interpreted here or not.
