@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Pause = Callable[[], None]
-"""Called where a batch may be interrupted: it returns when computing may go on, or raises to give the batch up."""
+from ..scheduling.slices import Pause
 
 
 def never() -> None:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..definition import MAX_FEATURES
 from ..projection import RandomProjection
+from ..scheduling.slices import Pause
+from ..scheduling.stopwatch import Stopwatch
 from .config import PoCConfig, PoCState
 from .distance import distances, target
-from .engine import Engine, Pause, never
+from .engine import Engine, never
 from .inputs import nonce_inputs, permutations
 from .proofs import ProofBatch, ValidatedBatch, validate_distances
 
@@ -76,49 +78,30 @@ class _Round:
     valid_distances: list[float] = dataclasses.field(default_factory=list)
 
 
-class _Stopwatch:
-    """Seconds of each part of a batch, by events on the current stream of a GPU and by the clock on a CPU.
-
-    Pauses are no part of it: `pause` in place of the batch's own.
-    """
+class _Parts:
+    """Seconds of each part of a batch. Pauses are no part of it: `pause` in place of the batch's own."""
 
     def __init__(self, device: torch.device, pause: Pause) -> None:
-        self._device = device
-        self._cuda = device.type == "cuda"
+        self._watch = Stopwatch(device)
         self._pause = pause
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._name = ""
-        self._start: Any = None
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self._name, self._start = name, self._now()
+        self._watch.begin(name)
         yield
-        self._end()
-
-    def _end(self) -> None:
-        self._spans.append((self._name, self._start, self._now()))
+        self._watch.end()
 
     def pause(self) -> None:
         """To be called inside a part."""
-        self._end()
+        name = self._watch.end()
         self._pause()
-        self._start = self._now()
+        self._watch.begin(name)
 
     def seconds(self) -> dict[str, float]:
-        """Call it after the batch's results were read: its events have then been reached."""
+        """Call it after the batch's results were read: it waits for nothing more, then."""
         totals = dict.fromkeys(PARTS, 0.0)
-        for name, start, end in self._spans:
-            if self._cuda:
-                end.synchronize()
-            totals[name] += start.elapsed_time(end) * 1e-3 if self._cuda else end - start
+        for name, seconds in self._watch.spans():
+            totals[name] += seconds
         return totals
 
 
@@ -396,29 +379,29 @@ class PoCManager:
         self, current: _Round, public_key: str, nonces: list[int], phase: str, pause: Pause = never
     ) -> list[float]:
         config, engine = current.config, self.engine
-        watch = _Stopwatch(engine.device, pause)
+        parts = _Parts(engine.device, pause)
         rows = nonces + [nonces[-1]] * (config.batch_size - len(nonces))
-        with watch.part("inputs"):
+        with parts.part("inputs"):
             if current.target is None:
                 current.target = target(config.block_hash, engine.vocab_size, engine.device)
-            x, permutation = self._draw(config, public_key, rows, watch.pause)
+            x, permutation = self._draw(config, public_key, rows, parts.pause)
         if config.use_random_projection:
-            with watch.part("projection"):
-                self._project_inputs(config, x, watch.pause)
-        with watch.part("forward"):
-            hidden = engine.forward(x, watch.pause)[:, -1].contiguous()
-            watch.pause()
+            with parts.part("projection"):
+                self._project_inputs(config, x, parts.pause)
+        with parts.part("forward"):
+            hidden = engine.forward(x, parts.pause)[:, -1].contiguous()
+            parts.pause()
         if config.use_random_projection:
-            with watch.part("projection"):
+            with parts.part("projection"):
                 hidden = self._projection.post(hidden)
-        with watch.part("forward"):
+        with parts.part("forward"):
             logits = engine.compute_logits(hidden)
-            watch.pause()
-        with watch.part("distance"):
+            parts.pause()
+        with parts.part("distance"):
             computed: list[float] = distances(logits, permutation, current.target).tolist()[: len(nonces)]
         if self._observer is not None:
-            parts = watch.seconds()
-            self._observer(BatchReport(phase, computed, config.r_target, sum(parts.values()), parts))
+            seconds = parts.seconds()
+            self._observer(BatchReport(phase, computed, config.r_target, sum(seconds.values()), seconds))
         return computed
 
     def _draw(self, config: PoCConfig, public_key: str, rows: list[int], pause: Pause) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,14 @@ It knows neither a server nor a protocol: another serving stack can use `StreamP
 as they are.
 """
 
-from .slices import SlicedForward, Slices
+from .slices import Pause, SlicedForward, Slices
 from .streams import InFlight, StreamPartition
 from .turns import Pacing, Turn, Turns, TurnsClosed
 
 __all__ = [
     "InFlight",
     "Pacing",
+    "Pause",
     "SlicedForward",
     "Slices",
     "StreamPartition",

@@ -8,27 +8,21 @@ take no longer than asked for, as far as a single call allows.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .stopwatch import Span, Stopwatch
+
 Pause = Callable[[], None]
-"""Called between two slices: it returns when the next may run, or raises to give the forward up."""
+"""Called where computing may be interrupted: it returns when it may go on, or raises to give it up."""
 
 Result = TypeVar("Result")
 
 MEASURED_FORWARDS = 4
 """Forwards of a shape that are timed; the shortest time of each call counts."""
-
-
-class Timing(NamedTuple):
-    """A call of torch in a forward, and the seconds from it to the next one."""
-
-    name: str
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +61,7 @@ class SlicedForward:
             raise ValueError(f"slice_seconds must be positive, got {slice_seconds}")
         self._device = device
         self._slice_seconds = slice_seconds
-        self._timings: list[list[Timing]] = []
+        self._timings: list[list[Span]] = []
         self._slices: Slices | None = None
 
     @property
@@ -99,12 +93,12 @@ class SlicedForward:
         return result
 
 
-def plan(timings: Sequence[Sequence[Timing]], slice_seconds: float) -> Slices:
+def plan(timings: Sequence[Sequence[Span]], slice_seconds: float) -> Slices:
     """As many consecutive calls to a slice as slice_seconds take, each as long as in the forward where it was shortest.
 
     Args:
-        timings: of the calls of several forwards, one forward at least, in order. Where a forward has others than the
-            first, because it depends on data, those of the first count.
+        timings: of the calls of several forwards, one forward at least, in order, each until the next call. Where a
+            forward has others than the first, because it depends on data, those of the first count.
     """
     seconds = [timing.seconds for timing in timings[0]]
     for other in timings[1:]:
@@ -155,36 +149,21 @@ class _Cut(_Calls):
 
 
 class _Measured(_Calls):
-    """Pauses before every call and times it: by events of the current stream on CUDA, by the clock on a processor."""
+    """Pauses before every call but the first, and times each until the next."""
 
     def __init__(self, device: torch.device, pause: Pause) -> None:
         super().__init__()
-        self._device, self._pause = device, pause
-        self._names: list[str] = []
-        self._starts: list[Any] = []
-        self._ends: list[Any] = []
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        self._pause = pause
+        self._watch = Stopwatch(device)
 
     def _before(self, place: int, name: str) -> None:
         if place > 0:
-            self._ends.append(self._now())
+            self._watch.end()
             self._pause()
-        self._names.append(name)
-        self._starts.append(self._now())
+        self._watch.begin(name)
 
-    def timings(self) -> list[Timing]:
+    def timings(self) -> list[Span]:
         """Of the calls, once the forward is over."""
-        if self._starts:
-            self._ends.append(self._now())
-        spans = zip(self._names, self._starts, self._ends, strict=True)
-        if self._device.type != "cuda":
-            return [Timing(name, end - start) for name, start, end in spans]
-        if self._ends:
-            self._ends[-1].synchronize()
-        return [Timing(name, 1e-3 * start.elapsed_time(end)) for name, start, end in spans]
+        if self._count > 0:
+            self._watch.end()
+        return self._watch.spans()

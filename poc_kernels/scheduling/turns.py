@@ -27,8 +27,8 @@ class Pacing:
 
     Args:
         share: of the device's time, guaranteed to proofs that wait while inference computes step after step, in
-            (0, 1): more makes validation faster and users' tokens later. For share / (1 - share) of
-            the time of steps slices run, between them or, where turns are concurrent, beside them: from 0.5 on always.
+            (0, 1): more makes validation faster and users' tokens later. For share / (1 - share) of the time of steps
+            slices run, between them or, where turns are concurrent, beside them: from 0.5 on always.
         max_wait_seconds: longest that a slice is held back once the device is free.
         linger_seconds: for so long after a step, requests being in flight, the next step is expected, and a proof that
             is owed nothing does not begin.

@@ -16,9 +16,9 @@ from transformers import masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..definition import DTYPES
-from ..protocol.engine import Pause, never
+from ..protocol.engine import never
 from ..scheduling import SlicedForward, Slices
-from ..scheduling.slices import MEASURED_FORWARDS
+from ..scheduling.slices import MEASURED_FORWARDS, Pause
 
 logger = logging.getLogger("poc_kernels")
 
@@ -130,7 +130,7 @@ class TransformersEngine:
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
         """Last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
 
-        Calls ``pause`` between slices: between all modules until the slices of the shape are measured.
+        Calls ``pause`` between slices: between all calls of torch until the slices of the shape are measured.
 
         Raises:
             ValueError, TypeError: inputs_embeds is not [batch, seq_len, hidden_size] in the model's dtype.
@@ -213,8 +213,9 @@ class TransformersEngine:
                 graphs[-1].capture_end()
         except BaseException:
             # A capture that broke must be ended, and leaves torch's generator in the graph's hands.
-            with torch.cuda.stream(stream), contextlib.suppress(RuntimeError):
-                graphs[-1].capture_end()
+            for graph in graphs[-1:]:
+                with torch.cuda.stream(stream), contextlib.suppress(RuntimeError):
+                    graph.capture_end()
             torch.cuda.set_stream(before)
             generator = torch.cuda.default_generators[self.device.index]
             generator.graphsafe_set_state(generator.clone_state())

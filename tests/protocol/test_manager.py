@@ -28,6 +28,7 @@ from poc_kernels.protocol import (
 from poc_kernels.protocol import manager as manager_module
 from poc_kernels.protocol.engine import never
 from poc_kernels.reference import project
+from poc_kernels.scheduling import stopwatch as stopwatch_module
 
 LATE = 30
 
@@ -473,18 +474,12 @@ def test_what_a_pause_raises_comes_through_and_the_next_batch_is_right(small_pie
 
 
 def test_pauses_are_no_part_of_the_time_of_a_batch(small_pieces, monkeypatch):
-    now = 0.0
-
-    def perf_counter():
-        nonlocal now
-        now += 1.0
-        return now
+    ticks = Ticks(1.0)
+    monkeypatch.setattr(stopwatch_module, "time", types.SimpleNamespace(perf_counter=ticks))
 
     def pause():
-        nonlocal now
-        now += 1000.0
+        ticks.now += 1000.0
 
-    monkeypatch.setattr(manager_module, "time", types.SimpleNamespace(perf_counter=perf_counter, monotonic=lambda: 0.0))
     reports = []
     m = PoCManager(SmallEngine(), reports.append)
     m.start_round(config(use_random_projection=True))

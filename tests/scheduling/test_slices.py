@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 from poc_kernels.scheduling import SlicedForward, Slices
-from poc_kernels.scheduling.slices import MEASURED_FORWARDS, Timing, plan
+from poc_kernels.scheduling.slices import MEASURED_FORWARDS, plan
+from poc_kernels.scheduling.stopwatch import Span
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -72,8 +73,8 @@ def inputs(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float32) ->
 # ---- plan() ----
 
 
-def timings(**seconds: float) -> list[Timing]:
-    return [Timing(name, length) for name, length in seconds.items()]
+def timings(**seconds: float) -> list[Span]:
+    return [Span(name, length) for name, length in seconds.items()]
 
 
 def test_consecutive_calls_are_put_together() -> None:
@@ -110,7 +111,7 @@ def test_nothing_ran() -> None:
 def test_slices_are_as_long_as_asked_for_where_single_calls_allow(
     forwards: list[list[tuple[str, int]]], slice_seconds: int
 ) -> None:
-    planned = plan([[Timing(*each) for each in forward] for forward in forwards], slice_seconds)
+    planned = plan([[Span(*each) for each in forward] for forward in forwards], slice_seconds)
     shortest = [
         min(forward[place][1] for forward in forwards if forward[place : place + 1] and forward[place][0] == name)
         for place, (name, _) in enumerate(forwards[0])
