@@ -17,14 +17,6 @@ from poc_kernels.scheduling import turns as turns_module
 TIMEOUT = 10
 
 
-@pytest.fixture
-def instruments(monkeypatch: pytest.MonkeyPatch) -> Instruments:
-    """A simulated clock and threads that run one at a time, in `turns`."""
-    made = Instruments()
-    made.patch(monkeypatch, turns_module)
-    return made
-
-
 class Timeline:
     """Parties on one `Turns`, and when each began and ended to compute."""
 

@@ -1,0 +1,287 @@
+"""Turns in every order in which their threads can run; and that broken ones are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from interleaving import Instruments, World, explore
+from scenarios import LONG, THOROUGH, Record, turns_of
+
+from poc_kernels.scheduling import Pacing, Turn, Turns, TurnsClosed
+
+
+class Watched:
+    """Turns whose every grant is checked against what their documentation promises."""
+
+    def __init__(self, world: World, turns: Turns) -> None:
+        self.world, self.turns = world, turns
+        self.sides: tuple[list[Turn], list[Turn]] = ([], [])
+        self._lines: tuple[list[Turn], list[Turn]] = ([], [])
+        self._had: tuple[Turn | None, Turn | None] = (None, None)
+        self._held = False
+        world.observe = self.observe
+
+    def inference(self) -> Turn:
+        self.sides[0].append(self.turns.inference())
+        return self.sides[0][-1]
+
+    def proof(self) -> Turn:
+        self.sides[1].append(self.turns.proof())
+        return self.sides[1][-1]
+
+    def observe(self) -> None:
+        """Called between all operations."""
+        have: list[Turn | None] = []
+        for side, line, had in zip(self.sides, self._lines, self._had, strict=True):
+            computing = [turn for turn in side if turn.computing]
+            assert len(computing) <= 1
+            have.append(computing[0] if computing else None)
+            line += [turn for turn in side if turn.waiting and turn not in line]
+            granted = have[-1]
+            if granted is not None and granted is not had:
+                assert line[:1] in ([], [granted]), "not first come first served"
+                assert side is self.sides[1] or not (self._held and self.turns.inference_held), "granted while held"
+            line[:] = [turn for turn in line if turn.waiting]
+        if not self.turns._concurrent:
+            assert None in have, "two compute at once"
+        self._had = (have[0], have[1])
+        self._held = self.turns.inference_held
+
+    def compute(self, turn: Turn, times: int = 1, slices: int = 1) -> str:
+        """Take the turn so many times, for so many slices each; what ended it."""
+        try:
+            for _ in range(times):
+                with turn:
+                    for cut in range(slices):
+                        if cut > 0:
+                            turn.pause()
+                        assert turn.computing
+        except TurnsClosed:
+            assert not turn.computing
+            return "closed"
+        return "done"
+
+    def check(self) -> None:
+        """Nothing is left, and nobody was woken by a time-out."""
+        assert not any(turn.waiting or turn.computing for side in self.sides for turn in side)
+        assert self.world.now < LONG, "somebody slept until a deadline: a wake-up is missing"
+
+
+Parties = Callable[[World, Watched], None]
+
+
+def steps_and_slices(world: World, watched: Watched) -> None:
+    step, proof = watched.inference(), watched.proof()
+    world.spawn("inference", lambda: watched.compute(step, times=2))
+    world.spawn("proof", lambda: watched.compute(proof, slices=3 if THOROUGH else 2))
+
+
+def _once_each(world: World, watched: Watched, steps: int, proofs: int) -> None:
+    for place, make in enumerate([watched.inference] * steps + [watched.proof] * proofs):
+        turn = make()
+        world.spawn(f"party {place}", lambda turn=turn: watched.compute(turn))
+
+
+def several_steps_and_a_proof(world: World, watched: Watched) -> None:
+    _once_each(world, watched, 3 if THOROUGH else 2, 1)
+
+
+def a_step_and_several_proofs(world: World, watched: Watched) -> None:
+    _once_each(world, watched, 1, 3 if THOROUGH else 2)
+
+
+def two_proofs_with_slices(world: World, watched: Watched) -> None:
+    for name, turn in (("proof", watched.proof()), ("other proof", watched.proof())):
+        world.spawn(name, lambda turn=turn: watched.compute(turn, slices=3))
+
+
+def hold_and_release(world: World, watched: Watched) -> None:
+    steps_and_slices(world, watched)
+
+    def hold() -> None:
+        watched.turns.hold_inference()
+        watched.turns.release_inference()
+
+    world.spawn("hold", hold)
+
+
+def cancel_a_step(world: World, watched: Watched) -> None:
+    step, proof, other = watched.inference(), watched.proof(), watched.inference()
+    world.spawn("inference", lambda: watched.compute(step))
+    world.spawn("proof", lambda: watched.compute(proof, slices=2))
+    world.spawn("cancelled", lambda: watched.compute(other))
+    world.spawn("cancel", other.cancel)
+
+
+def cancel_a_waiting_step(world: World, watched: Watched) -> None:
+    watched.turns.hold_inference()
+    step = watched.inference()
+    world.spawn("cancelled", lambda: watched.compute(step))
+    world.spawn("cancel", step.cancel)
+
+
+def cancel_a_proof(world: World, watched: Watched) -> None:
+    steps_and_slices(world, watched)
+    world.spawn("cancel", watched.sides[1][0].cancel)
+
+
+def close_all(world: World, watched: Watched) -> None:
+    step, proof = watched.inference(), watched.proof()
+    world.spawn("inference", lambda: watched.compute(step, times=2))
+    world.spawn("proof", lambda: watched.compute(proof, slices=2))
+
+    def hold_and_close() -> None:
+        watched.turns.hold_inference()
+        watched.turns.close()
+
+    world.spawn("close", hold_and_close)
+
+
+def end_from_outside(world: World, watched: Watched) -> None:
+    step, proof = watched.inference(), watched.proof()
+
+    def hang() -> None:
+        try:
+            with step:
+                world.at("device")
+        except TurnsClosed:
+            pass
+        assert not step.computing
+
+    def stop() -> None:
+        step.cancel()
+        step.end()
+
+    world.spawn("hanging", hang)
+    world.spawn("stop", stop)
+    world.spawn("proof", lambda: watched.compute(proof, slices=2))
+
+
+def alone(world: World, watched: Watched) -> None:
+    step, proof = watched.inference(), watched.proof()
+    world.spawn("inference", lambda: watched.compute(step, times=2))
+
+    def prove() -> None:
+        with proof, watched.turns.alone():
+            assert not step.computing
+            world.at("device")
+            assert not step.computing
+
+    world.spawn("proof", prove)
+
+
+ALL = [
+    steps_and_slices,
+    several_steps_and_a_proof,
+    a_step_and_several_proofs,
+    two_proofs_with_slices,
+    hold_and_release,
+    cancel_a_step,
+    cancel_a_waiting_step,
+    cancel_a_proof,
+    close_all,
+    end_from_outside,
+    alone,
+]
+
+
+def explored(instruments: Instruments, parties: Parties, turns: Callable[[], Turns]) -> int:
+    def scenario(world: World) -> Callable[[], None]:
+        watched = Watched(world, turns())
+        parties(world, watched)
+        return watched.check
+
+    return explore(instruments, scenario)
+
+
+@pytest.mark.parametrize("concurrent", [False, True], ids=["exclusive", "concurrent"])
+@pytest.mark.parametrize("parties", ALL, ids=lambda parties: parties.__name__)
+def test_turns(instruments: Instruments, record_property: Record, parties: Parties, concurrent: bool) -> None:
+    record_property("interleavings", explored(instruments, parties, lambda: turns_of(concurrent)))
+
+
+@pytest.mark.parametrize("early_ticks", [1, 2])
+def test_turns_while_time_passes(instruments: Instruments, record_property: Record, early_ticks: int) -> None:
+    """Caps and lingering end at any point between others' operations."""
+
+    def scenario(world: World) -> Callable[[], None]:
+        watched = Watched(world, Turns(Pacing(share=0.5, max_wait_seconds=2.0, linger_seconds=1.0)))
+        step, proof = watched.turns.inference(lambda: True), watched.proof()
+        watched.sides[0].append(step)
+        world.spawn("inference", lambda: watched.compute(step, times=2))
+        world.spawn("proof", lambda: watched.compute(proof, slices=2))
+        return watched.check
+
+    record_property("interleavings", explore(instruments, scenario, early_ticks=early_ticks))
+
+
+class SilentEnd(Turns):
+    """Tells nobody that the device is free."""
+
+    def _give_back(self, turn: Turn) -> None:
+        with self._condition:
+            if self._computing[turn._side] is turn:
+                self._computing[turn._side] = None
+
+
+class SilentCancel(Turns):
+    """Does not wake who is cancelled."""
+
+    def _cancel(self, turn: Turn) -> None:
+        with self._condition:
+            turn._cancelled = True
+
+
+class LooksBeforeTheLock(Turns):
+    """Looks whether the device is free in one critical section, and takes it in another."""
+
+    def _take(self, turn: Turn) -> None:
+        while True:
+            with self._condition:
+                free = not any(self._computing)
+                if not free:
+                    self._condition.wait()
+            if free:
+                break
+        with self._condition:
+            self._computing[turn._side] = turn
+            turn._since = 0.0
+
+
+class LastComeFirstServed(Turns):
+    """Lets whoever came last go first."""
+
+    def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
+        line = self._lines[turn._side]
+        line.reverse()
+        try:
+            return super()._seconds_to_wait(turn, now)
+        finally:
+            line.reverse()
+
+
+class DeafToHolding(Turns):
+    """Lets steps begin while inference is held."""
+
+    def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
+        held, self._held = self._held, False
+        try:
+            return super()._seconds_to_wait(turn, now)
+        finally:
+            self._held = held
+
+
+@pytest.mark.parametrize(
+    ("broken", "parties", "found"),
+    [
+        (SilentEnd, steps_and_slices, "nothing can wake|a wake-up is missing"),
+        (SilentCancel, cancel_a_waiting_step, "nothing can wake|a wake-up is missing"),
+        (LooksBeforeTheLock, steps_and_slices, "two compute at once"),
+        (LastComeFirstServed, several_steps_and_a_proof, "not first come first served"),
+        (DeafToHolding, hold_and_release, "granted while held"),
+    ],
+)
+def test_broken_turns_are_found(instruments: Instruments, broken: type[Turns], parties: Parties, found: str) -> None:
+    with pytest.raises(AssertionError, match=found):
+        explored(instruments, parties, lambda: broken(Pacing(share=0.5, max_wait_seconds=LONG, linger_seconds=0.0)))
