@@ -1,9 +1,13 @@
 """Turns: who computes on the device now. Inference takes it for one step, a proof for one slice.
 
-Inference goes first. While it computes step after step a proof is held back on the host, but for the share of the
-device that is guaranteed to it, and never for longer than a cap; while inference is idle a proof has the device. Where
-both may run at once (``concurrent``), as streams of a GPU or threads on cores, a step never waits; else it waits for
-the slice that runs.
+Inference goes first; while it is idle a proof has the device. Who gives way while it computes step after step:
+
+- One at a time: a step waits for the slice that runs. A proof waits on the host, but for the share of the device that
+  is guaranteed to it, and never for longer than a cap.
+- ``concurrent``, as streams of a GPU or threads on cores: a step never waits. A proof does, as above: slices that are
+  owed to it run beside steps.
+- ``concurrent`` and not ``hold_back``, where priorities alone protect steps: slices run beside steps all the time, and
+  a step waits for one only where they got less than their share.
 """
 
 from __future__ import annotations
@@ -27,16 +31,19 @@ class Pacing:
 
     Args:
         share: of the device's time, guaranteed to proofs that wait while inference computes step after step, in
-            (0, 1): more makes validation faster and users' tokens later. For share / (1 - share) of the time of steps
-            slices run, between them or, where turns are concurrent, beside them: from 0.5 on always.
+            (0, 1): more makes validation faster and users' tokens later. Slices run for share / (1 - share) of the
+            time of steps, between them or, where turns are concurrent, beside them: held back, from 0.5 on always.
         max_wait_seconds: longest that a slice is held back once the device is free.
         linger_seconds: for so long after a step, requests being in flight, the next step is expected, and a proof that
             is owed nothing does not begin.
+        hold_back: let slices wait while inference computes. False where turns are concurrent and priorities give steps
+            what they need: slices run all the time, and share is the least that they get.
     """
 
     share: float = 0.1
     max_wait_seconds: float = 1.0
     linger_seconds: float = 0.005
+    hold_back: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -60,13 +67,21 @@ class Turn:
     Made by `Turns.inference` and `Turns.proof`.
     """
 
-    def __init__(self, turns: Turns, side: int, busy: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        turns: Turns,
+        side: int,
+        busy: Callable[[], bool] | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self._turns = turns
         self._side = side
         self._busy = busy or (lambda: False)
+        self._clock = clock
         self._cancelled = False
         self._waiting = False
         self._since = 0.0
+        self._clock_since = 0.0
         self._owed = False
 
     @property
@@ -122,25 +137,31 @@ class Turn:
 _INFERENCE, _PROOF = 0, 1
 _SMOOTHING = 1 / 16
 """Weight of the latest of lengths that are averaged."""
+_FIRST_SLICE = 1e-3
+"""Seconds that a slice is taken for before one has ended."""
+_A_LITTLE_LATER = 5e-5
 
 
 class Turns:
     """A lock with two sides, first come first served within a side.
 
     Args:
-        pacing: how far proofs are held back; None for not at all, which takes a device that is ``concurrent``.
+        pacing: how far proofs are held back; None for not at all, and nothing is guaranteed to them: that takes a
+            device that is ``concurrent``.
         concurrent: a step and a slice may run at once, on streams of two priorities or on cores; else one waits for the
             other.
 
     Raises:
-        ValueError: neither paced nor concurrent, so that inference would wait for ever.
+        ValueError: neither concurrent nor held back, so that inference would wait for ever.
     """
 
     def __init__(self, pacing: Pacing | None = _DEFAULT, *, concurrent: bool = False) -> None:
-        if pacing is None and not concurrent:
-            raise ValueError("pacing must be a Pacing where concurrent is False, got None")
+        if not concurrent and (pacing is None or not pacing.hold_back):
+            raise ValueError(f"pacing must be a Pacing that holds back where concurrent is False, got {pacing}")
         self._pacing = pacing
         self._concurrent = concurrent
+        # A step waits for slices that are owed; else they run beside it.
+        self._steps_wait = not concurrent or (pacing is not None and not pacing.hold_back)
         self._condition = threading.Condition()
         self._lines: tuple[deque[Turn], deque[Turn]] = (deque(), deque())
         self._computing: list[Turn | None] = [None, None]
@@ -148,6 +169,8 @@ class Turns:
         self._alone = False
         self._closed = False
         self._owed_seconds = 0.0
+        self._counted_until = 0.0
+        self._due_seconds = 0.0
         self._mean_step = 0.0
         self._mean_slice = 0.0
         self._last_step: Turn | None = None
@@ -161,9 +184,14 @@ class Turns:
         """
         return Turn(self, _INFERENCE, busy)
 
-    def proof(self) -> Turn:
-        """A turn for slices of proofs."""
-        return Turn(self, _PROOF)
+    def proof(self, clock: Callable[[], float] | None = None) -> Turn:
+        """A turn for slices of proofs.
+
+        Args:
+            clock: seconds by which slices pay what is owed; `time.thread_time` for a thread of low priority, whose
+                slices take longer than they compute. Read in the thread that computes. `time.monotonic` by default.
+        """
+        return Turn(self, _PROOF, clock=clock)
 
     @property
     def inference_held(self) -> bool:
@@ -220,11 +248,42 @@ class Turns:
         if self._closed:
             raise TurnsClosed("no more turns: they were closed")
 
+    def _proof_wants(self) -> bool:
+        return bool(self._lines[_PROOF]) or self._computing[_PROOF] is not None
+
+    def _count_owed(self, now: float) -> None:
+        """Count what the step that runs owes to proofs, up to now."""
+        if self._computing[_INFERENCE] is not None:
+            if self._pacing is not None and self._proof_wants():
+                self._owed_seconds += (now - self._counted_until) * self._pacing.owed_per_second
+            self._counted_until = now
+
     def _is_owed(self, now: float) -> bool:
-        """Whether the first proof in line goes before inference."""
-        if self._pacing is None or (self._owed_seconds > 0 and self._owed_seconds >= self._mean_slice):
+        """Whether the first proof goes before inference, which then waits for it where it waits for slices at all."""
+        if self._pacing is None:
             return True
-        return bool(self._lines[_PROOF]) and now - self._lines[_PROOF][0]._since >= self._pacing.max_wait_seconds
+        first = self._computing[_PROOF] or (self._lines[_PROOF][0] if self._lines[_PROOF] else None)
+        if first is not None and now - first._since >= self._pacing.max_wait_seconds:
+            return True
+        self._count_owed(now)
+        owed = self._owed_seconds
+        if self._steps_wait:
+            owed = min(owed, self._due_seconds)
+        elif self._pacing.owed_per_second >= 1:
+            return True
+        return owed >= self._slice_seconds
+
+    @property
+    def _slice_seconds(self) -> float:
+        return self._mean_slice or _FIRST_SLICE
+
+    def _seconds_to_owed(self) -> float:
+        """When the step that runs, if it does, will owe a slice."""
+        if self._computing[_INFERENCE] is None:
+            return threading.TIMEOUT_MAX
+        assert self._pacing is not None
+        # Not at the time itself, where a rounded sum may fall short of it.
+        return (self._slice_seconds - self._owed_seconds) / self._pacing.owed_per_second + _A_LITTLE_LATER
 
     def _expected_until(self) -> float:
         """When inference that has just ended a step is no longer expected to begin the next."""
@@ -240,14 +299,13 @@ class Turns:
         if other is not None and not self._concurrent:
             return None
         if turn._side == _INFERENCE:
-            yields = not self._concurrent and bool(self._lines[_PROOF]) and self._is_owed(now)
+            yields = self._steps_wait and self._proof_wants() and self._is_owed(now)
             return None if self._held or self._alone or yields else 0.0
-        if self._held or self._is_owed(now):
+        if self._held or self._pacing is None or not self._pacing.hold_back or self._is_owed(now):
             return 0.0
-        assert self._pacing is not None  # else it were owed
         capped = turn._since + self._pacing.max_wait_seconds - now
         if self._lines[_INFERENCE] or other is not None:
-            return capped
+            return min(capped, self._seconds_to_owed())
         return max(0.0, min(capped, self._expected_until() - now))
 
     def _take(self, turn: Turn) -> None:
@@ -258,6 +316,7 @@ class Turns:
 
     def _wait(self, turn: Turn) -> None:
         turn._waiting, turn._since = True, time.monotonic()
+        self._count_owed(turn._since)  # a proof that comes now is not owed for what was before
         self._lines[turn._side].append(turn)
         try:
             while True:
@@ -273,6 +332,10 @@ class Turns:
             turn._owed = not self._held and (inference_wants or now < self._expected_until())
             self._computing[turn._side] = turn
             turn._since = now
+            if turn._side == _INFERENCE:
+                self._counted_until = now
+            elif turn._clock is not None:
+                turn._clock_since = turn._clock()
         finally:
             turn._waiting = False
             self._lines[turn._side].remove(turn)
@@ -300,20 +363,24 @@ class Turns:
 
     def _account(self, turn: Turn) -> float:
         now = time.monotonic()
+        self._count_owed(now)
         seconds = now - turn._since
         if turn._side == _PROOF:
-            self._mean_slice += (seconds - self._mean_slice) * (_SMOOTHING if self._mean_slice > 0 else 1)
+            paid = seconds
+            if turn._clock is not None:
+                paid = min(seconds, max(0.0, turn._clock() - turn._clock_since))
+            self._mean_slice += (paid - self._mean_slice) * (_SMOOTHING if self._mean_slice > 0 else 1)
             if turn._owed:
                 # Slices that were not owed, but waited too long, are not paid back without end.
-                self._owed_seconds = max(self._owed_seconds - seconds, -seconds)
+                self._owed_seconds = max(self._owed_seconds - paid, -paid)
+                if self._computing[_INFERENCE] is None:  # a step may have waited for it
+                    self._due_seconds -= now - max(turn._since, self._last_step_end)
         else:
             self._mean_step += (seconds - self._mean_step) * (_SMOOTHING if self._mean_step > 0 else 1)
             self._last_step, self._last_step_end = turn, now
-            if self._pacing is not None and (self._lines[_PROOF] or self._computing[_PROOF] is not None):
-                owed = self._owed_seconds + seconds * self._pacing.owed_per_second
+            if self._pacing is not None:
                 # What a long step owes is not paid at one go: others' next token would wait for all of it.
-                most = self._mean_slice + 2 * self._mean_step * self._pacing.owed_per_second
-                self._owed_seconds = min(owed, most)
+                self._due_seconds = self._slice_seconds + 2 * self._mean_step * self._pacing.owed_per_second
         return seconds
 
     def _cancel(self, turn: Turn) -> None:

@@ -487,7 +487,7 @@ class Instruments:
     def monotonic(self) -> float:
         return self.world.now
 
-    perf_counter = monotonic
+    perf_counter = thread_time = monotonic
 
     def sleep(self, seconds: float) -> None:
         self.world.sleep(seconds)

@@ -17,6 +17,16 @@ LONG = 1000.0
 """Seconds of virtual time that pass only where a wake-up is missing."""
 
 
-def turns_of(concurrent: bool = False) -> Turns:
-    """Turns in which nobody waits for time to pass."""
-    return Turns(Pacing(share=0.5, max_wait_seconds=LONG, linger_seconds=0.0), concurrent=concurrent)
+MODES: dict[str, dict[str, bool]] = {
+    "exclusive": {"concurrent": False, "hold_back": True},
+    "concurrent": {"concurrent": True, "hold_back": True},
+    "free": {"concurrent": True, "hold_back": False},
+}
+"""How steps and slices share a device. A node is concurrent on a GPU and free on a processor."""
+
+
+def turns_of(mode: str = "exclusive", share: float = 0.5, max_wait: float = LONG, linger: float = 0.0) -> Turns:
+    """Turns in which nobody waits for time to pass, unless told to."""
+    concurrent, hold_back = MODES[mode].values()
+    pacing = Pacing(share=share, max_wait_seconds=max_wait, linger_seconds=linger, hold_back=hold_back)
+    return Turns(pacing, concurrent=concurrent)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from interleaving import Instruments, World, explore
-from scenarios import LONG, THOROUGH, Record, turns_of
+from scenarios import LONG, MODES, THOROUGH, Record, turns_of
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import (
@@ -279,11 +279,12 @@ def worker_of(manager: PoCManager, turns: Turns) -> ProofWorker:
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
 def test_a_worker_whose_round_is_stopped_and_that_is_closed(
-    working: Instruments, record_property: Record, alone_distances: dict[int, float]
+    working: Instruments, record_property: Record, alone_distances: dict[int, float], mode: str
 ) -> None:
     def scenario(world: World) -> Callable[[], None]:
-        manager, turns = manager_in(world), turns_of()
+        manager, turns = manager_in(world), turns_of(mode)
         worker = worker_of(manager, turns)
         manager.start_round(config(), PoCState.VALIDATING)
         worker.start()
@@ -325,17 +326,19 @@ def test_a_worker_whose_round_is_stopped_and_that_is_closed(
     record_property("interleavings", explore(working, scenario, most_preemptions=2 if THOROUGH else 1))
 
 
+@pytest.mark.parametrize("mode", MODES)
 def test_a_worker_answers_whoever_submits(
     working: Instruments,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
     alone_distances: dict[int, float],
+    mode: str,
 ) -> None:
     working.patch(monkeypatch, futures_module)
 
     def scenario(world: World) -> Callable[[], None]:
         manager = manager_in(world)
-        worker = worker_of(manager, turns_of())
+        worker = worker_of(manager, turns_of(mode))
         manager.start_round(config(), PoCState.VALIDATING)
         worker.start()
         answers: list[tuple[int, list[float]]] = []
@@ -361,9 +364,10 @@ def test_a_worker_answers_whoever_submits(
     record_property("interleavings", explore(working, scenario, most_preemptions=2 if THOROUGH else 1))
 
 
-def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, record_property: Record) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, record_property: Record, mode: str) -> None:
     def scenario(world: World) -> Callable[[], None]:
-        manager, turns = manager_in(world), turns_of()
+        manager, turns = manager_in(world), turns_of(mode)
         worker = worker_of(manager, turns)
         moved_on = working.Event()
         forwards = 0

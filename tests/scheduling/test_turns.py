@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -86,8 +87,15 @@ def run(instruments: Instruments, turns: Callable[[], Turns], setup: Callable[[T
     return made[0]
 
 
-def paced(share: float = 0.1, cap: float = 1000.0, linger: float = 0.0, concurrent: bool = False) -> Turns:
-    return Turns(Pacing(share=share, max_wait_seconds=cap, linger_seconds=linger), concurrent=concurrent)
+def paced(
+    share: float = 0.1,
+    cap: float = 1000.0,
+    linger: float = 0.0,
+    concurrent: bool = False,
+    hold_back: bool = True,
+) -> Turns:
+    pacing = Pacing(share=share, max_wait_seconds=cap, linger_seconds=linger, hold_back=hold_back)
+    return Turns(pacing, concurrent=concurrent)
 
 
 # ---- one device ----
@@ -284,22 +292,72 @@ def test_where_both_compute_at_once_a_step_never_waits(instruments: Instruments)
 
 def test_where_both_compute_at_once_slices_are_held_back_all_the_same(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
-        timeline.party("inference", timeline.turns.inference(), 4)
-        timeline.party("proof", timeline.turns.proof(), 1, at=1)
-        timeline.party("inference", timeline.turns.inference(), 1, at=10)
-        timeline.party("unpaced", Turns(None, concurrent=True).proof(), 1, at=10)
+        timeline.party("inference", timeline.turns.inference(), 40)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 1, 1, 1, 1, at=1)
 
     timeline = run(instruments, lambda: paced(concurrent=True), setup)
-    assert [span for span in timeline.spans if span[0] == "proof"] == [("proof", 4, 5)]
+    begins = [began for name, began, _ in timeline.spans if name == "proof"]
+    # The first is taken for 1 ms, which the step owes 9 ms after the proof came; then a slice of 1 s is owed every 9 s.
+    # When the step is over, there is nothing to wait for.
+    assert begins == pytest.approx([1.009, 19, 28, 37, 40], abs=1e-3)
+
+
+def test_what_a_step_owed_before_a_proof_came_is_not_counted(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(), 1000, 1)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 1, at=900)
+
+    timeline = run(instruments, lambda: paced(concurrent=True), setup)
+    assert [began for name, began, _ in timeline.spans if name == "proof"] == pytest.approx([900.009, 918], abs=1e-3)
+
+
+def test_half_the_device_is_a_slice_always(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 30)
+        timeline.sliced("proof", timeline.turns.proof(), *[0.7] * 20, at=0.5)
+
+    timeline = run(instruments, lambda: paced(0.5, linger=100.0, concurrent=True), setup)
+    proofs = [span for span in timeline.spans if span[0] == "proof"]
+    assert proofs[0][1] == 0.5
+    assert all(before[2] == after[1] for before, after in itertools.pairwise(proofs))
+    assert timeline.waits[1:] == [0] * 29
 
 
 def test_where_both_compute_at_once_the_cap_ends_within_a_step(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("inference", timeline.turns.inference(), 100)
-        timeline.party("proof", timeline.turns.proof(), 1, at=2)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 1, at=2)
 
-    timeline = run(instruments, lambda: paced(concurrent=True, cap=5.0), setup)
-    assert timeline.spans == [("proof", 7, 8), ("inference", 0, 100)]
+    timeline = run(instruments, lambda: paced(0.001, concurrent=True, cap=5.0), setup)
+    begins = [began for name, began, _ in timeline.spans if name == "proof"]
+    assert begins == pytest.approx([3, 9], abs=1e-2)
+
+
+def test_slices_that_are_not_held_back_run_beside_steps_and_nobody_waits(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 5)
+        timeline.party("proof", timeline.turns.proof(), *[0.5] * 10, at=0.25)
+
+    # Slices get more than the share: half of it would be enough.
+    timeline = run(instruments, lambda: paced(0.25, linger=100.0, concurrent=True, hold_back=False), setup)
+    assert timeline.waits == [0] * 15
+    assert max(end for *_, end in timeline.spans) == 5.25
+
+
+def test_a_step_waits_for_a_slice_that_is_late(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(lambda: True), 1, 1, 1, at=0.5)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 10)
+
+    # The first slice ends within the first step; a second that lasts longer than the cap is waited for.
+    spans = run(instruments, lambda: paced(cap=1.0, concurrent=True, hold_back=False), setup).spans
+    assert spans == [
+        ("proof", 0, 1),
+        ("inference", 0.5, 1.5),
+        ("inference", 1.5, 2.5),
+        ("proof", 1, 11),
+        ("inference", 11, 12),
+    ]
 
 
 def test_without_pacing_nobody_waits_for_the_other_side(instruments: Instruments) -> None:
@@ -356,19 +414,41 @@ def test_who_waits_to_be_alone_is_woken_by_the_end(instruments: Instruments) -> 
 # ---- the guaranteed share ----
 
 
-@given(
-    share=st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.8]),
-    slice_seconds=st.sampled_from([0.005, 0.02, 0.1]),
-    seed=st.integers(0, 2**32 - 1),
-)
-@settings(max_examples=20)
-def test_the_share_is_kept_while_both_sides_want_the_device(share: float, slice_seconds: float, seed: int) -> None:
-    source = random.Random(seed)
-    steps = [source.uniform(0.01, 0.02) for _ in range(300)]
-    slices = [source.uniform(slice_seconds, 2 * slice_seconds) for _ in range(3000)]
+class Device:
+    """What a step and a slice compute on, at once or not; a slice that priorities starve stands still beside a step."""
+
+    def __init__(self, timeline: Timeline, starves: bool) -> None:
+        self.timeline, self.starves = timeline, starves
+        self.computed = {"inference": 0.0, "proof": 0.0}
+        self.behind: list[float] = []
+        self._steps = False
+
+    def step(self, seconds: float) -> None:
+        self._steps = True
+        self.timeline.world.sleep(seconds)
+        self._steps = False
+        self.computed["inference"] += seconds
+
+    def slice(self, seconds: float) -> None:
+        while seconds > 1e-9:
+            part = min(seconds, 0.001)
+            beside = self._steps
+            self.timeline.world.sleep(part)
+            if not (self.starves and (beside or self._steps)):
+                seconds -= part
+                self.computed["proof"] += part
+
+    def clock(self) -> float:
+        return self.computed["proof"]
+
+
+def play(turns: Callable[[], Turns], steps: list[float], slices: Iterator[float], starves: bool = False) -> Device:
+    """Step after step, beside slices without end."""
+    made: list[Device] = []
 
     def setup(timeline: Timeline) -> None:
-        timeline.sliced("proof", timeline.turns.proof(), *slices)
+        device = Device(timeline, starves)
+        made.append(device)
 
         def infer() -> None:
             turn = timeline.turns.inference(lambda: True)
@@ -376,28 +456,76 @@ def test_the_share_is_kept_while_both_sides_want_the_device(share: float, slice_
                 asked = timeline.world.now
                 with turn:
                     timeline.waits.append(timeline.world.now - asked)
-                    timeline._compute("inference", seconds)
+                    device.step(seconds)
+                rate = timeline.turns._pacing.owed_per_second
+                device.behind.append(device.computed["inference"] * rate - device.computed["proof"])
             timeline.turns.close()
 
+        def prove() -> None:
+            try:
+                with timeline.turns.proof(device.clock if starves else None) as turn:
+                    for seconds in slices:
+                        device.slice(seconds)
+                        turn.pause()
+            except TurnsClosed:
+                timeline.closed.append("proof")
+
+        timeline.world.spawn("proof", prove)
         timeline.world.spawn("inference", infer)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         instruments = Instruments()
         instruments.patch(monkeypatch, turns_module)
-        timeline = run(instruments, lambda: paced(share, linger=0.005), setup)
-    assert timeline.closed == ["proof"]  # there were slices to the end
-    first = next(place for place, (name, *_) in enumerate(timeline.spans) if name == "inference")
-    computed = dict.fromkeys(("inference", "proof"), 0.0)
-    owed_per_second = share / (1 - share)
-    longest_slice, longest_step = max(slices), max(steps)
-    for name, began, ended in timeline.spans[first:]:
-        computed[name] += ended - began
-        # At every time, but for a slice that is not owed yet and what is owed at most.
-        behind = computed["inference"] * owed_per_second - computed["proof"]
-        assert -longest_slice <= behind + 1e-9
-        assert behind - 1e-9 <= longest_slice + 2 * longest_step * owed_per_second
+        run(instruments, turns, setup)
+    assert made[0].timeline.closed == ["proof"]
+    return made[0]
+
+
+MODES = {
+    "exclusive": {},
+    "beside": {"concurrent": True},
+    "starved": {"concurrent": True, "hold_back": False},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(
+    share=st.sampled_from([0.05, 0.1, 0.25, 0.4]),
+    slice_seconds=st.sampled_from([0.005, 0.02, 0.1]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=10)
+def test_the_share_is_kept_while_both_sides_want_the_device(
+    mode: str, share: float, slice_seconds: float, seed: int
+) -> None:
+    source = random.Random(seed)
+    steps = [source.uniform(0.01, 0.02) for _ in range(300)]
+    slices = iter(lambda: source.uniform(slice_seconds, 2 * slice_seconds), None)
+    device = play(lambda: paced(share, linger=0.005, **MODES[mode]), steps, slices, starves=mode == "starved")
+    rate, longest_slice, longest_step = share / (1 - share), 2 * slice_seconds, max(steps)
+    # At every time, but for a slice that is not owed yet or is under way, and what is not paid at one go.
+    assert max(device.behind) <= 2 * longest_slice + 2 * longest_step * rate + 1e-9
+    # And no more than it, but for slices that ran before the first step and the one that begins it.
+    if mode != "starved":
+        assert min(device.behind) >= -3 * longest_slice
     # What is owed is paid at one go, after the slice that runs.
-    assert max(timeline.waits) <= 2 * longest_slice + 2 * longest_step * owed_per_second + 1e-9
+    if mode == "beside":
+        assert max(device.timeline.waits) == 0
+    else:
+        assert max(device.timeline.waits) <= 2 * longest_slice + 2 * longest_step * rate + 0.002
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("share", [0.1, 0.3])
+@pytest.mark.parametrize(("every", "long_step"), [(10, 0.3), (16, 0.5), (30, 1.0)])
+def test_what_long_steps_owe_is_paid_and_not_at_one_go(mode: str, share: float, every: int, long_step: float) -> None:
+    steps = [long_step if place % every == every - 1 else 0.01 for place in range(20 * every)]
+    device = play(lambda: paced(share, **MODES[mode]), steps, itertools.repeat(0.002), starves=mode == "starved")
+    rate = share / (1 - share)
+    assert device.computed["proof"] >= 0.95 * rate * sum(steps) - long_step * rate
+    # The next token waits for little of what a long step owes.
+    mean_step = 0.01 + 2 * long_step / 16
+    assert max(device.timeline.waits) <= 2 * 0.002 + 2 * rate * mean_step + 0.002
 
 
 # ---- threads, errors ----
@@ -492,6 +620,7 @@ def test_times_that_are_none(name: str, value: float) -> None:
 
 
 def test_pacing_is_needed_where_one_computes_at_a_time() -> None:
-    with pytest.raises(ValueError, match="pacing must be a Pacing where concurrent is False, got None"):
-        Turns(None)
+    for pacing in (None, Pacing(hold_back=False)):
+        with pytest.raises(ValueError, match="pacing must be a Pacing that holds back where concurrent is False, got"):
+            Turns(pacing)
     assert [Pacing(share=share).owed_per_second for share in (0.5, 0.75)] == [1, 3]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from interleaving import Instruments, World, explore
-from scenarios import LONG, THOROUGH, Record, turns_of
+from scenarios import LONG, MODES, THOROUGH, Record, turns_of
 
 from poc_kernels.scheduling import Pacing, Turn, Turns, TurnsClosed
 
@@ -62,10 +62,10 @@ class Watched:
             return "closed"
         return "done"
 
-    def check(self) -> None:
-        """Nothing is left, and nobody was woken by a time-out."""
+    def check(self, until: float = 0.0) -> None:
+        """Nothing is left, and nobody was woken by a time-out after ``until``."""
         assert not any(turn.waiting or turn.computing for side in self.sides for turn in side)
-        assert self.world.now < LONG, "somebody slept until a deadline: a wake-up is missing"
+        assert self.world.now <= until, "somebody slept until a deadline: a wake-up is missing"
 
 
 Parties = Callable[[World, Watched], None]
@@ -195,23 +195,26 @@ def explored(instruments: Instruments, parties: Parties, turns: Callable[[], Tur
     return explore(instruments, scenario)
 
 
-@pytest.mark.parametrize("concurrent", [False, True], ids=["exclusive", "concurrent"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("parties", ALL, ids=lambda parties: parties.__name__)
-def test_turns(instruments: Instruments, record_property: Record, parties: Parties, concurrent: bool) -> None:
-    record_property("interleavings", explored(instruments, parties, lambda: turns_of(concurrent)))
+def test_turns(instruments: Instruments, record_property: Record, parties: Parties, mode: str) -> None:
+    record_property("interleavings", explored(instruments, parties, lambda: turns_of(mode, share=0.25)))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("early_ticks", [1, 2])
-def test_turns_while_time_passes(instruments: Instruments, record_property: Record, early_ticks: int) -> None:
+def test_turns_while_time_passes(
+    instruments: Instruments, record_property: Record, early_ticks: int, mode: str
+) -> None:
     """Caps and lingering end at any point between others' operations."""
 
     def scenario(world: World) -> Callable[[], None]:
-        watched = Watched(world, Turns(Pacing(share=0.5, max_wait_seconds=2.0, linger_seconds=1.0)))
+        watched = Watched(world, turns_of(mode, share=0.4, max_wait=2.0, linger=1.0))
         step, proof = watched.turns.inference(lambda: True), watched.proof()
         watched.sides[0].append(step)
         world.spawn("inference", lambda: watched.compute(step, times=2))
         world.spawn("proof", lambda: watched.compute(proof, slices=2))
-        return watched.check
+        return lambda: watched.check(LONG / 2)
 
     record_property("interleavings", explore(instruments, scenario, early_ticks=early_ticks))
 
