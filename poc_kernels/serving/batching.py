@@ -144,6 +144,7 @@ class Batching:
         self._manager.output_router = router
         self._manager._generation_step = self._step_in_turn(self._manager._generation_step)
         self._manager._generation_loop_body = self._until_no_turns(self._manager._generation_loop_body)
+        self._manager._run_generation_loop = self._on_its_stream(self._manager._run_generation_loop)
         try:
             # As its warmup() does it. Left to CB's thread, the cache comes some time after start() returned.
             with torch.no_grad(), streams.inference():
@@ -174,12 +175,20 @@ class Batching:
     def _until_no_turns(self, body: Callable[..., bool]) -> Callable[..., bool]:
         def loop_body(*args: Any, **kwargs: Any) -> bool:
             try:
-                with self._streams.inference():
-                    return body(*args, **kwargs)
+                return body(*args, **kwargs)
             except TurnsClosed:
                 return False  # the loop's own way to end; an error would be logged as a fault
 
         return loop_body
+
+    def _on_its_stream(self, loop: Callable[[], None]) -> Callable[[], None]:
+        """The whole thread: it begins by clearing the tensors of the steps to come."""
+
+        def run() -> None:
+            with self._streams.inference():
+                loop()
+
+        return run
 
     def submit(
         self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput

@@ -8,12 +8,13 @@ import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from served import TIMEOUT, client, error_of, eventually, load, serving, started
 from transformers import Qwen3ForCausalLM
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from poc_kernels.scheduling import StreamPartition, Turns
@@ -137,9 +138,10 @@ def test_a_request_may_fill_the_cache_and_no_more(tiny_model_dir: Path, block_si
 class Streams(StreamPartition):
     """A partition that tells who is inside, and what was given to it."""
 
+    inside: ClassVar[set[int]] = set()
+
     def __init__(self) -> None:
         super().__init__("cpu")
-        self.inside = set[int]()
         self.given: list[Any] = []
 
     @contextlib.contextmanager
@@ -191,7 +193,15 @@ class Batched:
         return await asyncio.wait_for(done, TIMEOUT)
 
 
-def test_every_step_has_its_turn_and_its_stream(tiny_model_dir: Path) -> None:
+def test_every_step_has_its_turn_and_its_stream(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[bool] = []
+    reset = ContinuousBatchingIOs._reset_static_tensors
+
+    def look_and_reset(*arguments: Any, **named: Any) -> None:
+        cleared.append(threading.get_ident() in Streams.inside)
+        reset(*arguments, **named)
+
+    monkeypatch.setattr(ContinuousBatchingIOs, "_reset_static_tensors", look_and_reset)
     batched = Batched(tiny_model_dir)
     try:
         answer = asyncio.run(batched.ask())
@@ -201,6 +211,7 @@ def test_every_step_has_its_turn_and_its_stream(tiny_model_dir: Path) -> None:
     assert len(answer.generated_tokens) == 5
     assert len(batched.forwards) >= 5
     assert set(batched.forwards) == {(True, True)}
+    assert set(cleared) == {True}  # what steps read, when the thread begins too
     assert [type(each).__name__ for each in batched.streams.given] == ["ContinuousBatchProcessor"]
     assert batched.model.config._attn_implementation == batched.attention
 
