@@ -104,6 +104,12 @@ def _add_serve(commands: Any) -> None:
     add("--max-queued-nonces", type=int, default=100_000, help="most nonces waiting to be validated")
     add("--result-seconds", type=float, default=3600.0, help="how long verdicts are kept for those who ask later")
     add("--max-proof-tokens", type=int, default=65536, help="most batch_size * seq_len of a round")
+    add(
+        "--validation-pacing",
+        choices=["auto", "held", "free"],
+        default="auto",
+        help="while users are served, slices of validation wait for their share, or run beside on priorities alone",
+    )
     add("--validation-share", type=float, default=0.1, help="share of the device that validation is sure of")
     add("--validation-wait-seconds", type=float, default=1.0, help="longest that a slice of validation is held back")
     add("--slice-seconds", type=float, default=0.002, help="longest that a slice of validation should take")

@@ -1,4 +1,4 @@
-"""Validation beside inference on one device: streams of two priorities, slices, and who computes when.
+"""Validation beside inference on one device: two priorities, slices, and who computes when.
 
 It knows neither a server nor a protocol: another serving stack can use `StreamPartition`, `Turns` and `SlicedForward`
 as they are.

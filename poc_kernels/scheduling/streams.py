@@ -1,18 +1,26 @@
-"""Two streams of one device: inference on a high priority, validation on the lowest. Neither is the default stream."""
+"""Two priorities on one device: inference high, validation the lowest.
+
+On a GPU they are those of two streams, neither of them the default stream; on a processor, those of threads.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_LOWEST_PRIORITY = 19
+
 
 class StreamPartition:
-    """The two streams of a device, and how tensors pass between them. On a processor, which has none, nothing happens.
+    """The two streams of a device, and how tensors pass between them. A processor has none: see `lower_thread`.
 
     A priority decides whose blocks a free multiprocessor takes next; blocks that run are not interrupted. Graphs keep
     the priorities of the stream that they are captured on, so enter `inference` or `validation` before a capture.
@@ -74,6 +82,25 @@ class StreamPartition:
         """The current stream of this thread is that of validation inside the block."""
         with self._on(self._validation):
             yield
+
+    @property
+    def lowers_threads(self) -> bool:
+        """Whether `lower_thread` does something: on a processor under Linux, where each thread has a priority."""
+        return self.device.type == "cpu" and sys.platform == "linux"
+
+    def lower_thread(self) -> bool:
+        """Give the calling thread, one of validation, the lowest priority of a processor, and whoever it starts.
+
+        Call it before the thread computes: OpenMP starts the threads that help a thread at its first parallel call, and
+        they inherit. Where cores are wanted the thread then has about 1/70 of a core beside each thread of inference
+        (nice 19). It cannot be raised again without privileges, so it is to be a thread of its own.
+
+        Returns:
+            Whether it was lowered; never on a GPU.
+        """
+        if self.lowers_threads:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        return self.lowers_threads
 
     @contextlib.contextmanager
     def _on(self, stream: Any) -> Iterator[None]:

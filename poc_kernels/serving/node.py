@@ -80,7 +80,12 @@ class Node:
         if model is None:
             model, tokenizer = load_model(settings)
         self.settings = settings
-        pacing = Pacing(share=settings.validation_share, max_wait_seconds=settings.validation_wait_seconds)
+        self.streams = StreamPartition(model.device, validation_multiprocessors=settings.validation_multiprocessors)
+        pacing = Pacing(
+            share=settings.validation_share,
+            max_wait_seconds=settings.validation_wait_seconds,
+            hold_back=settings.hold_back(self.streams.lowers_threads),
+        )
         self.turns = Turns(pacing, concurrent=True)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(
@@ -89,7 +94,7 @@ class Node:
             slice_seconds=settings.slice_seconds,
             alone=self.turns.alone,
         )
-        self.streams = StreamPartition(model.device, validation_multiprocessors=settings.validation_multiprocessors)
+        self.streams.begin()  # what the engine and the model were made of is there
         self.metrics = Metrics()
         self.manager = PoCManager(self.engine, self.metrics.batch, slice_seconds=settings.slice_seconds)
         limits = InferenceLimits(

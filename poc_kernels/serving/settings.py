@@ -30,6 +30,9 @@ class Settings:
         max_queued_nonces: most nonces waiting to be validated; more get 429.
         result_seconds: how long verdicts are kept for those who ask for them later.
         max_proof_tokens: most batch_size * seq_len of a round.
+        validation_pacing: what slices of validation do while users' steps compute. "held": they wait, but for the share
+            that they are sure of; "free": they run beside steps on the device's priorities alone, and a step waits for
+            them only where they got less; "auto": free on a processor under Linux, else held.
         validation_share: share of the device, in (0, 1), that validation is sure of while users are served: more makes
             validation faster and users' tokens later.
         validation_wait_seconds: longest that a slice of validation is held back for users.
@@ -66,6 +69,7 @@ class Settings:
     max_queued_nonces: int = 100_000
     result_seconds: float = 3600.0
     max_proof_tokens: int = 65536
+    validation_pacing: str = "auto"
     validation_share: float = 0.1
     validation_wait_seconds: float = 1.0
     slice_seconds: float = 0.002
@@ -82,6 +86,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype}")
+        if self.validation_pacing not in ("auto", "held", "free"):
+            raise ValueError(f"validation_pacing must be auto, held or free, got {self.validation_pacing}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65536), got {self.port}")
         for name, value in vars(self).items():
@@ -108,3 +114,7 @@ class Settings:
         for name in ("token", "callback_key"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must not be empty; leave it out for none")
+
+    def hold_back(self, lowers_threads: bool) -> bool:
+        """`Pacing.hold_back` by validation_pacing, on a device with priorities of threads or not."""
+        return self.validation_pacing == "held" or (self.validation_pacing == "auto" and not lowers_threads)

@@ -40,7 +40,7 @@ class ProofWorker:
     Args:
         manager: whose rounds to run.
         turns: the device, shared with inference.
-        streams: batches run on the stream of validation.
+        streams: batches run on the stream of validation, or in a thread of low priority.
         callbacks: where proofs and verdicts go.
         metrics: told of failures and frauds.
         drain: waits up to so many seconds until no request is in flight; whether none is.
@@ -68,7 +68,8 @@ class ProofWorker:
     ) -> None:
         self._manager = manager
         self._turns = turns
-        self._turn = turns.proof()
+        # A thread of low priority stands still where inference computes: it pays with what it computed itself.
+        self._turn = turns.proof(time.thread_time if streams.lowers_threads else None)
         self._streams = streams
         self._in_flight = InFlight(manager.engine.device, most_in_flight)
         self._callbacks = callbacks
@@ -79,6 +80,7 @@ class ProofWorker:
         self.queue = ValidationQueue(max_queued_nonces, result_seconds, self._ended)
         self._condition = threading.Condition()
         self._holding = False
+        self._drain_end: float | None = None
         self._closing = False
         self._idle = False
         self._progressed = time.monotonic()
@@ -95,12 +97,17 @@ class ProofWorker:
             self._closing = True
             self._condition.notify_all()
         self.queue.close(_SHUTTING_DOWN)
+        self._turn.cancel()  # a slice that is held back is not waited for
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
     def wake(self) -> None:
         """Look at the manager's state anew: call it after every change. Validations of a round that ended end."""
         self.queue.cancel(self._is_over, "the round ended while the batch was validated")
+        if self._manager.state == PoCState.GENERATING:
+            self._drain_ends()
+        else:
+            self._drain_end = None
         self._notify()
 
     def _notify(self) -> None:
@@ -160,6 +167,7 @@ class ProofWorker:
 
     def _run(self) -> None:
         try:
+            self._streams.lower_thread()
             with self._streams.validation():
                 while self._wait():
                     self._step()
@@ -195,16 +203,25 @@ class ProofWorker:
                 if not self._closing:
                     self._condition.wait(_RETRY_SECONDS)
 
-    def _hold_inference(self) -> None:
-        deadline = time.monotonic() + self._drain_seconds
+    def _drain_ends(self) -> float:
+        """When requests in flight are paused; the time begins with the phase, whatever forward is under way then."""
+        with self._condition:
+            if self._drain_end is None:
+                self._drain_end = time.monotonic() + self._drain_seconds
+            return self._drain_end
+
+    def _hold_inference(self, wait: bool = True) -> None:
+        """Once no request is in flight, or those that are had their time; without ``wait`` only if that is so now."""
         drained = False
         while self._manager.state == PoCState.GENERATING and not self._closing and not drained:
-            left = deadline - time.monotonic()
+            left = self._drain_ends() - time.monotonic()
             if left <= 0:
                 logger.warning("requests in flight are paused until the round's generating phase ends")
                 break
-            drained = self._drain(min(left, 0.1))
+            drained = self._drain(min(left, 0.1) if wait else 0.0)
             self._progressed = time.monotonic()
+            if not drained and not wait:
+                return
         self._turns.hold_inference()
         self._holding = True
 
@@ -290,6 +307,8 @@ class ProofWorker:
         self._progressed = time.monotonic()
         if self._closing:
             raise RoundEndedError(_SHUTTING_DOWN)
+        if not self._holding and self._manager.state == PoCState.GENERATING:
+            self._hold_inference(wait=False)  # what is left of a validation's forward is held back no more
 
     def _succeeded(self) -> None:
         self._progressed = time.monotonic()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -30,6 +34,38 @@ def test_on_a_processor_nothing_happens() -> None:
     in_flight = InFlight(torch.device("cpu"), 1)
     for _ in range(5):
         in_flight.mark()
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+
+
+@ON_LINUX
+def test_a_thread_of_validation_has_the_lowest_priority_and_so_do_those_it_starts() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def lower() -> tuple[bool, int, set[int]]:
+        lowered = StreamPartition("cpu").lower_thread()
+        # OpenMP's own threads, which this thread's first parallel call starts.
+        before = set(os.listdir("/proc/self/task"))
+        torch.set_num_threads(2)
+        torch.randn(2**22).add_(1)
+        started = set(os.listdir("/proc/self/task")) - before
+        return lowered, priority(), {os.getpriority(os.PRIO_PROCESS, int(task)) for task in started}
+
+    before = priority()
+    with ThreadPoolExecutor(1) as pool:
+        assert StreamPartition("cpu").lowers_threads
+        assert pool.submit(lower).result() == (True, 19, {19})
+    assert priority() == before
+
+
+def test_where_threads_have_no_priorities_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "setpriority", None)
+    partition = StreamPartition("cpu")
+    assert not partition.lowers_threads
+    assert not partition.lower_thread()
 
 
 def test_errors_inside_go_through() -> None:
@@ -116,6 +152,7 @@ def test_two_streams_of_two_priorities_that_wait_for_what_was_before(cuda: Devic
     assert partition.device == CUDA
     inference, validation = partition.inference_stream, partition.validation_stream
     assert cuda.made == [inference, validation]
+    assert not partition.lower_thread()  # streams have priorities there
     assert inference.options["priority"] < validation.options["priority"]  # the lower the number, the greater
     assert inference.waited == validation.waited == [cuda.current]
     before = cuda.current

@@ -145,7 +145,7 @@ def test_users_are_served_while_validating(
         verdict = pool.submit(posted, http, "/validate", claim(range(60)))
         eventually(lambda: status(http)["queued_nonces"] == 60)
         assert text_of(http.post(CHAT, json=chat(max_tokens=8))) == expected
-        assert status(http)["queued_nonces"] == 60  # turns were taken: the validation goes on
+        assert status(http)["queued_nonces"] > 0  # beside it, the validation goes on
         assert verdict.result(TIMEOUT)["distances"] == alone.distances(range(60))
 
 

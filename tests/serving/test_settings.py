@@ -43,6 +43,7 @@ def test_numbers_must_be_finite(name: str, value: float) -> None:
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got int8"),
+        ({"validation_pacing": "fast"}, "validation_pacing must be auto, held or free, got fast"),
         ({"port": 65536}, r"port must be in \[0, 65536\), got 65536"),
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
         ({"validation_share": 0.0}, r"validation_share must be in \(0, 1\), got 0.0"),
@@ -61,3 +62,12 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
 def test_they_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings(model="m").port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("lowers_threads", [False, True])
+def test_slices_are_held_back_where_nothing_else_protects_users(lowers_threads: bool) -> None:
+    chosen = {
+        pacing: Settings(model="m", validation_pacing=pacing).hold_back(lowers_threads)
+        for pacing in ("auto", "held", "free")
+    }
+    assert chosen == {"auto": not lowers_threads, "held": True, "free": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -116,6 +117,59 @@ def test_time_that_users_took_is_counted(make: Callable[..., Parts]) -> None:
     result.result(TIMEOUT)
     assert told[0] >= 0.05
     assert len(told) > 1  # once a slice
+
+
+class Starved:
+    """A device with pacing that holds a slice back for an hour, and a step that never ends."""
+
+    def __init__(self, make: Callable[..., Parts], **options: Any) -> None:
+        self.parts = make(turns=Turns(Pacing(share=1e-6, max_wait_seconds=3600.0), concurrent=True), **options)
+        self.parts.begin(PoCState.VALIDATING)
+        self.step = self.parts.turns.inference(busy=lambda: True)
+
+
+def test_a_worker_that_is_held_back_closes_at_once(make: Callable[..., Parts]) -> None:
+    starved = Starved(make)
+    with starved.step:
+        result = starved.parts.worker.submit(proof(1))
+        eventually(lambda: starved.parts.worker._turn.waiting)
+        began = time.monotonic()
+        starved.parts.worker.close(TIMEOUT)
+        assert time.monotonic() - began < TIMEOUT / 2
+        assert starved.parts.ended()
+    with pytest.raises(RoundEndedError, match="the node is shutting down"):
+        result.result(TIMEOUT)
+
+
+def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., Parts]) -> None:
+    """The time that requests in flight have begins with the phase, and is not that of the forward that is held back."""
+    asked: list[float] = []
+
+    def drain(seconds: float) -> bool:
+        asked.append(seconds)
+        return False
+
+    parts = make(turns=Turns(Pacing(max_wait_seconds=0.001), concurrent=True), drain=drain, drain_seconds=0.05)
+    parts.begin(PoCState.VALIDATING)
+    held: list[bool] = []
+
+    def forward(x: Any, pause: Callable[[], None]) -> Any:
+        if parts.manager.state == PoCState.VALIDATING:
+            parts.manager.set_phase(PoCState.GENERATING)
+            parts.worker.wake()
+            held.append(parts.turns.inference_held)
+            pause()
+            held.append(parts.turns.inference_held)
+            eventually(lambda: pause() or parts.turns.inference_held)
+            held.append(parts.turns.inference_held)
+        return type(parts.engine).forward(parts.engine, x)
+
+    parts.engine.forward = forward  # type: ignore[method-assign]
+    with parts.turns.inference(busy=lambda: True):
+        verdict = parts.worker.submit(proof(1, 0.5)).result(TIMEOUT)
+    assert verdict.dist == alone(1)
+    assert held == [False, False, True]
+    assert asked[0] == 0.0
 
 
 # ---- every state, every change ----
