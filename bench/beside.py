@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +25,18 @@ import beside_results
 import conditions
 import round_models
 import torch
-from beside_load import Block, Condition, DifferenceError, Rig, poisson, run_block, saturation
+from beside_load import EQUAL, PARTITION, Block, Condition, DifferenceError, Rig, poisson, run_block, saturation
 from beside_node import Node, device_of
 
-from poc_kernels.scheduling import Pacing
+from poc_kernels.scheduling import Pacing, threads_have_priorities
+from poc_kernels.serving.settings import Settings
 
-DEFAULT_SHARE = Pacing().share
+DEFAULT_SHARE = Settings(model="").validation_share
 ALONE = Condition(beside_results.ALONE, validation=False)
 SOLO = Condition(beside_results.SOLO, chat=False)
 UNPACED = Condition("no pacing")
+NEITHER = Condition("no pacing, no priorities", side=EQUAL)
+PART = Condition("no pacing, a part of the GPU", side=PARTITION)
 
 
 class Rate(NamedTuple):
@@ -57,31 +61,47 @@ class Plan(NamedTuple):
     block_seconds: float
     rounds: tuple[int, ...]
     """Of `RATES`; 0 leaves a rate out."""
-    shares: tuple[float, ...]
-    """Besides the ends and the default."""
+    held: tuple[float, ...]
+    """Shares of a pacing that holds slices back, besides the end and the default."""
+    free: tuple[float, ...]
+    """Shares of one that does not, besides the end and the default."""
 
 
 NAMES, FRACTIONS = ("light", "half", "near saturation"), (0.15, 0.5, 0.85)
-ENDS = (0.05, 0.8)
+LEAST_END, MOST_END = 0.05, 0.8
+"""The ends of the setting: the share of a pacing that holds back, and of one that does not."""
 PLANS = {
-    "quick": Plan("demo@4x16", 6, 8, 6, 4, 1.0, 0.6, (1, 1, 1), ()),
-    "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 7.0, (5, 3, 1), (0.2, 0.4)),
-    "cuda": Plan("qwen3-8b@32x256", 64, 256, 24, 32, 12.0, 10.0, (4, 4, 2), (0.2, 0.4)),
-    "short": Plan("qwen3-8b@32x256", 48, 128, 8, 16, 4.0, 4.0, (0, 2, 0), ()),
+    "quick": Plan("demo@4x16", 6, 8, 6, 4, 1.0, 0.6, (1, 1, 1), (), ()),
+    "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 10.0, (8, 4, 3), (), (0.6,)),
+    "cuda": Plan("qwen3-8b@32x256", 64, 256, 24, 32, 12.0, 10.0, (4, 4, 2), (0.2, 0.4), (DEFAULT_SHARE,)),
+    "short": Plan("qwen3-8b@32x256", 48, 128, 8, 16, 4.0, 4.0, (0, 2, 0), (), (DEFAULT_SHARE,)),
 }
 """Short: on a GPU, in about two minutes."""
 
 
-def condition_of(share: float) -> Condition:
+def default_of(device: torch.device) -> Condition:
+    """Both at once, as a node with the defaults of its settings does it there."""
+    hold_back = Settings(model="").hold_back(threads_have_priorities(device))
+    return condition_of(DEFAULT_SHARE, hold_back, ", the default")
+
+
+def condition_of(share: float, hold_back: bool, note: str = "") -> Condition:
     """Both at once, with a pacing of that share."""
-    name = f"share {share:g}" + (", the default" if share == DEFAULT_SHARE else "")
-    return Condition(name, share=share)
+    return Condition(f"{'held' if hold_back else 'free'}, share {share:g}{note}", share=share, hold_back=hold_back)
 
 
-def conditions_at(rate: Rate, shares: tuple[float, ...]) -> list[Condition]:
+def conditions_at(
+    rate: Rate, default: Condition, held: Sequence[float], free: Sequence[float], partition: bool = False
+) -> list[Condition]:
     """What takes turns at a rate."""
-    chosen = {DEFAULT_SHARE, *ENDS, *(shares if rate.every_share else ())}
-    return [ALONE, *map(condition_of, sorted(chosen)), UNPACED, SOLO]
+    chosen = {(True, LEAST_END), (False, MOST_END), (default.hold_back, default.share)}
+    if rate.every_share:
+        chosen |= {(True, share) for share in held} | {(False, share) for share in free}
+    paced = [
+        default if (hold_back, share) == (default.hold_back, default.share) else condition_of(share, hold_back)
+        for hold_back, share in sorted(chosen, key=lambda each: (not each[0], each[1]))
+    ]
+    return [ALONE, *paced, UNPACED, *([PART] if partition else []), NEITHER, SOLO]
 
 
 def in_order(conditions: list[Condition], turn: int, rounds: int) -> list[Condition]:
@@ -150,7 +170,9 @@ async def _measure_all(rig: Any, rates: list[Rate], options: argparse.Namespace)
         if measured and time.monotonic() > options.deadline:
             progress(f"{rate.name}: left out, --limit-seconds is over")
             continue
-        conditions = rig.conditions or conditions_at(rate, options.shares)
+        conditions = rig.conditions or conditions_at(
+            rate, default_of(options.device), options.held_shares, options.free_shares, bool(options.multiprocessors)
+        )
         per_second = rate.fraction * saturated
         blocks = await measure_rate(rig, rate, per_second, conditions, options)
         cells = beside_results.cells(blocks, options.seed)
@@ -178,10 +200,11 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--block-seconds", type=float, help="of a condition's turn")
     add("--rounds", help="of the light, the half and the rate near saturation, comma separated; 0 leaves one out")
     add("--fractions", default=",".join(map(str, FRACTIONS)), help="of the saturation rate that those rates are")
-    add("--shares", help="of the pacing, besides the ends and the default; at the light and the half rate")
+    add("--held-shares", help="of a pacing that holds slices back, besides the end; at the light and the half rate")
+    add("--free-shares", help="of one that does not, besides the end; at the light and the half rate")
     add("--slice-seconds", type=float, default=0.002, help="longest that a slice should take")
     add("--slices-in-flight", type=int, default=2, help="that a GPU is given before the first is done")
-    add("--multiprocessors", type=int, help="that validation is kept to on a GPU")
+    add("--multiprocessors", type=int, help="one more condition: validation is kept to so many of a GPU")
     add("--no-projection", dest="projection", action="store_false", help="rounds without the random projection")
     add("--max-in-flight", type=int, default=256, help="requests that come beyond are refused")
     add("--timeout-seconds", type=float, default=120.0, help="for whatever is waited for")
@@ -200,7 +223,8 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     if options.new_tokens < 2:
         parser.error(f"--new-tokens must be at least 2, or nothing lies between tokens, got {options.new_tokens}")
     try:
-        options.shares = _numbers(options.shares, plan.shares)
+        options.held_shares = _numbers(options.held_shares, plan.held)
+        options.free_shares = _numbers(options.free_shares, plan.free)
         fractions = _numbers(options.fractions, FRACTIONS)
         if options.http and options.rounds is None:
             options.rounds = "0,1,0" if quick else "0,4,0" if options.device == "cuda" else "4,0,0"
@@ -210,7 +234,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
             for name, fraction, count in zip(NAMES, fractions, rounds, strict=True)
             if count > 0
         ]
-        for share in options.shares:
+        for share in (*options.held_shares, *options.free_shares):
             Pacing(share=share)
         (options.case,) = round_models.parse_cases(options.case)
         options.device = device_of(options.device)
@@ -259,7 +283,7 @@ def _over_http(options: argparse.Namespace, directory: Path) -> tuple[Any, dict[
         directory,
         served,
         device=options.device.type,
-        conditions=[ALONE, condition_of(DEFAULT_SHARE), SOLO],
+        conditions=[ALONE, default_of(options.device), SOLO],
         new_tokens=options.new_tokens,
         prompt_words=options.prompt_tokens,
         prompt_count=options.prompts,
@@ -289,7 +313,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": {"name": options.case.model, "dtype": options.dtype, **model},
         "batch_size": options.case.batch_size,
         "seq_len": options.case.seq_len,
-        "default_share": DEFAULT_SHARE,
+        "default": default_of(options.device).name,
         **{
             name: getattr(options, name)
             for name in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import dataclasses
 import importlib.resources
 import json
@@ -18,7 +19,7 @@ import httpx2
 import torch
 from beside_load import Condition, DifferenceError, Request, one
 from beside_models import EXACT_MARGIN, Margins, Served
-from beside_node import PROOFS, difference, distances_alone, round_config
+from beside_validation import PROOFS, difference, distances_alone, round_config
 from transformers import AutoTokenizer
 
 from poc_kernels.demo.server import HOST, Server, free_port
@@ -77,8 +78,7 @@ class HttpNode:
         self._client: Any = None
         self.prompts = 0
         self.proofs = PROOFS
-        self.progress: list[float] = []
-        self.nonces_per_part = float(served.case.batch_size)
+        self._done: list[float] = []
         self.slices = self.waits = self.held = None
         port, log = free_port(), directory / "node.log"
         wanted = {
@@ -179,6 +179,11 @@ class HttpNode:
     def validate(self, proof: int, ended: Callable[[BaseException | None], None]) -> None:
         self._spawn(self._validate(self._expected[proof], ended))
 
+    def nonces_between(self, begin: float, end: float) -> float:
+        """By whole batches."""
+        batches = bisect.bisect_left(self._done, end) - bisect.bisect_left(self._done, begin)
+        return float(batches * self._served.case.batch_size)
+
     def trouble(self) -> str | None:
         if self._server.process.poll() is not None:
             return f"its process ended; the end of its log:\n{self._server.end_of_log()}"
@@ -234,7 +239,7 @@ class HttpNode:
         elif verdict["fraud_detected"]:
             ended(DifferenceError("an honest batch was judged fraud"))
         else:
-            self.progress.append(asyncio.get_running_loop().time())
+            self._done.append(asyncio.get_running_loop().time())
             ended(None)
 
     async def _validated(self, batch: ProofBatch) -> dict[str, Any]:

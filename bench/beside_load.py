@@ -10,6 +10,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+PRIORITIES, EQUAL, PARTITION = "priorities", "equal", "partition"
+"""Whose streams, or threads, validation is given: low ones, those of inference, or a part of a GPU."""
 OUTSTANDING_PROOFS = 2
 """Batches of proofs submitted and not answered: one in work, one that waits."""
 
@@ -39,9 +41,6 @@ class Rig(Protocol):
     """Of so many prompts the expected answer is known."""
     proofs: int
     """Of so many batches of proofs the distances are known."""
-    progress: list[float]
-    """Times at which a part of a batch of proofs was done."""
-    nonces_per_part: float
     slices: list[float] | None
     """Seconds of slices of proofs as they come; None where nobody tells."""
     waits: list[float] | None
@@ -57,6 +56,9 @@ class Rig(Protocol):
 
     def validate(self, proof: int, ended: Callable[[BaseException | None], None]) -> None:
         """Submit a batch; ``ended`` is called on the loop, with the error if it failed or a distance differs."""
+
+    def nonces_between(self, begin: float, end: float) -> float:
+        """How many nonces were done from one time of the loop's clock to another, in the condition that is on."""
 
     def trouble(self) -> str | None:
         """Why nothing more will come; None while all is well."""
@@ -100,18 +102,23 @@ class Condition:
         chat: whether requests come.
         validation: whether proofs come.
         share: of the pacing; None for no pacing.
+        hold_back: of the pacing.
+        side: `PRIORITIES`, `EQUAL` or `PARTITION`.
     """
 
     name: str
     chat: bool = True
     validation: bool = True
     share: float | None = None
+    hold_back: bool = True
+    side: str = PRIORITIES
 
 
 @dataclasses.dataclass
 class Block:
     """What came of a block: requests that arrived in it, whenever they ended, and nonces done in it."""
 
+    begin: float
     seconds: float
     requests: list[Request]
     refused: int
@@ -240,14 +247,14 @@ async def run_block(
     if condition.validation:
         await proofs.stop(timeout_seconds)
     rig.check(requests)
-    parts = bisect.bisect_left(rig.progress, end) - bisect.bisect_left(rig.progress, begin)
     tokens = sum(bisect.bisect_left(request.times, end) for request in requests)
     return Block(
+        begin=begin,
         seconds=seconds,
         requests=requests,
         refused=refused,
         tokens=tokens,
-        nonces=parts * rig.nonces_per_part,
+        nonces=rig.nonces_between(begin, end),
         slices=slices,
         waits=waits,
         held=held,

@@ -10,12 +10,17 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from beside_results import ALONE, FEW_ABOVE, GRID, KINDS, NAMES, judge
+from beside_results import ALONE, FEW_ABOVE, GRID, KINDS, NAMES, STRETCH_SECONDS, judge
 from matplotlib import pyplot as plt
 from report_text import figures, gpu_line, header, milliseconds, table
 
 MET = {True: "**met**", False: "**missed**", None: "not measured"}
-_COLOURS = {ALONE: "black", "no pacing": "tab:red"}
+_COLOURS = {
+    ALONE: "black",
+    "no pacing": "tab:orange",
+    "no pacing, no priorities": "tab:red",
+    "no pacing, a part of the GPU": "tab:pink",
+}
 _LINES = {"light": ("tab:blue", "o"), "half": ("tab:orange", "s"), "near saturation": ("tab:green", "^")}
 
 
@@ -153,8 +158,13 @@ def _schedule_row(cell: dict[str, Any]) -> list[str]:
 _NOTE = f"""\
 All conditions of a rate get the same arrivals and take turns in blocks, whose order rotates; samples of all blocks are
 pooled. Time to first token counts from when the request was due. The share of the solo rate is that of the blocks of
-validation alone at the same rate of arrivals. In brackets: the interval that holds 95 % of the ratios when requests
-are drawn anew. Few: less than {FEW_ABOVE} samples lie above the p99, which then says little."""
+validation alone at the same rate of arrivals. Few: less than {FEW_ABOVE} samples lie above the p99, which then says
+little. In brackets: an interval of 95 %, of rounds drawn anew and in each of them stretches of {STRETCH_SECONDS:g} s,
+since requests that share a batch share its gaps; with few rounds it is rough.
+
+Held: slices wait while inference computes, but for their share. Free: they run beside steps, and a step waits for them
+only where they got less than their share. No pacing: they run beside steps, and nothing is guaranteed. On a GPU
+validation has a stream of low priority, on a processor its threads have; no priorities: those of inference."""
 
 _SCHEDULE_NOTE = """\
 Times of slices and waits are the host's. On a GPU a step of inference does not wait for a slice on the host, and its
@@ -171,7 +181,7 @@ def markdown(results: dict[str, Any], latency_plot: str, tradeoff_plot: str) -> 
         f"{header(results)}\n{_hardware(results['machine_info'])}",
         _setting(run),
         *(["**A quick run of small cases: no figure here says anything about speed.**"] if run["quick"] else []),
-        f"## Goals, with the default pacing (share {run['default_share']:g})",
+        f"## Goals, with the default pacing ({run['default'].removesuffix(', the default')})",
         table(("figure", "goal", "measured", "met"), goals),
         f"![p99 over that of chat alone, by the share of the solo rate of validation]({tradeoff_plot})",
         f"![Distributions of time to first token and between tokens]({latency_plot})",
@@ -242,13 +252,12 @@ def plot_tradeoff(results: dict[str, Any], path: Path) -> None:
     for axes, kind in zip(panels, KINDS, strict=True):
         for rate in run["rates"]:
             colour, marker = _LINES[rate["name"]]
-            cells = [cell for cell in rate["cells"] if cell["ratios"] is not None and cell["ratios"][kind] is not None]
-            paced = [cell for cell in cells if cell["share"] is not None]
-            _points(axes, paced, kind, colour, marker, f"{rate['name']}, by the share")
+            cells = [cell for cell in rate["cells"] if cell["ratios"] is not None]
+            _points(axes, [c for c in cells if c["share"] is not None], kind, colour, marker, rate["name"])
             _points(axes, [c for c in cells if c["share"] is None], kind, colour, "x", f"{rate['name']}, no pacing")
-            for cell in paced:
+            for cell in cells:
                 at = (100 * cell["solo_share"], cell["ratios"][kind]["p99"][0])
-                label = f"{cell['share']:g}" + (" default" if cell["share"] == run["default_share"] else "")
+                label = cell["condition"].removeprefix("no pacing, ").replace("share ", "")
                 axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
         axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
         axes.set_yscale("log")
@@ -272,9 +281,8 @@ def _points(axes: Any, cells: list[dict[str, Any]], kind: str, colour: str, mark
     # The point need not lie inside the interval of resampled requests.
     below = [max(0.0, point - low) for point, low, _ in ratios]
     above = [max(0.0, high - point) for point, _, high in ratios]
-    line = "-" if len(cells) > 1 else "none"
     axes.errorbar(
-        shares, [point for point, *_ in ratios], yerr=[below, above], color=colour, marker=marker, linestyle=line,
+        shares, [point for point, *_ in ratios], yerr=[below, above], color=colour, marker=marker, linestyle="none",
         linewidth=1, capsize=2, label=label,
     )  # fmt: skip
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from beside_load import Block, Condition
+from beside_load import Block, Condition, Request
 
 KINDS = ("first", "between")
 """Time to first token, from when the request was due; time between the tokens of a request."""
@@ -16,12 +17,18 @@ GRID = np.concatenate([np.linspace(0, 0.95, 96), np.linspace(0.951, 1, 50)])
 FEW_ABOVE = 10
 """A 99th percentile with fewer samples above it is told to rest on few."""
 RESAMPLES = 400
+STRETCH_SECONDS = 1.0
+"""Requests that arrive in one stretch of a block are drawn together: those in one batch share every gap."""
 ALONE, SOLO = "chat alone", "validation alone"
 
 
 def times(blocks: Sequence[Block]) -> dict[str, list[np.ndarray]]:
     """Of each request, its time to first token and its times between tokens, in seconds."""
-    requests = [request for block in blocks for request in block.requests]
+    return times_of([request for block in blocks for request in block.requests])
+
+
+def times_of(requests: Sequence[Request]) -> dict[str, list[np.ndarray]]:
+    """The same of some requests."""
     return {
         "first": [np.array([request.times[0] - request.due]) for request in requests],
         "between": [np.diff(request.times) for request in requests],
@@ -42,26 +49,61 @@ def summary(samples: Sequence[np.ndarray]) -> dict[str, Any] | None:
     }
 
 
-def ratios(beside: Sequence[np.ndarray], alone: Sequence[np.ndarray], seed: int) -> dict[str, list[float]] | None:
-    """Each percentile over that of chat alone, and the interval that holds 95 % of the ratios of resampled requests."""
-    both = [np.concatenate([*samples, np.empty(0)]) for samples in (beside, alone)]
-    if any(len(values) == 0 for values in both):
+def ratios(beside: Sequence[Block], alone: Sequence[Block], seed: int) -> dict[str, dict[str, list[float]]] | None:
+    """Each percentile of each kind over that of chat alone, and an interval of 95 %.
+
+    The interval is of rounds drawn anew, and in each round stretches of its time: the same for both, which had the same
+    arrivals. So it knows what requests in a batch share, and what lasted for a block. Few rounds make it rough.
+
+    Args:
+        beside, alone: blocks, of which those at the same place are of one round.
+    """
+    both = [[_stretches(block) for block in blocks] for blocks in (beside, alone)]
+    point = _percentile_ratios(*([cut for block in blocks for cut in block] for blocks in both))
+    if point is None:
         return None
-    point = np.percentile(both[0], PERCENTILES) / np.percentile(both[1], PERCENTILES)
     generator = np.random.default_rng(seed)
-    resampled = np.array(
-        [_resampled(beside, generator) / _resampled(alone, generator) for _ in range(RESAMPLES)], dtype=float
-    )
-    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+    resampled = []
+    for _ in range(RESAMPLES):
+        drawn: tuple[list[Any], list[Any]] = ([], [])
+        for turn in generator.integers(0, len(alone), len(alone)):
+            cuts = len(both[1][turn])
+            for cut in generator.integers(0, cuts, cuts):
+                for samples, blocks in zip(drawn, both, strict=True):
+                    samples.append(blocks[turn][cut])
+        ratio = _percentile_ratios(*drawn)
+        if ratio is not None:
+            resampled.append(ratio)
+    low, high = np.percentile(np.array(resampled), (2.5, 97.5), axis=0)
     return {
-        f"p{percentile}": [float(value) for value in triple]
-        for percentile, triple in zip(PERCENTILES, zip(point, low, high, strict=True), strict=True)
+        kind: {
+            f"p{percentile}": [float(part[row, column]) for part in (point, low, high)]
+            for column, percentile in enumerate(PERCENTILES)
+        }
+        for row, kind in enumerate(KINDS)
     }
 
 
-def _resampled(samples: Sequence[np.ndarray], generator: np.random.Generator) -> np.ndarray:
-    chosen = generator.integers(0, len(samples), len(samples))
-    return np.percentile(np.concatenate([samples[index] for index in chosen]), PERCENTILES)
+def _stretches(block: Block) -> list[dict[str, np.ndarray]]:
+    """The times of the requests that arrived in each stretch of a block."""
+    cuts: list[list[Request]] = [[] for _ in range(max(1, math.ceil(block.seconds / STRETCH_SECONDS)))]
+    for request in block.requests:
+        cuts[min(int((request.due - block.begin) / STRETCH_SECONDS), len(cuts) - 1)].append(request)
+    nothing = np.empty(0)
+    return [
+        {kind: np.concatenate([nothing, *samples]) for kind, samples in times_of(requests).items()} for requests in cuts
+    ]
+
+
+def _percentile_ratios(beside: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]]) -> np.ndarray | None:
+    """A row for each kind of times, a column for each percentile; None where one has no samples."""
+    rows = []
+    for kind in KINDS:
+        pair = [np.concatenate([cut[kind] for cut in cuts]) for cuts in (beside, alone)]
+        if any(len(values) == 0 for values in pair):
+            return None
+        rows.append(np.percentile(pair[0], PERCENTILES) / np.percentile(pair[1], PERCENTILES))
+    return np.array(rows)
 
 
 def _lengths(values: Sequence[float], seconds: float) -> dict[str, float] | None:
@@ -80,18 +122,15 @@ def _lengths(values: Sequence[float], seconds: float) -> dict[str, float] | None
 def cells(blocks: dict[Condition, list[Block]], seed: int) -> list[dict[str, Any]]:
     """The figures of one request rate, a cell for each condition; `ALONE` and `SOLO` are among them."""
     by_name = {condition.name: pooled for condition, pooled in blocks.items()}
-    alone = times(by_name[ALONE])
     solo = _nonces_per_second(by_name[SOLO])
-    return [_cell(condition, pooled, alone, solo, seed) for condition, pooled in blocks.items()]
+    return [_cell(condition, pooled, by_name[ALONE], solo, seed) for condition, pooled in blocks.items()]
 
 
 def _nonces_per_second(blocks: Sequence[Block]) -> float:
     return sum(block.nonces for block in blocks) / sum(block.seconds for block in blocks)
 
 
-def _cell(
-    condition: Condition, blocks: list[Block], alone: dict[str, list[np.ndarray]], solo: float, seed: int
-) -> dict[str, Any]:
+def _cell(condition: Condition, blocks: list[Block], alone: list[Block], solo: float, seed: int) -> dict[str, Any]:
     seconds = sum(block.seconds for block in blocks)
     own = times(blocks)
     beside = condition.chat and condition.validation
@@ -102,6 +141,7 @@ def _cell(
         "chat": condition.chat,
         "validation": condition.validation,
         "share": condition.share,
+        "hold_back": condition.hold_back,
         "blocks": len(blocks),
         "seconds": seconds,
         "done": sum(len(block.requests) for block in blocks),
@@ -110,7 +150,7 @@ def _cell(
         "nonces_per_second": nonces if condition.validation else None,
         "solo_share": nonces / solo if beside and solo > 0 else None,
         **{kind: summary(own[kind]) for kind in KINDS},
-        "ratios": {kind: ratios(own[kind], alone[kind], seed) for kind in KINDS} if beside else None,
+        "ratios": ratios(blocks, alone, seed) if beside else None,
         "slices": _lengths([value for block in blocks for value in block.slices], seconds),
         "waits": _lengths([value for block in blocks for value in block.waits], seconds),
         "held": _lengths([value for block in blocks for value in block.held], seconds),
@@ -158,13 +198,13 @@ def judge(run: dict[str, Any]) -> list[Verdict]:
                 for rate in run["rates"]
                 if rate["name"] == goal.rate
                 for cell in rate["cells"]
-                if cell["share"] == run["default_share"]
+                if cell["condition"] == run["default"]
             ),
             None,
         )
         for kind, limit in goal.p99.items():
             what, most = f"p99 of {NAMES[kind]}, {goal.rate} rate", f"at most {limit:g} of chat alone"
-            ratio = None if cell is None or cell["ratios"][kind] is None else cell["ratios"][kind]["p99"]
+            ratio = None if cell is None or cell["ratios"] is None else cell["ratios"][kind]["p99"]
             if ratio is None:
                 verdicts.append(Verdict(what, most, "not measured", None))
                 continue

@@ -5,7 +5,7 @@ as they are.
 """
 
 from .slices import Pause, SlicedForward, Slices
-from .streams import InFlight, StreamPartition
+from .streams import InFlight, StreamPartition, threads_have_priorities
 from .turns import Pacing, Turn, Turns, TurnsClosed
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "Turn",
     "Turns",
     "TurnsClosed",
+    "threads_have_priorities",
 ]

@@ -85,8 +85,8 @@ class StreamPartition:
 
     @property
     def lowers_threads(self) -> bool:
-        """Whether `lower_thread` does something: on a processor under Linux, where each thread has a priority."""
-        return self.device.type == "cpu" and sys.platform == "linux"
+        """Whether `lower_thread` does something (`threads_have_priorities`)."""
+        return threads_have_priorities(self.device)
 
     def lower_thread(self) -> bool:
         """Give the calling thread, one of validation, the lowest priority of a processor, and whoever it starts.
@@ -152,6 +152,11 @@ class StreamPartition:
             return raised[id(stream)][1]
 
         return _replace_streams(owner, replace, type(owner).__module__.rpartition(".")[0], set())
+
+
+def threads_have_priorities(device: torch.device) -> bool:
+    """Whether each thread that computes on ``device`` has a priority of its own: on a processor under Linux."""
+    return device.type == "cpu" and sys.platform == "linux"
 
 
 class InFlight:

@@ -52,6 +52,7 @@ def test_a_run_needs_no_server_and_its_report_follows(tmp_path):
     assert set(chats) == {chats[0]}  # the same arrivals
     assert cells["validation alone"]["nonces_per_second"] > 0
     assert cells["no pacing"]["solo_share"] > 0
+    assert cells["no pacing, no priorities"]["solo_share"] > 0
     assert cells["chat alone"]["between"]["samples"] == chats[0] * (result["new_tokens"] - 1)
     assert cells["validation alone"]["slices"]["count"] > 0
     assert result["parts_per_batch"] > len(result["planned_slices"])
