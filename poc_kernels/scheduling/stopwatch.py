@@ -1,8 +1,9 @@
-"""Times of what a device computes: by events of the current stream on CUDA, by the clock on a processor."""
+"""Times of what a device computes: by events of the current stream on CUDA, by a clock on a processor."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ class Stopwatch:
 
     Args:
         device: what computes; of a GPU, what its current stream is given between `begin` and `end`.
+        clock: of a processor; `time.perf_counter` by default.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None) -> None:
         self._device = device
+        self._clock = clock
         self._names: list[str] = []
         self._begins: list[Any] = []
         self._ends: list[Any] = []
@@ -49,7 +52,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
-            return time.perf_counter()
+            return (self._clock or time.perf_counter)()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event

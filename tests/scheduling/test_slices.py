@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,23 @@ def test_a_pause_that_raises_gives_the_forward_up_and_the_next_is_right(measured
         assert_same_bits(sliced.run(forward_of(module, x), never), forward_of(plain, x)())
     assert sliced.slices is not None
     assert len(sliced.slices.cuts) == len(sliced.slices.seconds) - 1  # what was given up is no part of it
+
+
+def test_calls_are_not_longer_because_others_have_the_cores() -> None:
+    """Beside users a call may be put aside for long: that is no time of its own."""
+    sliced = SlicedForward(CPU, 0.01)
+    x = torch.ones(4)
+
+    def forward() -> torch.Tensor:
+        y = x + 1
+        time.sleep(0.02)
+        return y * 2
+
+    for _ in range(MEASURED_FORWARDS):
+        sliced.run(forward, lambda: None)
+    assert sliced.slices is not None
+    assert sliced.slices.cuts == ()
+    assert sliced.slices.longest_seconds < 0.01
 
 
 def test_a_module_called_twice_stops_each_time() -> None:
