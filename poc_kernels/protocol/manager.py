@@ -20,6 +20,7 @@ from .config import PoCConfig, PoCState
 from .distance import distances, target
 from .engine import Engine, never
 from .inputs import nonce_inputs, permutations
+from .pieces import Pieces
 from .proofs import ProofBatch, ValidatedBatch, validate_distances
 
 PARTS = ("inputs", "projection", "forward", "distance")
@@ -35,7 +36,7 @@ _TRANSITIONS = {
 _VALIDATING_STATES = (PoCState.IDLE, PoCState.GENERATING, PoCState.VALIDATING)
 
 
-# What a GPU computes between two pauses; a processor is timed.
+# What a GPU computes between two pauses before it was timed.
 _DRAWN_AT_ONCE = 2**24
 """Random numbers."""
 _PROJECTED_AT_ONCE = 2**38
@@ -138,8 +139,7 @@ class PoCManager:
         self.engine = engine
         self._observer = observer
         self._max_listed = max_listed
-        self._slice_seconds = slice_seconds
-        self._row_seconds: dict[tuple[str, int], float] = {}
+        self._pieces = Pieces(engine.device, slice_seconds)
         self._state = PoCState.IDLE
         self._round: _Round | None = None
         self._lock = threading.RLock()
@@ -379,6 +379,7 @@ class PoCManager:
         self, current: _Round, public_key: str, nonces: list[int], phase: str, pause: Pause = never
     ) -> list[float]:
         config, engine = current.config, self.engine
+        self._pieces.forget_unread()
         parts = _Parts(engine.device, pause)
         rows = nonces + [nonces[-1]] * (config.batch_size - len(nonces))
         with parts.part("inputs"):
@@ -399,6 +400,7 @@ class PoCManager:
             parts.pause()
         with parts.part("distance"):
             computed: list[float] = distances(logits, permutation, current.target).tolist()[: len(nonces)]
+        self._pieces.read()
         if self._observer is not None:
             seconds = parts.seconds()
             self._observer(BatchReport(phase, computed, config.r_target, sum(seconds.values()), seconds))
@@ -410,11 +412,11 @@ class PoCManager:
         length, vocab_size = config.seq_len * engine.hidden_size, engine.vocab_size
         x = torch.empty(len(rows), config.seq_len, engine.hidden_size, dtype=engine.dtype, device=engine.device)
         permutation = torch.empty(len(rows), vocab_size, dtype=torch.int64, device=engine.device)
-        for some in self._pieces("inputs", len(rows), length, pause, at_once=_DRAWN_AT_ONCE // length):
+        for some in self._pieces.of("inputs", len(rows), length, pause, at_once=_DRAWN_AT_ONCE // length):
             x[some] = nonce_inputs(
                 block_hash, public_key, rows[some], config.seq_len, engine.hidden_size, engine.device, engine.dtype
             )
-        for some in self._pieces("permutations", len(rows), vocab_size, pause, at_once=_DRAWN_AT_ONCE // vocab_size):
+        for some in self._pieces.of("permutations", len(rows), vocab_size, pause, at_once=_DRAWN_AT_ONCE // vocab_size):
             permutation[some] = permutations(block_hash, public_key, rows[some], vocab_size, engine.device)
         return x, permutation
 
@@ -427,30 +429,8 @@ class PoCManager:
             self._projection.set_block_hash(config.block_hash)
             self._projected_hash = config.block_hash
         flat, width = x.view(-1, x.shape[-1]), x.shape[-1]
-        pieces = self._pieces(
+        pieces = self._pieces.of(
             "projection", len(flat), width, pause, at_once=_PROJECTED_AT_ONCE // width**2, least=_LEAST_PROJECTED_ROWS
         )
         for some in pieces:
             flat[some] = self._projection.pre(flat[some])
-
-    def _pieces(
-        self, work: str, rows: int, width: int, pause: Pause, *, at_once: int, least: int = 1
-    ) -> Iterator[slice]:
-        """Pieces of ``rows`` that take slice_seconds each, by the fastest so far, with a pause after each.
-
-        A GPU, which computes later than it is asked to, is given ``at_once`` rows.
-        """
-        timed, start = self.engine.device.type == "cpu", 0
-        while start < rows:
-            size = at_once
-            if timed:
-                row_seconds = self._row_seconds.get((work, width))
-                size = least if row_seconds is None else int(self._slice_seconds / row_seconds)
-            piece = slice(start, min(rows, start + max(size, least)))
-            began = time.perf_counter()
-            yield piece
-            if timed:
-                seconds = max(time.perf_counter() - began, 1e-9) / (piece.stop - piece.start)
-                self._row_seconds[work, width] = min(seconds, self._row_seconds.get((work, width), seconds))
-            start = piece.stop
-            pause()

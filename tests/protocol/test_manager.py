@@ -25,7 +25,7 @@ from poc_kernels.protocol import (
     permutations,
     target,
 )
-from poc_kernels.protocol import manager as manager_module
+from poc_kernels.protocol import pieces as pieces_module
 from poc_kernels.protocol.engine import never
 from poc_kernels.reference import project
 from poc_kernels.scheduling import stopwatch as stopwatch_module
@@ -327,7 +327,7 @@ def test_the_latest_valid_nonces_are_listed():
 @pytest.fixture
 def small_pieces(monkeypatch):
     """So slow a clock that everything is computed in the smallest pieces."""
-    monkeypatch.setattr(manager_module, "time", types.SimpleNamespace(perf_counter=Ticks(1.0), monotonic=lambda: 0.0))
+    monkeypatch.setattr(pieces_module, "time", types.SimpleNamespace(thread_time=Ticks(1.0)))
 
 
 class Ticks:
@@ -360,25 +360,6 @@ def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
     *_, verdict = m.validation(claim(range(120)), lambda: pauses.append(1))
     assert verdict.dist == [*expected[0], *expected[1]]
     assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
-
-
-def test_pieces_take_as_long_as_they_should(monkeypatch):
-    ticks = Ticks(0.001)
-    monkeypatch.setattr(manager_module, "time", types.SimpleNamespace(perf_counter=ticks, monotonic=lambda: 0.0))
-    m = PoCManager(SmallEngine(), slice_seconds=0.01)
-    pauses = []
-
-    def pieces(count):
-        found = []
-        for piece in m._pieces("inputs", count, 7, lambda: pauses.append(1), at_once=1):
-            ticks.now += 0.001 * (piece.stop - piece.start)  # each row takes a millisecond, looking at the clock one
-            found.append((piece.start, piece.stop))
-        return found
-
-    # The first is timed: 2 ms with the clock, so 5 rows to 10 ms; then 1.2 ms a row, so 8.
-    assert pieces(20) == [(0, 1), (1, 6), (6, 14), (14, 20)]
-    assert pieces(20)[0] == (0, 8)
-    assert len(pauses) == 4 + 3
 
 
 @pytest.mark.parametrize("change", ["stop", "validate"])
