@@ -14,7 +14,7 @@ GPU_CHECK_OUT ?= bench/results
 gpu-check: DEVICE = cuda
 gpu-check: BEGAN := $(shell date +%s)
 
-.PHONY: demo test lint format bench bench-projection bench-round bench-beside gpu-check clean
+.PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-beside gpu-check clean
 
 # make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model.
 demo: $(VENV)/installed
@@ -24,6 +24,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest --timeout=300 --cov --cov-report=term $(PYTEST_ARGS)
+
+# Chat, validation, changes of state, stops and restarts at random for so many seconds, every bit compared.
+STRESS_SECONDS ?= 300
+STRESS_SEED ?= 0
+stress: $(VENV)/installed-dev
+	POC_STRESS_SECONDS=$(STRESS_SECONDS) POC_STRESS_SEED=$(STRESS_SEED) $(BIN)/pytest tests/serving/test_stress.py
+
+# Larger scenarios of threads in every order, for many minutes.
+interleavings: $(VENV)/installed-dev
+	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -28,7 +28,15 @@ pytestmark = [
 ]
 
 TIMEOUT = 60
-CONFIG = PoCConfig(block_hash="block", block_height=1, public_key="key", r_target=2.0, batch_size=16, seq_len=128)
+CONFIG = PoCConfig(
+    block_hash="block",
+    block_height=1,
+    public_key="key",
+    r_target=2.0,
+    batch_size=16,
+    seq_len=128,
+    use_random_projection=True,  # its kernels have streams too
+)
 NEW_TOKENS = 24
 
 

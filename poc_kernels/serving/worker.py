@@ -156,7 +156,8 @@ class ProofWorker:
         if self._failure is not None:
             return f"proof batches fail: {self._failure}"
         silent = time.monotonic() - self._progressed
-        if self._has_work() and silent > self._stall_seconds:
+        # Held back is not stalled; that inference lets go of the device is for `Inference.trouble` to see to.
+        if self._has_work() and silent > self._stall_seconds and not self._turn.waiting:
             return f"no proof batch for {silent:.0f} s in state {self._manager.state.value}"
         return None
 

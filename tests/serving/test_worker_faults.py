@@ -89,6 +89,17 @@ def test_trouble(make: Callable[..., Parts]) -> None:
     eventually(lambda: parts.worker.trouble() is None)
 
 
+def test_to_be_held_back_is_no_stall(make: Callable[..., Parts]) -> None:
+    parts = make(stall_seconds=30.0)
+    parts.begin(PoCState.VALIDATING)
+    with parts.turns.inference():
+        result = parts.worker.submit(proof(1))
+        eventually(lambda: parts.worker._turn.waiting)
+        parts.worker._progressed -= 31.0
+        assert parts.worker.trouble() is None
+    assert result.result(TIMEOUT).dist == alone(1)
+
+
 def test_draining_is_no_stall(make: Callable[..., Parts]) -> None:
     drains = threading.Semaphore(0)
 
