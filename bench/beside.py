@@ -72,7 +72,7 @@ LEAST_END, MOST_END = 0.05, 0.8
 """The ends of the setting: the share of a pacing that holds back, and of one that does not."""
 PLANS = {
     "quick": Plan("demo@4x16", 6, 8, 6, 4, 1.0, 0.6, (1, 1, 1), (), ()),
-    "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 10.0, (8, 4, 3), (), (0.6,)),
+    "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 10.0, (8, 4, 3), (), (0.5,)),
     "cuda": Plan("qwen3-8b@32x256", 64, 256, 24, 32, 12.0, 10.0, (4, 4, 2), (0.2, 0.4), (DEFAULT_SHARE,)),
     "short": Plan("qwen3-8b@32x256", 48, 128, 8, 16, 4.0, 4.0, (0, 2, 0), (), (DEFAULT_SHARE,)),
 }

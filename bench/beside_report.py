@@ -167,9 +167,9 @@ only where they got less than their share. No pacing: they run beside steps, and
 validation has a stream of low priority, on a processor its threads have; no priorities: those of inference."""
 
 _SCHEDULE_NOTE = """\
-Times of slices and waits are the host's. On a GPU a step of inference does not wait for a slice on the host, and its
-kernels may still wait for those of a slice: that is in the latencies above. Arrivals late: how long after it was due a
-request was submitted, by the load's own event loop."""
+Times of slices and waits are the host's. A step waits there for a slice with free pacing alone, where one is owed; on a
+GPU its kernels may still wait for those of a slice: that is in the latencies above. Arrivals late: how long after it
+was due a request was submitted, by the load's own event loop."""
 
 
 def markdown(results: dict[str, Any], latency_plot: str, tradeoff_plot: str) -> str:

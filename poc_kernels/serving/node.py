@@ -185,6 +185,7 @@ class Node:
         return {
             **self.worker.queue.status(),
             "share": self.settings.validation_share,
+            "pacing": "held" if self.settings.hold_back(self.streams.lowers_threads) else "free",
             "slices": None
             if slices is None
             else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},
