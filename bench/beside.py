@@ -25,7 +25,18 @@ import beside_results
 import conditions
 import round_models
 import torch
-from beside_load import EQUAL, PARTITION, Block, Condition, DifferenceError, Rig, poisson, run_block, saturation
+from beside_load import (
+    EQUAL,
+    PARTITION,
+    PRIORITIES,
+    Block,
+    Condition,
+    DifferenceError,
+    Rig,
+    poisson,
+    run_block,
+    saturation,
+)
 from beside_node import Node, device_of
 
 from poc_kernels.scheduling import Pacing, threads_have_priorities
@@ -82,23 +93,27 @@ PLANS = {
 def default_of(device: torch.device) -> Condition:
     """Both at once, as a node with the defaults of its settings does it there."""
     hold_back = Settings(model="").hold_back(threads_have_priorities(device))
-    return condition_of(DEFAULT_SHARE, hold_back, ", the default")
+    return condition_of(device, DEFAULT_SHARE, hold_back, ", the default")
 
 
-def condition_of(share: float, hold_back: bool, note: str = "") -> Condition:
+def condition_of(device: torch.device, share: float, hold_back: bool, note: str = "") -> Condition:
     """Both at once, with a pacing of that share."""
-    return Condition(f"{'held' if hold_back else 'free'}, share {share:g}{note}", share=share, hold_back=hold_back)
+    name = f"{'held' if hold_back else 'free'}, share {share:g}{note}"
+    # As a node: on a processor only slices that are not held back have a thread of low priority.
+    side = EQUAL if hold_back and threads_have_priorities(device) else PRIORITIES
+    return Condition(name, share=share, hold_back=hold_back, side=side)
 
 
 def conditions_at(
-    rate: Rate, default: Condition, held: Sequence[float], free: Sequence[float], partition: bool = False
+    device: torch.device, rate: Rate, held: Sequence[float], free: Sequence[float], partition: bool = False
 ) -> list[Condition]:
     """What takes turns at a rate."""
+    default = default_of(device)
     chosen = {(True, LEAST_END), (False, MOST_END), (default.hold_back, default.share)}
     if rate.every_share:
         chosen |= {(True, share) for share in held} | {(False, share) for share in free}
     paced = [
-        default if (hold_back, share) == (default.hold_back, default.share) else condition_of(share, hold_back)
+        default if (hold_back, share) == (default.hold_back, default.share) else condition_of(device, share, hold_back)
         for hold_back, share in sorted(chosen, key=lambda each: (not each[0], each[1]))
     ]
     return [ALONE, *paced, UNPACED, *([PART] if partition else []), NEITHER, SOLO]
@@ -171,7 +186,7 @@ async def _measure_all(rig: Any, rates: list[Rate], options: argparse.Namespace)
             progress(f"{rate.name}: left out, --limit-seconds is over")
             continue
         conditions = rig.conditions or conditions_at(
-            rate, default_of(options.device), options.held_shares, options.free_shares, bool(options.multiprocessors)
+            options.device, rate, options.held_shares, options.free_shares, bool(options.multiprocessors)
         )
         per_second = rate.fraction * saturated
         blocks = await measure_rate(rig, rate, per_second, conditions, options)

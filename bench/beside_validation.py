@@ -150,6 +150,7 @@ class Side:
             max_queued_nonces=4 * config.batch_size,
             stall_seconds=600.0,
             most_in_flight=slices_in_flight,
+            low_priority=True,  # where the streams have it so
         )
         self._manager.start_round(config, PoCState.VALIDATING)
         self.parts_per_batch = 0

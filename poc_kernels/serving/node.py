@@ -81,12 +81,12 @@ class Node:
             model, tokenizer = load_model(settings)
         self.settings = settings
         self.streams = StreamPartition(model.device, validation_multiprocessors=settings.validation_multiprocessors)
-        pacing = Pacing(
+        self.pacing = Pacing(
             share=settings.validation_share,
             max_wait_seconds=settings.validation_wait_seconds,
             hold_back=settings.hold_back(self.streams.lowers_threads),
         )
-        self.turns = Turns(pacing, concurrent=True)
+        self.turns = Turns(self.pacing, concurrent=True)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(
             model,
@@ -132,6 +132,7 @@ class Node:
             result_seconds=settings.result_seconds,
             stall_seconds=settings.stall_seconds,
             most_in_flight=settings.slices_in_flight,
+            low_priority=not self.pacing.hold_back,
         )
         api.include_router(routes.poc_router(self))
         api.include_router(routes.operation_router(self))
@@ -185,7 +186,7 @@ class Node:
         return {
             **self.worker.queue.status(),
             "share": self.settings.validation_share,
-            "pacing": "held" if self.settings.hold_back(self.streams.lowers_threads) else "free",
+            "pacing": "held" if self.pacing.hold_back else "free",
             "slices": None
             if slices is None
             else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},

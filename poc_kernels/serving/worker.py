@@ -40,7 +40,7 @@ class ProofWorker:
     Args:
         manager: whose rounds to run.
         turns: the device, shared with inference.
-        streams: batches run on the stream of validation, or in a thread of low priority.
+        streams: batches run on the stream of validation.
         callbacks: where proofs and verdicts go.
         metrics: told of failures and frauds.
         drain: waits up to so many seconds until no request is in flight; whether none is.
@@ -49,6 +49,8 @@ class ProofWorker:
         result_seconds: how long results are kept.
         stall_seconds: without progress for so long, `trouble` says so.
         most_in_flight: slices that a GPU is given before the first of them is done.
+        low_priority: compute in a thread of the lowest priority, where threads have priorities: for turns that hold no
+            slice back.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class ProofWorker:
         stall_seconds: float,
         result_seconds: float = 3600.0,
         most_in_flight: int = 2,
+        low_priority: bool = False,
     ) -> None:
         self._manager = manager
         self._turns = turns
+        self._low_priority = low_priority and streams.lowers_threads
         # A thread of low priority stands still where inference computes: it pays with what it computed itself.
-        self._turn = turns.proof(time.thread_time if streams.lowers_threads else None)
+        self._turn = turns.proof(time.thread_time if self._low_priority else None)
         self._streams = streams
         self._in_flight = InFlight(manager.engine.device, most_in_flight)
         self._callbacks = callbacks
@@ -168,7 +172,8 @@ class ProofWorker:
 
     def _run(self) -> None:
         try:
-            self._streams.lower_thread()
+            if self._low_priority:
+                self._streams.lower_thread()
             with self._streams.validation():
                 while self._wait():
                     self._step()

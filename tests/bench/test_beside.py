@@ -190,22 +190,27 @@ def test_a_distance_that_differs_is_named(module):
 # ---- the plan ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
 def test_conditions_of_a_rate_and_their_order(module):
     m = module("beside")
     light, near = m.Rate("light", 0.15, 3, True), m.Rate("near saturation", 0.85, 2, False)
-    free = m.condition_of(0.1, False, ", the default")
-    names = [condition.name for condition in m.conditions_at(light, free, (0.2,), (0.1, 0.6), True)]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    conditions = m.conditions_at(cpu, light, (0.2,), (0.1, 0.6), True)
+    names = [condition.name for condition in conditions]
     shares = [
         *("held, share 0.05", "held, share 0.2"),
         *("free, share 0.1, the default", "free, share 0.6", "free, share 0.8"),
     ]
     unpaced = ["no pacing", "no pacing, a part of the GPU", "no pacing, no priorities"]
     assert names == ["chat alone", *shares, *unpaced, "validation alone"]
-    held = m.condition_of(0.1, True, ", the default")
-    assert [condition.name for condition in m.conditions_at(near, held, (0.2,), (0.6,))] == [
+    equal = {condition.name for condition in conditions if condition.side == "equal"}
+    assert equal == {"held, share 0.05", "held, share 0.2", "no pacing, no priorities"}
+    conditions = m.conditions_at(gpu, near, (0.2,), (0.6,))
+    assert [condition.name for condition in conditions] == [
         *("chat alone", "held, share 0.05", "held, share 0.1, the default", "free, share 0.8"),
         *("no pacing", "no pacing, no priorities", "validation alone"),
     ]
+    assert [condition.name for condition in conditions if condition.side == "equal"] == ["no pacing, no priorities"]
     orders = [m.in_order(names, turn, 3) for turn in range(3)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert len({order[0] for order in orders}) == 3

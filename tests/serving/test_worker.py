@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -267,3 +269,16 @@ def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again
     assert len(parts.engine.shapes) == 1  # nothing was computed in vain
     assert parts.worker.trouble() is None
     assert parts.callbacks.batches == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+@pytest.mark.parametrize("low", [False, True])
+def test_proofs_have_the_priority_that_is_asked_for(make: Callable[..., Parts], low: bool) -> None:
+    parts = make(low_priority=low)
+    usual = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found: list[int] = []
+    parts.engine.before_forward = lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    parts.begin(PoCState.VALIDATING)
+    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
+    assert found == [19 if low else usual]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == usual
