@@ -262,8 +262,8 @@ class Turns:
         """Whether the first proof goes before inference, which then waits for it where it waits for slices at all."""
         if self._pacing is None:
             return True
-        first = self._computing[_PROOF] or (self._lines[_PROOF][0] if self._lines[_PROOF] else None)
-        if first is not None and now - first._since >= self._pacing.max_wait_seconds:
+        line = self._lines[_PROOF]
+        if line and now - line[0]._since >= self._pacing.max_wait_seconds:
             return True
         self._count_owed(now)
         owed = self._owed_seconds
