@@ -22,8 +22,10 @@ demo: $(VENV)/installed
 	@echo
 	$(BIN)/poc-kernels demo --device $(DEVICE) $(if $(MODEL),--model $(MODEL))
 
+# The kernels' tests compute and can share the cores; others have clocks, and threads of low priority.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest --timeout=300 --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --timeout=300 --cov --cov-report= tests/kernels
+	$(BIN)/pytest --timeout=300 --cov --cov-append --cov-report=term --ignore=tests/kernels
 
 # Chat, validation, changes of state, stops and restarts at random for so many seconds, every bit compared.
 STRESS_SECONDS ?= 300

@@ -123,10 +123,13 @@ def test_a_stream_beyond_the_deadline_is_paused_and_finishes_afterwards(
     with Stream(http, max_tokens=150) as stream:
         begin(http)
         eventually(lambda: node.turns.inference_held)
-        first = checked(http, 4)["total_checked"]  # the step that ran has ended
-        before = node.inference._batching._manager.current_batch  # type: ignore[union-attr]
+        batching = node.inference._batching
+        assert batching is not None
+        eventually(lambda: batching._turn.waiting)  # the step that ran has ended
+        first = checked(http, 4)["total_checked"]
+        before = batching._manager.current_batch
         checked(http, first + 100)
-        assert node.inference._batching._manager.current_batch == before  # type: ignore[union-attr]
+        assert batching._manager.current_batch == before
         assert 0 < len(stream.text) < 150
         assert node.gate.in_flight == node.inference.in_flight() == 1
         assert http.get("/health").status_code == 200
