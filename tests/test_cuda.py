@@ -149,7 +149,7 @@ def test_no_configuration_changes_a_bit(rows, bits):
     x = rows_of_every_kind(rows, 1300, torch.bfloat16, 7)
     y = expected(x, activation_bits=bits)
     for arithmetic in ("int8", "fp16"):
-        for tile in triton_configs.tiles(torch.cuda.get_device_capability(GPU), bits, arithmetic):
+        for tile in triton_configs.tiles(triton._hardware(GPU)[0], bits, arithmetic):
             for splits in (1, 2, 5):
                 calls = triton.project(
                     x.to(GPU),

@@ -5,7 +5,7 @@
 Two launches. `quantise_kernel` reads x once or twice and writes its integers as int8 limbs in panels of 128 k, with E
 and sum(q) of each row. `product_kernel` draws a tile of P in registers, 16 entries a Philox call, multiplies it with
 the limbs on the matrix units (y^T = P^T x^T: the tile of P is the left operand, which may stay in registers), and
-finishes: sums, residual, mask, rounding. Where there are fewer tiles than multiprocessors, K is cut up as well: parts
+finishes: sums, residual, mask, rounding. Where there are few tiles for the multiprocessors, K is cut up as well: parts
 add into int32 totals by atomics, and the last part to arrive at a tile finishes it.
 
 A kernel is compiled at its first call for a dtype, activation_bits, tile, with or without parts of K, and for whether
@@ -284,11 +284,17 @@ _BYTE_PERM = not _INTERPRETED and torch.version.cuda is not None
 
 @functools.cache
 def _hardware(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; of a small GPU under the interpreter."""
+    """Compute capability (`triton_configs.HIP` of AMD's) and multiprocessors; of a small GPU under the interpreter."""
     if device.type != "cuda":
         return (9, 0), 4
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    capability = triton_configs.HIP if torch.version.hip is not None else (properties.major, properties.minor)
+    return capability, properties.multi_processor_count
+
+
+def _forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Numbers of parts of K for which a tile has a kernel of its own: whole, and in parts."""
+    return (1, 2) if triton_configs.splittable(capability) else (1,)
 
 
 def _signed_word(word: int) -> int:
@@ -389,7 +395,7 @@ def project(
     panels, planes = triton.cdiv(k, _PANEL), 2 if activation_bits == 16 else 1
     column_tiles = triton.cdiv(columns, tile.columns)
     tiles = column_tiles * triton.cdiv(m, tile.rows)
-    splits = min(splits, panels) if splits else triton_configs.splits(tiles, panels, multiprocessors)
+    splits = min(splits, panels) if splits else triton_configs.splits(capability, tile, tiles, panels, multiprocessors)
     panels_per_split = triton.cdiv(panels, splits)
     splits = triton.cdiv(panels, panels_per_split)
 
@@ -462,7 +468,8 @@ def wrong_tiles(device: torch.device) -> list[str]:
     """Which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
 
     Tried are the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
-    whole and in two parts; bfloat16 activations of several tiles of rows and, in float16, more than one flush of sums.
+    whole and (not on AMD's) in two parts; bfloat16 activations of several tiles of rows and, in float16, more than one
+    flush of sums.
     """
     capability, _ = _hardware(device)
     arithmetic = _arithmetic(capability)
@@ -481,7 +488,8 @@ def wrong_tiles(device: torch.device) -> list[str]:
             "residual": True,
         }
         expected = reference.project(x, seed, row_mask=row_mask, **options)
-        for tile, splits in itertools.product(triton_configs.tiles(capability, bits, arithmetic), (1, 2)):
+        all_tiles = triton_configs.tiles(capability, bits, arithmetic)
+        for tile, splits in itertools.product(all_tiles, _forms_of_k(capability)):
             y = project(
                 *(x.to(device), seed.to(device)),
                 row_mask=row_mask.to(device),
@@ -507,13 +515,14 @@ def warmup(
     """
     seed = definition.seed_tensor(0, device)
     capability, _ = _hardware(seed.device)
+    forms = _forms_of_k(capability)
     stride = triton.cdiv(dim, 16) * 16
     memory = torch.zeros(2 * stride + 2, dtype=dtype, device=device)
     for tile in triton_configs.tiles(capability, activation_bits, _arithmetic(capability)):
         # Few of each: what is compiled depends on no number but on these being divisible by 16, and on parts of K.
-        for unaligned, splits in itertools.product((0, 1), (1, 2)):
+        for unaligned, ragged in itertools.product((0, 1), (0, 1)):
             project(
-                memory.as_strided((2, dim), (stride + (splits - 1), 1), unaligned),
+                memory.as_strided((2, dim), (stride + ragged, 1), unaligned),
                 seed,
                 domain=0,
                 coefficient=definition.coefficient(definition.DEFAULT_STD),
@@ -523,5 +532,5 @@ def warmup(
                 columns=min(dim, 16 - unaligned),
                 residual=True,
                 tile=tile,
-                splits=splits,
+                splits=forms[-1] if ragged else 1,
             )

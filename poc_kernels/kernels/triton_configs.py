@@ -21,8 +21,8 @@ class Tile(NamedTuple):
     """Order of k: how many consecutive k a thread of the matrix unit holds, 4, 8 or 16."""
 
 
-_FEW = (16, 32, 64)
-"""Rows of the tiles for few rows: 64 columns, 4 warps."""
+_FEW = tuple((64, rows, 4) for rows in (16, 32, 64))
+"""Columns, rows and warps of the tiles for few rows."""
 
 # mma.sync: Triton hands a thread of int8 operands runs of 8 consecutive k, since 3.7 runs of 4.
 _SYNC_RUN = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7) else 4
@@ -30,12 +30,15 @@ _SYNC_RUN = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) 
 
 def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> dict[int, tuple[Tile, ...]]:
     """Tiles by activation bits, fewest rows first; ``largest`` is (columns, rows, warps) for many rows."""
-    few = [(64, rows, 4) for rows in _FEW]
-    return {bits: tuple(Tile(*shape, stages, run) for shape in (*few, many)) for bits, many in largest.items()}
+    return {bits: tuple(Tile(*shape, stages, run) for shape in (*_FEW, many)) for bits, many in largest.items()}
 
+
+HIP = (0, 0)
+"""Stands for the compute capability of AMD's GPUs, whose own numbers mean other things: gfx942 gives (9, 4)."""
 
 # By compute capability, the largest that is not above the device's.
 _TABLE: dict[tuple[int, int], dict[int, tuple[Tile, ...]]] = {
+    HIP: _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=2, run=4),  # 64 KiB of shared memory
     (8, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=3, run=_SYNC_RUN),
     (8, 6): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=_SYNC_RUN),  # less shared memory
     (9, 0): _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=3, run=4),
@@ -57,8 +60,7 @@ def tiles(capability: tuple[int, int], activation_bits: int, arithmetic: str) ->
     """The tiles for a device, fewest rows first."""
     if arithmetic == "fp16":
         return _FP16_TILES
-    known = max((key for key in _TABLE if key <= capability), default=min(_TABLE))
-    return _TABLE[known][activation_bits]
+    return _TABLE[max(key for key in _TABLE if key <= capability)][activation_bits]
 
 
 def choose(capability: tuple[int, int], rows: int, activation_bits: int, arithmetic: str) -> Tile:
@@ -72,8 +74,19 @@ def arithmetic(capability: tuple[int, int]) -> str:
     return "fp16" if capability in _FP16 else "int8"
 
 
-def splits(tiles: int, panels: int, multiprocessors: int) -> int:
-    """Into how many parts of K to cut each of ``tiles`` tiles, so that there is work for every multiprocessor."""
-    if tiles >= multiprocessors:
+def splittable(capability: tuple[int, int]) -> bool:
+    """Whether K may be cut into parts that meet in memory.
+
+    Not on AMD's GPUs until one has shown it: a wave there may say that it has added before its own atomics are done.
+    """
+    return capability != HIP
+
+
+def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, multiprocessors: int) -> int:
+    """Into how many parts of K to cut each of ``tiles`` tiles, so that there is work for every multiprocessor.
+
+    BLOCKS_PER_MULTIPROCESSOR blocks of the tiles for few rows share a multiprocessor; one or two others fill it.
+    """
+    if not splittable(capability) or (tiles >= multiprocessors and tile[:3] not in _FEW):
         return 1
     return max(1, min(panels, BLOCKS_PER_MULTIPROCESSOR * multiprocessors // tiles))

@@ -163,7 +163,7 @@ def test_rows_of_every_kind(dtype, bits):
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 @pytest.mark.parametrize("bits", [16, 8])
 def test_every_tile_of_the_tables(bits, arithmetic, splits):
-    capabilities = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
+    capabilities = [triton_configs.HIP, (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
     tiles = {  # stages are the compiler's alone
         tile._replace(stages=1) for each in capabilities for tile in triton_configs.tiles(each, bits, arithmetic)
     }
@@ -316,7 +316,7 @@ def test_the_tiles_of_a_device_are_tried_whole_and_in_parts(arithmetic, tried, m
 
 
 def test_tiles_by_rows():
-    for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1), (13, 0)]:
+    for capability in [triton_configs.HIP, (8, 0), (8, 9), (9, 0), (10, 0), (12, 1), (13, 0)]:
         for bits in (16, 8):
             tiles = triton_configs.tiles(capability, bits, "int8")
             assert [tile.rows for tile in tiles] == sorted(tile.rows for tile in tiles)
@@ -326,11 +326,45 @@ def test_tiles_by_rows():
             assert all(tile.columns % (16 * tile.warps) == 0 for tile in tiles)
 
 
-def test_few_tiles_are_cut_along_k_until_there_is_work_for_every_multiprocessor():
-    assert triton_configs.splits(tiles=1000, panels=64, multiprocessors=132) == 1
-    assert triton_configs.splits(tiles=128, panels=64, multiprocessors=132) == 4
-    assert triton_configs.splits(tiles=1, panels=64, multiprocessors=132) == 64
-    assert triton_configs.splits(tiles=1, panels=1, multiprocessors=132) == 1
+FEW, MANY = Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("tile", "tiles", "panels", "multiprocessors", "parts"),
+    [
+        (MANY, 1000, 64, 132, 1),
+        (MANY, 132, 64, 132, 1),
+        (MANY, 131, 64, 132, 4),
+        (FEW, 128, 64, 108, 3),
+        (FEW, 128, 64, 132, 4),
+        (FEW, 217, 64, 108, 1),
+        (FEW, 216, 64, 108, 2),
+        (FEW, 1000, 64, 132, 1),
+        (FEW, 1, 64, 132, 64),
+        (FEW, 1, 1, 132, 1),
+    ],
+)
+def test_few_tiles_are_cut_along_k_until_there_is_work_for_every_multiprocessor(
+    tile, tiles, panels, multiprocessors, parts
+):
+    assert triton_configs.splits((8, 0), tile, tiles, panels, multiprocessors) == parts
+
+
+@pytest.mark.parametrize(("numbers", "arch"), [((9, 4), "gfx942"), ((9, 0), "gfx90a"), ((10, 3), "gfx1030")])
+def test_an_amd_gpu_takes_no_tile_arithmetic_or_parts_by_numbers_that_mean_other_things(numbers, arch, monkeypatch):
+    properties = mock.Mock(major=numbers[0], minor=numbers[1], multi_processor_count=304, gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    capability, multiprocessors = kernels._hardware.__wrapped__(torch.device("cuda", 0))
+    assert (capability, multiprocessors) == (triton_configs.HIP, 304)
+    assert kernels._arithmetic(capability) == "int8"
+    assert kernels._forms_of_k(capability) == (1,)
+    for bits in (16, 8):
+        tiles = triton_configs.tiles(capability, bits, "int8")
+        assert {tile.stages for tile in tiles} == {2}
+        assert {triton_configs.splits(capability, tile, 1, 64, 304) for tile in tiles} == {1}
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels._hardware.__wrapped__(torch.device("cuda", 0)) == (numbers, 304)
 
 
 def test_arithmetic_by_capability_and_by_the_environment(monkeypatch):
@@ -342,13 +376,16 @@ def test_arithmetic_by_capability_and_by_the_environment(monkeypatch):
         triton_project(x, arithmetic="bf16")
 
 
+@pytest.mark.parametrize(("capability", "forms"), [((9, 0), {1, 2}), (triton_configs.HIP, {1})])
 @pytest.mark.parametrize("dim", [1, 200])
-def test_warmup_runs_every_tile(dim, monkeypatch):
+def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
     calls = []
+    monkeypatch.setattr(kernels, "_hardware", lambda device: (capability, 4))
     monkeypatch.setattr(triton_configs, "tiles", lambda *_: SMALL[:2])
     monkeypatch.setattr(kernels, "project", lambda *arguments, **options: calls.append((arguments, options)))
     kernels.warmup("cpu", dim, dtype=torch.float16, activation_bits=8)
     assert {options["tile"] for _, options in calls} == set(SMALL[:2])
+    assert {options["splits"] for _, options in calls} == forms
     monkeypatch.undo()
     for arguments, options in calls:
         assert kernels.project(*arguments, **options).shape == (2, min(dim, options["columns"]))

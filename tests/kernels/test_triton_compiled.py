@@ -12,7 +12,7 @@ import pytest
 from poc_kernels import definition
 
 triton = pytest.importorskip("triton")
-from triton_compiled import CAPABILITIES, compile_for  # noqa: E402
+from triton_compiled import CAPABILITIES, compile_for, shared_bytes_on_amd  # noqa: E402
 
 from poc_kernels.kernels import triton as kernels  # noqa: E402
 from poc_kernels.kernels import triton_configs, triton_device  # noqa: E402
@@ -98,16 +98,21 @@ _SPILLED = {
 _LEAST_WARPS = {"int8": {16: 16, 32: 12}, "fp16": {16: 12}}
 
 
-def compiled_for(kernel, constants, capability, types, **options):
-    """`compile_for` of a kernel as it is called for sizes that are multiples of 16."""
+def arguments_of(kernel, constants, types):
+    """Signature of a kernel, and what of it is aligned, as it is called for sizes that are multiples of 16."""
     types = {**_TYPES, **types}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in _MULTIPLES_OF_16]
+    return signature, [name for name, kind in signature.items() if kind.startswith("*") or name in _MULTIPLES_OF_16]
+
+
+def compiled_for(kernel, constants, capability, types, **options):
+    """`compile_for` of a kernel as it is called for sizes that are multiples of 16."""
+    signature, aligned = arguments_of(kernel, constants, types)
     return compile_for(kernel, signature, constants, capability, aligned=aligned, **options)
 
 
-@functools.cache
-def product(capability: int, bits: int, tile: Tile, split: bool, arithmetic: str, dtype: str = "bfloat16"):
+def product_form(bits, tile, split, arithmetic, dtype="bfloat16", byte_perm=True):
+    """Constants and types of a product."""
     number, pointer, _ = _DTYPES[dtype]
     constants = {
         "DTYPE": number,
@@ -118,13 +123,19 @@ def product(capability: int, bits: int, tile: Tile, split: bool, arithmetic: str
         "WARPS": tile.warps,
         "SPLIT": split,
         "FP16": arithmetic == "fp16",
-        "BYTE_PERM": True,
+        "BYTE_PERM": byte_perm,
     }
+    return constants, {"x": pointer, "y": pointer, "limbs": "*fp16" if arithmetic == "fp16" else "*i8"}
+
+
+@functools.cache
+def product(capability: int, bits: int, tile: Tile, split: bool, arithmetic: str, dtype: str = "bfloat16"):
+    constants, types = product_form(bits, tile, split, arithmetic, dtype)
     return compiled_for(
         kernels.product_kernel,
         constants,
         capability,
-        {"x": pointer, "y": pointer, "limbs": "*fp16" if arithmetic == "fp16" else "*i8"},
+        types,
         num_warps=tile.warps,
         num_stages=tile.stages,
         options={"enable_fp_fusion": False},
@@ -163,6 +174,17 @@ def test_every_tile_of_the_table_keeps_to_its_limits(capability, bits, arithmeti
         parts.append(f"{tile.rows}{' in parts' if split else ''}: {len(loop)}{spilled}")
     of_what = "instructions of a warp for 128 k by rows of the tile"
     record_property("summary", f"sm_{capability}, {bits} bits, {arithmetic}, {of_what}: {', '.join(parts)}")
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_every_tile_of_amd_s_table_fits_the_shared_memory_of_gfx942(bits, arithmetic):
+    for tile in triton_configs.tiles(triton_configs.HIP, bits, arithmetic):
+        constants, types = product_form(bits, tile, False, arithmetic, byte_perm=False)
+        signature, aligned = arguments_of(kernels.product_kernel, constants, types)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+        shared = shared_bytes_on_amd(kernels.product_kernel, signature, constants, "gfx942", aligned=aligned, **options)
+        assert 0 < shared <= 65536, tile
 
 
 @pytest.mark.parametrize("bits", [16, 8])

@@ -163,15 +163,15 @@ def _disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
     return sass, {name: int(value) for name, value in _RESOURCE.findall(usage)}
 
 
-def _compile(
+def _compiled_by_triton(
     module: str,
     name: str,
     signature: dict[str, str],
     constants: dict[str, Any],
     aligned: tuple[str, ...],
-    capability: int,
+    target: tuple[str, int | str, int],
     options: dict[str, Any],
-) -> Compiled:
+) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -188,10 +188,17 @@ def _compile(
         constexprs={(kernel.arg_names.index(arg),): value for arg, value in constants.items()},
         attrs={(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned if arg not in plain},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def _compile(*request: Any) -> Compiled | int:
+    """Code and resources for NVIDIA's GPUs; for AMD's the bytes of shared memory alone."""
+    compiled, target = _compiled_by_triton(*request), request[-2]
+    if target[0] != "cuda":
+        return int(compiled.metadata.shared)
     sass, resources = _disassemble(compiled.asm["cubin"])
     return Compiled(
-        capability=capability,
+        capability=target[1],
         num_warps=compiled.metadata.num_warps,
         ptx=compiled.asm["ptx"],
         sass=sass,
@@ -215,7 +222,7 @@ def _compiler() -> concurrent.futures.ProcessPoolExecutor:
     return pool
 
 
-_done: dict[str, Compiled] = {}
+_done: dict[str, Any] = {}
 
 
 def compile_for(
@@ -241,15 +248,37 @@ def compile_for(
     """
     if aligned is None:
         aligned = [name for name, type_name in signature.items() if type_name.startswith("*")]
+    options = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
+    compiled: Compiled = _kept(kernel, signature, constants, aligned, ("cuda", capability, 32), options)
+    return compiled
+
+
+def shared_bytes_on_amd(
+    kernel: Callable[..., Any],
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    arch: str,
+    *,
+    aligned: Sequence[str],
+    **options: Any,
+) -> int:
+    """Shared memory of a block of ``kernel`` compiled for an AMD GPU ("gfx942"); arguments as for `compile_for`."""
+    shared: int = _kept(kernel, signature, constants, aligned, ("hip", arch, 64), options)
+    return shared
+
+
+def _kept(
+    kernel: Callable[..., Any],
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Sequence[str],
+    target: tuple[str, int | str, int],
+    options: Mapping[str, Any],
+) -> Any:
     function = getattr(kernel, "fn", kernel)
     request = (
-        function.__module__,
-        function.__name__,
-        dict(signature),
-        dict(constants),
-        tuple(aligned),
-        capability,
-        {"num_warps": num_warps, "num_stages": num_stages, **(options or {})},
+        *(function.__module__, function.__name__),
+        *(dict(signature), dict(constants), tuple(aligned), target, dict(options)),
     )
     key = repr(request)
     if key not in _done:
