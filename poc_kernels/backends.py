@@ -47,9 +47,10 @@ def _triton_unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" and (device.type != "cpu" or _asked_for() != "triton"):
         return "runs on GPUs only"
     try:
-        reason: str | None = _triton().unavailable(device)
+        kernels = _triton()
     except Exception as error:  # a Triton that cannot be imported is one that is not there
         return f"Triton cannot be used: {type(error).__name__}: {error}"
+    reason: str | None = kernels.unavailable(device)
     return reason
 
 
@@ -147,7 +148,7 @@ def select(device: torch.device) -> Backend:
     """The backend for ``device``.
 
     Raises:
-        ValueError: POC_KERNELS_BACKEND names none of this installation.
+        ValueError: POC_KERNELS_BACKEND names none of this installation, or POC_KERNELS_TRITON_ARITHMETIC no arithmetic.
         RuntimeError: none, or not the one asked for, is available on the device and passes its self-test there; or
             none was chosen before a CUDA graph is captured.
     """

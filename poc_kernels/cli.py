@@ -44,7 +44,7 @@ def verify() -> int:
     """Print every backend's verdict on every device, and which one serves it.
 
     Returns:
-        1 if a backend that is available gives a wrong answer or none serves a device, else 0.
+        1 if a backend that is available gives a wrong answer or cannot be tried, or none serves a device, else 0.
     """
     logging.getLogger("poc_kernels").addHandler(logging.NullHandler())  # the table says it
     print(f"poc_kernels {__version__}, definition {definition.DEFINITION}, torch {torch.__version__}")
@@ -57,9 +57,16 @@ def verify() -> int:
             failed = True
             rows.append(("-", str(device), f"NOT SERVED: {trouble}"))
         for backend in backends.backends():
-            reason = backend.unavailable(device)
-            wrong = [] if reason else backends.verdict(backend, device)
-            if reason:
+            reason, wrong, untried = None, [], None
+            try:
+                reason = backend.unavailable(device)
+                wrong = [] if reason else backends.verdict(backend, device)
+            except (ValueError, RuntimeError) as error:
+                untried = str(error)
+            if untried is not None:
+                failed = True
+                text = f"NOT TRIED: {untried}"
+            elif reason:
                 text = f"not available: {reason}"
             elif wrong:
                 failed = True

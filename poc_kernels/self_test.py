@@ -91,19 +91,29 @@ def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any
     """Which known answers ``backend`` gets wrong on ``device``; empty if it may be used there.
 
     ``answers`` has the layout of the definition's vectors; the package's own known answers unless given.
-    An exception that the backend raises counts as a wrong answer, but for a lack of memory, which is raised.
+    An exception that the backend raises counts as a wrong answer, unless it `says_nothing`: that is raised.
     """
     return found_wrong(lambda: _wrong_answers(backend, device, answers or _known_answers()))
 
 
 def found_wrong(check: Callable[[], list[str]]) -> list[str]:
-    """What ``check`` finds wrong with a backend; or the exception that it raises, but for a lack of memory."""
+    """What ``check`` finds wrong with kernels; or the exception that it raises, unless that `says_nothing` of them."""
     try:
         return check()
-    except torch.OutOfMemoryError:  # says nothing of the backend
-        raise
-    except Exception as error:  # whatever it is, such a backend is not to be used
+    except Exception as error:  # whatever it is, such kernels are not to be used
+        if says_nothing(error):
+            raise
         return [f"{type(error).__name__}: {error}"]
+
+
+def says_nothing(error: Exception) -> bool:
+    """Whether an exception tells of a condition that passes: no memory left, or a CUDA graph that is being captured.
+
+    Triton's are RuntimeErrors with the driver's words; a capture in another thread can make any allocation fail.
+    """
+    words = str(error).lower()
+    passing = "out of memory" in words or "captur" in words
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and passing)
 
 
 def _wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any]) -> list[str]:

@@ -84,6 +84,14 @@ def backend_named(name: str) -> Backend:
     return next(backend for backend in backends.backends() if backend.name == name)
 
 
+PASSING_ERRORS = (
+    torch.OutOfMemoryError("no memory left"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"),
+    RuntimeError("CUDA error: operation failed due to a previous error during capture"),
+)
+"""What kernels raise where memory is short, or while another thread captures a graph: no word of the kernels."""
+
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 _GUARD_BYTES = 256

@@ -47,6 +47,23 @@ def test_verify_fails_when_a_backend_gives_a_wrong_answer(capsys, monkeypatch):
     assert re.search(r"- +cpu +NOT SERVED: no poc_kernels backend can be used on cpu", output)
 
 
+@pytest.mark.parametrize("error", [ValueError("no such arithmetic"), RuntimeError("CUDA error: out of memory")])
+def test_verify_goes_on_where_a_backend_cannot_be_tried(capsys, monkeypatch, error):
+    def raising(device):
+        raise error
+
+    monkeypatch.setattr(
+        *(backends, "backends"),
+        lambda: tuple(
+            kernels.Backend(name, reference.project, reference.entries, raising) for name in ("one", "other")
+        ),
+    )
+    monkeypatch.setattr(backends, "_selected", {})
+    assert cli.main(["verify"]) == 1
+    output = capsys.readouterr().out
+    assert re.findall(r"(\w+) +cpu +NOT TRIED: (.*)", output) == [("one", str(error)), ("other", str(error))]
+
+
 def test_verify_says_what_serves_when_one_is_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(backends, "_selected", {})
     monkeypatch.setenv("POC_KERNELS_BACKEND", "reference")

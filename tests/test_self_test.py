@@ -1,6 +1,5 @@
 """A backend is used only after it gave the known answers; which one that is."""
 
-import dataclasses
 import json
 import logging
 import re
@@ -10,7 +9,7 @@ from importlib import resources
 
 import pytest
 import torch
-from helpers import CPU, PLAIN, assert_same_bits, expected, project, rows_of_every_kind
+from helpers import CPU, PASSING_ERRORS, assert_same_bits, expected, project, rows_of_every_kind
 from vectors import VECTORS
 
 import poc_kernels
@@ -238,10 +237,12 @@ def test_a_tile_that_the_known_answers_do_not_reach_is_tried(tiles, monkeypatch,
     assert "will not be used there: 16 bits in int8 by a tile, K whole" in caplog.text
 
 
-def test_an_exception_of_a_tile_is_a_wrong_answer_but_for_a_lack_of_memory(tiles, monkeypatch):
-    tiles(torch.OutOfMemoryError("no memory left"))
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("error", PASSING_ERRORS, ids=repr)
+def test_an_exception_of_a_tile_is_a_wrong_answer_but_for_a_condition_that_passes(error, tiles, monkeypatch):
+    tiles(error)
+    with pytest.raises(type(error)) as raised:
         backends.verdict(made("triton"), CPU)
+    assert raised.value is error
     tiles(RuntimeError("a tile that does not launch"))
     assert backends.verdict(made("triton"), CPU) == ["RuntimeError: a tile that does not launch"]
 
@@ -332,10 +333,26 @@ def test_no_native_core_is_a_known_state_of_the_environment(no_native_core, monk
         project(backends.select(CPU), X)
 
 
-def test_a_lack_of_memory_is_not_a_wrong_answer(monkeypatch):
-    def starved(*arguments, **options):
-        raise torch.OutOfMemoryError("no memory left")
+@pytest.mark.parametrize("error", PASSING_ERRORS, ids=repr)
+def test_a_condition_that_passes_is_not_remembered(error, monkeypatch, caplog):
+    def unlucky(*arguments, **options):
+        if errors:
+            raise errors.pop()
+        return reference.entries(*arguments, **options)
 
-    backend = dataclasses.replace(PLAIN, entries=starved)
-    with pytest.raises(torch.OutOfMemoryError):
-        self_test.wrong_answers(backend, CPU)
+    errors = [error]
+    install(monkeypatch, made("unlucky", entries=unlucky), made("slow"))
+    with pytest.raises(type(error)) as raised:
+        backends.select(CPU)
+    assert raised.value is error
+    assert backends.select(CPU).name == "unlucky"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("out of memory"), ImportError("no name capture_begin"), RuntimeError("out of resource: shared memory")],
+)
+def test_other_errors_tell_of_the_backend(error):
+    assert not self_test.says_nothing(error)
+    assert self_test.says_nothing(MemoryError())

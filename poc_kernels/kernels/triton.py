@@ -354,13 +354,17 @@ def _quantise(
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why these kernels cannot run on a device, or None if they can."""
-    if device.type == "cpu" and _INTERPRETED:
-        return None
-    if device.type != "cuda":
+    """Why these kernels cannot run on a device, or None if they can.
+
+    Raises:
+        ValueError: POC_KERNELS_TRITON_ARITHMETIC names no arithmetic.
+    """
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
         return "runs on GPUs only"
-    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
+    capability, _ = _hardware(device)
+    if capability != triton_configs.HIP and capability < (8, 0):
         return "needs compute capability 8.0"
+    _arithmetic(capability)
     return None
 
 

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, self_test
 
 logger = logging.getLogger("poc_kernels")
 
@@ -142,29 +142,28 @@ def _kernels(device: torch.device) -> ModuleType | None:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     backends.refuse_capture(device, "what draws inputs")
-    try:
-        kernels = importlib.import_module("poc_kernels.kernels.triton_inputs")
-        wrong = _wrong_draws(kernels, device)
-    except torch.OutOfMemoryError:  # says nothing of the kernels
-        raise
-    except Exception as error:  # whatever it is, from the import of Triton on, such kernels are not to be used
-        wrong = f"{type(error).__name__}: {error}"
-    if wrong is not None:
-        logger.error("poc_kernels draws inputs on %s with plain torch: its Triton kernels fail (%s)", device, wrong)
+    name = "poc_kernels.kernels.triton_inputs"
+    wrong = self_test.found_wrong(lambda: _wrong_draws(importlib.import_module(name), device))
+    if wrong:
+        text = "; ".join(wrong)
+        logger.error("poc_kernels draws inputs on %s with plain torch: its Triton kernels fail (%s)", device, text)
         return None
-    return kernels
+    return importlib.import_module(name)
 
 
-def _wrong_draws(kernels: ModuleType, device: torch.device) -> str | None:
-    """What the kernels draw otherwise than torch's operators on a CPU, or None."""
+def _wrong_draws(kernels: ModuleType, device: torch.device) -> list[str]:
+    """What the kernels draw otherwise than torch's operators on a CPU."""
     column, local = (_seed_column(_CHECKED_SEEDS, torch.device(place)) for place in (device, "cpu"))
     expected = _plain_normal(local, _CHECKED_COUNT, torch.float32)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if not torch.equal(kernels.normal(column, _CHECKED_COUNT, dtype).cpu(), expected.to(dtype)):
-            return f"normal numbers in {dtype}"
+    wrong = [
+        f"normal numbers in {dtype}"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not torch.equal(kernels.normal(column, _CHECKED_COUNT, dtype).cpu(), expected.to(dtype))
+    ]
     start = 2**31 - 5000
     hashes = _plain_hash32(local, start, _CHECKED_COUNT)
-    return None if torch.equal(kernels.hash32(column, start, _CHECKED_COUNT).cpu(), hashes) else "hashes"
+    right = torch.equal(kernels.hash32(column, start, _CHECKED_COUNT).cpu(), hashes)
+    return wrong if right else [*wrong, "hashes"]
 
 
 def nonce_inputs(

@@ -376,6 +376,26 @@ def test_arithmetic_by_capability_and_by_the_environment(monkeypatch):
         triton_project(x, arithmetic="bf16")
 
 
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_wrong_arithmetic_in_the_environment_is_an_error_at_the_first_call(place, fresh_choice, monkeypatch):
+    """Not a wrong answer of the kernels, upon which another backend would serve."""
+    monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", "in8")
+    monkeypatch.setattr(kernels, "_hardware", lambda device: ((9, 0), 4))
+    if place == "cpu":
+        monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got in8"):
+            backends.select(torch.device(place, 0) if place == "cuda" else CPU)
+    assert not backends._verdicts
+    assert not backends._selected
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "needs compute capability 8.0"), ((8, 0), None)])
+def test_old_cards_are_refused(capability, reason, monkeypatch):
+    monkeypatch.setattr(kernels, "_hardware", lambda device: (capability, 4))
+    assert kernels.unavailable(torch.device("cuda", 0)) == reason
+
+
 @pytest.mark.parametrize(("capability", "forms"), [((9, 0), {1, 2}), (triton_configs.HIP, {1})])
 @pytest.mark.parametrize("dim", [1, 200])
 def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
