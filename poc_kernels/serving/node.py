@@ -206,13 +206,15 @@ class Node:
 
     @torch.inference_mode()
     def _compile_kernels(self) -> None:
-        """Have a GPU's kernels for rounds checked and compiled, which takes up to a minute where none is on disk."""
+        """Have a GPU's kernels for rounds checked and compiled, which takes minutes where none is on disk.
+
+        Those of the projection too, which any round may ask for, by when the KV cache has taken the memory.
+        """
         engine = self.engine
         if engine.device.type == "cuda":
             inputs.normal([0], 1, engine.device, engine.dtype)
             inputs.hash32([0], 0, 1, engine.device)
-            if self.settings.random_projection:
-                backends.warmup(engine.device, engine.hidden_size, dtype=engine.dtype)
+            backends.warmup(engine.device, engine.hidden_size, dtype=engine.dtype)
 
     @torch.inference_mode()
     def _measure_slices(self) -> None:
