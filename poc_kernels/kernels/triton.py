@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from typing import Any
 
@@ -61,7 +62,7 @@ def _limb(byte, FP16: tl.constexpr):
     return fp16_of(byte) if FP16 else byte.to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["row_mask", "rows", "padded_rows", "cleared_count", "masked_rows"])
+@triton.jit(do_not_specialize=["row_mask", "rows", "padded_rows", "cleared_count", "row_stride", "masked_rows"])
 def quantise_kernel(
     x,  # [rows, k] bits of activations, rows row_stride apart
     limbs,  # [panels, limb, padded_rows, PANEL] int8, or float16: q of each row in bytes, high first
@@ -82,6 +83,7 @@ def quantise_kernel(
     ONE_BLOCK: tl.constexpr,
     CLEAR: tl.constexpr,
     FP16: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr,  # row_stride is a multiple of 16
 ):
     """One program for each row, which leaves a row that is masked off alone; then programs that clear CLEAR words."""
     row = tl.program_id(0)
@@ -89,7 +91,8 @@ def quantise_kernel(
         words = (row - rows).to(tl.int64) * CLEAR + tl.arange(0, CLEAR)
         tl.store(cleared + words, tl.zeros([CLEAR], tl.int32), mask=words < cleared_count)
     elif wanted_rows(row_mask, row, masked_rows):
-        x += row.to(tl.int64) * row_stride
+        first = row.to(tl.int64) * row_stride
+        x += tl.multiple_of(first, 16) if ALIGNED_ROWS else first
         limbs += row.to(tl.int64) * PANEL
         plane = padded_rows.to(tl.int64) * PANEL
         quads = tl.arange(0, BLOCK // 4)
@@ -145,8 +148,8 @@ def _accumulate(high, low, limbs, offsets, plane, v, TWO_LIMBS: tl.constexpr, OU
 
 @triton.jit(
     do_not_specialize=[
-        *("x", "arrived", "row_mask", "seed", "rows", "padded_rows", "panels", "panels_per_split", "row_stride"),
-        *("column_start", "domain", "residual_columns", "masked_rows"),
+        *("x", "arrived", "row_mask", "seed", "coefficient", "rows", "padded_rows", "panels", "panels_per_split"),
+        *("row_stride", "column_start", "domain", "residual_columns", "masked_rows"),
     ]
 )
 def product_kernel(
@@ -159,7 +162,7 @@ def product_kernel(
     row_mask,  # [masked_rows] int8; none: 0 rows
     y,  # [rows, columns] bits of results
     seed,  # [1] int64
-    coefficient,
+    coefficient,  # its float32 as the int32 of the same bits: a launcher's own conversion may drop subnormals
     rows,
     padded_rows,
     panels,
@@ -193,6 +196,7 @@ def product_kernel(
     first = tl.program_id(1) * panels_per_split
     last = tl.minimum(first + panels_per_split, panels) * any_wanted
     seed_bits = tl.load(seed)
+    factor = coefficient.to(tl.float32, bitcast=True)
     offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
     plane = padded_rows.to(tl.int64) * PANEL
     panel_limbs = 2 * plane if two_limbs else plane
@@ -234,13 +238,13 @@ def product_kernel(
                 if two_limbs:
                     high_sum = added_sums(high_totals + start * COLUMNS, rows_left - start, COLUMNS, part)
                 finish_tile(
-                    *(x, exponents, sums, row_mask, y, coefficient, high_sum, low_sum, first_row + start, first_column),
+                    *(x, exponents, sums, row_mask, y, factor, high_sum, low_sum, first_row + start, first_column),
                     *(rows, row_stride, columns, column_start, residual_columns, masked_rows),
                     *(DTYPE, BITS, COLUMNS, part),
                 )
     else:
         finish_tile(
-            *(x, exponents, sums, row_mask, y, coefficient, high, low, first_row, first_column, rows, row_stride),
+            *(x, exponents, sums, row_mask, y, factor, high, low, first_row, first_column, rows, row_stride),
             *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS),
         )
 
@@ -301,6 +305,12 @@ def _signed_word(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+def _float32_bits(value: float) -> int:
+    """The bits of a positive float32, by integers: a subnormal is kept whatever the processor does with them."""
+    unit = max(math.frexp(value)[1] - 24, -149)
+    return ((unit + 149) << 23) + int(math.ldexp(value, -unit))
+
+
 def _arithmetic(capability: tuple[int, int], asked_for: str | None = None) -> str:
     arithmetic = asked_for or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or triton_configs.arithmetic(capability)
     if arithmetic not in ("int8", "fp16"):
@@ -345,6 +355,7 @@ def _quantise(
         ONE_BLOCK=k <= block,
         CLEAR=_CLEAR,
         FP16=limbs.dtype == torch.float16,
+        ALIGNED_ROWS=_row_stride(x) % 16 == 0,
         num_warps=8 if block >= 4096 else 4,
         enable_fp_fusion=False,
     )
@@ -424,7 +435,7 @@ def project(
             mask,
             y.view(_DTYPES[x.dtype][1]),
             seed,
-            coefficient,
+            _float32_bits(coefficient),
             m,
             padded_rows,
             panels,

@@ -24,9 +24,8 @@ _TYPES = {
     **dict.fromkeys(("limbs", "row_mask"), "*i8"),
     **dict.fromkeys(("exponents", "sums", "totals", "cleared", "arrived"), "*i32"),
     "seed": "*i64",
-    "coefficient": "fp32",
 }
-_MULTIPLES_OF_16 = ("row_stride", "columns", "k")
+_MULTIPLES_OF_16 = ("columns", "k")
 
 # The kernels' number of a dtype of x, the type of its bits, and the load of four of its elements.
 _DTYPES = {
@@ -257,6 +256,7 @@ def test_quantise_compiles_without_spills(capability, bits, dtype, arithmetic, o
         "ONE_BLOCK": one_block,
         "CLEAR": 2048,
         "FP16": arithmetic == "fp16",
+        "ALIGNED_ROWS": True,
     }
     compiled = compiled_for(
         kernels.quantise_kernel,
