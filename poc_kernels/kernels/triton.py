@@ -20,6 +20,7 @@ import functools
 import itertools
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -282,6 +283,8 @@ def entries_kernel(
 _DTYPES = {torch.float32: (0, torch.int32), torch.bfloat16: (1, torch.int16), torch.float16: (2, torch.int16)}
 _PANEL = PANEL.value
 _CLEAR = 2048
+_LONGEST_BLOCK = 8192
+"""K beyond which rows are quantised in blocks, and read twice."""
 _INTERPRETED = not isinstance(product_kernel, triton.runtime.JITFunction)
 _BYTE_PERM = not _INTERPRETED and torch.version.cuda is not None
 
@@ -334,7 +337,7 @@ def _quantise(
     tile: Tile,
 ) -> None:
     m, k = x.shape
-    block = min(8192, triton.next_power_of_2(max(k, _PANEL)))
+    block = min(_LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
     quantise_kernel[(m + triton.cdiv(cleared.numel(), _CLEAR),)](
         x.view(_DTYPES[x.dtype][1]),
         limbs,
@@ -479,43 +482,64 @@ def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: in
     return out
 
 
+def _wrong_forms(
+    device: torch.device,
+    dtype: str,
+    k: int,
+    columns: int,
+    bits: int,
+    arithmetic: str,
+    forms: Iterable[tuple[Tile, int]],
+) -> list[str]:
+    """Which forms of a product, tiles and numbers of parts of K, give other bits than the reference on the CPU."""
+    rows = 20 if _INTERPRETED else 300
+    x = self_test.activations({"dtype": dtype, "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
+    row_mask = torch.arange(rows, device="cpu") % 7 != 3
+    seed = definition.seed_tensor(-rows, "cpu")
+    options: dict[str, Any] = {
+        "domain": 2**32 - 1,
+        "coefficient": definition.coefficient(definition.DEFAULT_STD),
+        "activation_bits": bits,
+        "column_start": 0,
+        "columns": columns,
+        "residual": True,
+    }
+    expected = self_test.digest(reference.project(x, seed, row_mask=row_mask, **options))
+    wrong = []
+    for tile, splits in forms:
+        y = project(
+            *(x.to(device), seed.to(device)),
+            row_mask=row_mask.to(device),
+            tile=tile,
+            splits=splits,
+            arithmetic=arithmetic,
+            **options,
+        )
+        if self_test.digest(y) != expected:
+            cut = "whole" if splits == 1 else f"in {splits} parts"
+            wrong.append(f"{dtype}, {bits} bits in {arithmetic} by {tile}, K = {k} {cut}")
+    return wrong
+
+
 def wrong_tiles(device: torch.device) -> list[str]:
     """Which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
 
     Tried are the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
     whole and (not on AMD's) in two parts; bfloat16 activations of several tiles of rows and, in float16, more than one
-    flush of sums.
+    flush of sums. Then the largest tile with rows so long that they are read twice, in every dtype; of float32 and
+    float16 one takes K whole and the other in parts, the other way round for the other activation_bits.
     """
     capability, _ = _hardware(device)
     arithmetic = _arithmetic(capability)
-    rows, k, columns = (20, 140, 20) if _INTERPRETED else (300, 1152, 512)
-    x = self_test.activations({"dtype": "bfloat16", "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
-    row_mask = torch.arange(rows, device="cpu") % 7 != 3
-    seed = definition.seed_tensor(-rows, "cpu")
+    parts = _forms_of_k(capability)
+    k, columns = (140, 20) if _INTERPRETED else (1152, 512)
+    long_k, few_columns = _LONGEST_BLOCK + 128, 20 if _INTERPRETED else 128
     wrong = []
-    for bits in (16, 8):
-        options: dict[str, Any] = {
-            "domain": 2**32 - 1,
-            "coefficient": definition.coefficient(definition.DEFAULT_STD),
-            "activation_bits": bits,
-            "column_start": 0,
-            "columns": columns,
-            "residual": True,
-        }
-        expected = reference.project(x, seed, row_mask=row_mask, **options)
-        all_tiles = triton_configs.tiles(capability, bits, arithmetic)
-        for tile, splits in itertools.product(all_tiles, _forms_of_k(capability)):
-            y = project(
-                *(x.to(device), seed.to(device)),
-                row_mask=row_mask.to(device),
-                tile=tile,
-                splits=splits,
-                arithmetic=arithmetic,
-                **options,
-            )
-            if self_test.digest(y) != self_test.digest(expected):
-                form = "whole" if splits == 1 else "in two parts"
-                wrong.append(f"{bits} bits in {arithmetic} by {tile}, K {form}")
+    for bits, (of_float32, of_float16) in ((16, (parts[0], parts[-1])), (8, (parts[-1], parts[0]))):
+        tiles = triton_configs.tiles(capability, bits, arithmetic)
+        wrong += _wrong_forms(device, "bfloat16", k, columns, bits, arithmetic, itertools.product(tiles, parts))
+        for dtype, splits in (("bfloat16", parts[0]), ("float32", of_float32), ("float16", of_float16)):
+            wrong += _wrong_forms(device, dtype, long_k, few_columns, bits, arithmetic, [(tiles[-1], splits)])
     return wrong
 
 

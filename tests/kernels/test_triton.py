@@ -280,37 +280,55 @@ def test_a_tile_that_only_calls_of_many_rows_take_is_found_before_its_use(fresh_
         return y
 
     monkeypatch.setattr(kernels, "project", broken)
+    monkeypatch.setattr(kernels, "_LONGEST_BLOCK", 256)  # for the interpreter's sake
     few = {"entries": [], "residual": [], "projection": [], "edge": self_test._known_answers()["edge"]}
     monkeypatch.setattr(self_test, "_known_answers", lambda: few)
     monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
     triton_backend = next(backend for backend in backends.backends() if backend.name == "triton")
     assert self_test.wrong_answers(triton_backend, CPU) == [], "known answers are of few rows"
-    wrong = ["8 bits in int8 by Tile(columns=64, rows=256, warps=4, stages=3, run=4), K whole"]
-    assert backends.verdict(triton_backend, CPU) == wrong
+    tile = "Tile(columns=64, rows=256, warps=4, stages=3, run=4)"
+    assert backends.verdict(triton_backend, CPU) == [
+        f"{dtype}, 8 bits in int8 by {tile}, K = {k} whole"
+        for dtype, k in (("bfloat16", 140), ("bfloat16", 384), ("float16", 384))
+    ]
     with pytest.raises(RuntimeError, match="triton: wrong answers in its self-test"):
         backends.select(CPU)
 
 
-@pytest.mark.parametrize(("arithmetic", "tried"), [("int8", 2 * 4 * 2), ("fp16", 2 * 3 * 2)])
-def test_the_tiles_of_a_device_are_tried_whole_and_in_parts(arithmetic, tried, monkeypatch):
+@pytest.mark.parametrize(("capability", "parts"), [((9, 0), 2), (triton_configs.HIP, 1)])
+@pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
+def test_the_tiles_of_a_device_are_tried_whole_and_in_parts_and_with_every_dtype(
+    arithmetic, capability, parts, monkeypatch
+):
     calls = []
 
     def recorded(x, *arguments, **options):
-        calls.append((options["activation_bits"], options["tile"], options["splits"]))
+        calls.append((x.dtype, x.shape[1], options["activation_bits"], options["tile"], options["splits"]))
         assert options["arithmetic"] == arithmetic
         return torch.zeros(len(x), options["columns"], dtype=x.dtype)
 
     monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", arithmetic)
     monkeypatch.setattr(kernels, "project", recorded)
+    monkeypatch.setattr(kernels, "_hardware", lambda device: (capability, 4))
     wrong = kernels.wrong_tiles(CPU)
-    assert len(wrong) == len(set(wrong)) == len(calls) == tried
-    assert wrong[1] == f"16 bits in {arithmetic} by {calls[1][1]}, K in two parts"
-    assert set(calls) == {
-        (bits, tile, splits)
+    assert len(wrong) == len(set(wrong)) == len(calls)
+    cut = {1: "whole", 2: "in 2 parts"}
+    assert wrong[1] == f"bfloat16, 16 bits in {arithmetic} by {calls[1][3]}, K = 140 {cut[calls[1][4]]}"
+    short = {
+        (torch.bfloat16, 140, bits, tile, splits)
         for bits in (16, 8)
-        for tile in triton_configs.tiles((9, 0), bits, arithmetic)
-        for splits in (1, 2)
+        for tile in triton_configs.tiles(capability, bits, arithmetic)
+        for splits in range(1, parts + 1)
     }
+    beyond_a_block = {
+        (dtype, 8320, bits, triton_configs.tiles(capability, bits, arithmetic)[-1], splits)
+        for dtype, bits, splits in [
+            *((torch.bfloat16, bits, 1) for bits in (16, 8)),
+            *((torch.float32, 16, 1), (torch.float32, 8, parts)),
+            *((torch.float16, 16, parts), (torch.float16, 8, 1)),
+        ]
+    }
+    assert set(calls) == short | beyond_a_block
 
 
 @pytest.mark.parametrize("std", [1.0, 0.01, 3e40, 1e-36, 2e-38, 1e-38, 2e-43])
@@ -432,12 +450,13 @@ def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
 
 
 # What Triton would compile for a call, by its own rule, without a GPU and without compiling.
-NO_COMPILATION_AFTER_WARMUP = """
+COMPILED = """
 import itertools, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from poc_kernels import definition
+from poc_kernels import definition, self_test
+from poc_kernels.kernels import Backend, triton_configs
 from poc_kernels.kernels import triton as kernels
 
 def run(kernel, *arguments, grid, warmup, **options):
@@ -447,6 +466,8 @@ def run(kernel, *arguments, grid, warmup, **options):
 
 compiled = set()
 JITFunction.run = run
+"""
+NO_COMPILATION_AFTER_WARMUP = """
 for multiprocessors, bits in itertools.product((132, 30), (16, 8)):
     kernels._hardware = lambda device: ((9, 0), multiprocessors)
     for dim in (256, 1000, 1001, 1):
@@ -469,7 +490,24 @@ print(len(compiled))
 
 
 def test_nothing_is_compiled_after_warmup(tmp_path):
-    assert int(run_python(NO_COMPILATION_AFTER_WARMUP, tmp_path, TRITON_INTERPRET="0")) > 0
+    assert int(run_python(COMPILED + NO_COMPILATION_AFTER_WARMUP, tmp_path, TRITON_INTERPRET="0")) > 0
+
+
+FIRST_USE = """
+for arithmetic in ("int8", "fp16"):
+    kernels._hardware = lambda device: ((9, 0), 132)
+    kernels._arithmetic = lambda *_: arithmetic
+    compiled.clear()
+    self_test.wrong_answers(Backend("triton", kernels.project, kernels.entries, None), torch.device("cpu"))
+    answers = len(compiled)
+    kernels.wrong_tiles(torch.device("cpu"))
+    print(answers, len(compiled) - answers)
+"""
+
+
+def test_what_a_first_use_compiles(tmp_path):
+    """As docs/operating.md and bench/gpu_check.py say it."""
+    assert run_python(COMPILED + FIRST_USE, tmp_path, TRITON_INTERPRET="0").splitlines() == ["28 26", "28 22"]
 
 
 def test_the_cpu_is_served_by_the_interpreter_only_when_it_is_asked_for(fresh_choice, monkeypatch):
