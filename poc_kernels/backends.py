@@ -91,6 +91,13 @@ def backends() -> tuple[Backend, ...]:
     return (*natives, gpu, plain)
 
 
+def _named(name: str) -> Backend:
+    for backend in backends():
+        if backend.name == name:
+            return backend
+    raise ValueError(f"name must be one of {', '.join(each.name for each in backends())}, got {name}")
+
+
 def refuse_capture(device: torch.device, what: str) -> None:
     """Raise where the current stream is being captured: ``what`` reads results back, which no graph can hold.
 
@@ -127,6 +134,18 @@ def verdict(backend: Backend, device: torch.device) -> list[str]:
                 )
             _verdicts[key] = wrong
         return _verdicts[key]
+
+
+def trust(name: str, device: torch.device) -> None:
+    """Take the backend ``name`` to be right on ``device`` (with its index), untried, in this process.
+
+    For a process in which trying it would take too long, as under compute-sanitizer, after another has tried it.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    with _lock:
+        _verdicts[_named(name).name, device] = []
 
 
 def _choose(device: torch.device) -> Backend:
@@ -185,9 +204,7 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: at the first op, if it is not available on the device or fails its self-test there.
     """
     global _forced
-    names = [backend.name for backend in backends()]
-    if name not in names:
-        raise ValueError(f"name must be one of {', '.join(names)}, got {name}")
+    _named(name)
     with _lock:
         before, _forced = _forced, name
         _selected.clear()

@@ -163,6 +163,15 @@ def test_an_unavailable_backend_is_not_tried(monkeypatch):
     assert [name for name, _ in backends._verdicts] == ["good"]
 
 
+def test_a_backend_that_is_trusted_is_not_tried(monkeypatch):
+    install(monkeypatch, made("broken", project=raising), made("good"))
+    with pytest.raises(ValueError, match="name must be one of broken, good, got abacus"):
+        backends.trust("abacus", CPU)
+    backends.trust("broken", CPU)
+    assert backends.select(CPU).name == "broken"
+    assert backends._verdicts == {("broken", CPU): []}, "elsewhere it is tried"
+
+
 def test_a_backend_is_tried_once_on_each_device(monkeypatch):
     trials = []
     monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: trials.append((backend.name, device)) or [])
