@@ -75,7 +75,7 @@ bench-beside: $(VENV)/installed-dev
 gpu-check:
 	$(if $(WHEELS),$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) -P bench/gpu_check.py $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --round-args="$(ROUND_ARGS)"
+	$(PYTHON) bench/gpu_check.py $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --round-args="$(ROUND_ARGS)"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

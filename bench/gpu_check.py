@@ -74,12 +74,14 @@ PLAN["compute-sanitizer"] = 80
 LEAST_SECONDS = 2.0
 """No step begins with less."""
 GRACE_SECONDS = 10.0
-"""Between the interrupt that a late step gets, upon which pytest writes what it has, and its end."""
+"""Between the interrupt that a late step gets, upon which pytest writes what it has, and its end; another is midway."""
 
 SHORT_RUN = """
 import sys, torch, poc_kernels
+from poc_kernels import backends
 from poc_kernels.protocol import nonce_inputs, permutations
-device = torch.device(sys.argv[1])
+device = torch.empty(0, device=sys.argv[1]).device
+backends.trust("triton", device)  # "verify" has tried it, which takes too long under compute-sanitizer
 seed = poc_kernels.seed_tensor(7, device)
 for dtype in (torch.float32, torch.bfloat16):
     for rows, columns in ((1, 1000), (33, 1000), (300, 512)):
@@ -132,6 +134,17 @@ class Command(NamedTuple):
 
     arguments: list[str]
     environment: Mapping[str, str] = {}
+
+
+def _python(code: str, *arguments: str) -> list[str]:
+    """What runs ``code`` by this Python with the installed package.
+
+    The folder that it starts in, where the package's sources lie, is no part of its path: Python 3.11's -P, by hand.
+    """
+    return [sys.executable, "-c", f"import sys; sys.path[:] = filter(None, sys.path)\n{code}", *arguments]
+
+
+PYTEST = "import pytest; sys.exit(pytest.console_main())"
 
 
 class Outcome(NamedTuple):
@@ -243,6 +256,8 @@ class Check:
             self.skip(name, "no time left")
             return False
         start, end = time.monotonic(), self._ends[name]
+        # Twice: what is deep in a library at the first may swallow it.
+        interrupts = [start + limit, (start + limit + end) / 2]
         log = self.out / f"{name.replace(' ', '-')}.log"
         log.unlink(missing_ok=True)
         print(f"\n== {name}, at most {limit:.0f} s", flush=True)
@@ -253,8 +268,8 @@ class Check:
                 print(" ".join(part if len(part) < 200 else "..." for part in command.arguments), flush=True)
                 processes.append(_Process(command, log, f"[{number}] " if len(commands) > 1 else ""))
             while not all(process.ended for process in processes) and time.monotonic() < end:
-                if not late and time.monotonic() > start + limit:
-                    late = True
+                if interrupts and time.monotonic() > interrupts[0]:
+                    late = bool(interrupts.pop(0))
                     for process in processes:
                         if not process.ended:
                             process.interrupt()
@@ -313,6 +328,10 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or (str(bundled) if bundled.exists() else None)
 
 
+def _verify() -> Command:
+    return Command(_python("from poc_kernels.cli import main; sys.exit(main(['verify']))"))
+
+
 def _sees_a_device(check: Check, command: Command) -> bool:
     """False if torch said that there is no CUDA device; one that takes long to import has not said so."""
     return check.run("torch", command, must_end=False) or not check.outcomes[-1].result.startswith("FAILED")
@@ -320,19 +339,8 @@ def _sees_a_device(check: Check, command: Command) -> bool:
 
 def _pytest(*arguments: str, **environment: str) -> Command:
     """The tests marked gpu of the files among ``arguments``."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-    ]
-    return Command([*command, *arguments], environment)
+    options = ["-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider"]
+    return Command(_python(PYTEST, *options, *arguments), environment)
 
 
 def _tests(device: str) -> list[Command]:
@@ -348,7 +356,7 @@ def _tests(device: str) -> list[Command]:
 
 
 def _script(code: str, device: str, *before: str, **environment: str) -> Command:
-    return Command([*before, sys.executable, "-P", "-c", code, device], environment)
+    return Command([*before, *_python(code, device)], environment)
 
 
 def _memcheck(check: Check) -> None:
@@ -373,17 +381,7 @@ def _suite_command(check: Check, suite: Suite, json: Path, more: list[str]) -> C
     options = [*(suite.on_gpu if on_gpu else suite.rehearsed), *more]
     if suite.case_seconds is None:
         return Command([sys.executable, str(BENCH / suite.file), str(json), *options])
-    pytest = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        str(BENCH / suite.file),
-        "--bench-device",
-        check.device,
-    ]
+    pytest = _python(PYTEST, "-q", "-rs", str(BENCH / suite.file), "--bench-device", check.device)
     pytest += [*options, f"--benchmark-json={json}"]
     pytest.append(f"--bench-seconds={max(0.0, check.left(suite.name) - suite.case_seconds):.0f}")
     return Command(pytest, {} if on_gpu else {"POC_BENCH_QUICK": "1"})
@@ -419,13 +417,12 @@ def main() -> int:
     elapsed = 0.0 if arguments.began is None else time.time() - arguments.began
     check = Check(arguments.out.resolve(), arguments.device, elapsed=elapsed)
 
-    there = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    python = [sys.executable, "-P"]
-    if check.device == "cuda" and not _sees_a_device(check, Command([*python, "-c", there])):
+    there = Command(_python("import torch; sys.exit(not torch.cuda.is_available())"))
+    if check.device == "cuda" and not _sees_a_device(check, there):
         print("gpu-check: torch finds no CUDA device, so nothing of it ran (make gpu-check DEVICE=cpu rehearses it)")
         return 1
 
-    check.run("verify", Command([*python, "-m", "poc_kernels.cli", "verify"]))
+    check.run("verify", _verify())
     check.run("tests", *_tests(check.device))
     if importlib.util.find_spec("transformers") is None:
         check.skip("overlap tests", "no transformers")

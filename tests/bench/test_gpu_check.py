@@ -113,6 +113,23 @@ while "first" not in pathlib.Path(sys.argv[1]).read_text():
     assert make_check({"step": 20}).run("step", python(gpu_check, code, tmp_path / "step.log"))
 
 
+def test_a_step_that_swallows_an_interrupt_gets_another(gpu_check, make_check):
+    code = """
+import time
+for _ in range(2):
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+    check = make_check({"slow": 6}, total=6.0, grace=3.0)
+    start = time.monotonic()
+    assert not check.run("slow", python(gpu_check, code))
+    assert time.monotonic() - start < 5.9, "it ended by itself"
+    assert check.outcomes[0].result == "FAILED: not done after 4 s"
+    assert (check.out / "slow.log").read_text() == "interrupted\n" * 2
+
+
 def test_late_pytest_keeps_what_it_has_measured(gpu_check, make_check, tmp_path):
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "test_two.py").write_text("""
@@ -184,6 +201,34 @@ def test_only_a_torch_that_sees_no_device_ends_the_check(gpu_check, make_check, 
     assert check.outcomes[0].result == result
 
 
+@pytest.mark.parametrize("step", ["verify", "tests", "short run", "suite"])
+def test_no_command_imports_what_lies_in_the_folder_it_starts_in(gpu_check, tmp_path, step):
+    """There lie the sources of the package, which have no native core. Without -P, which Python 3.10 lacks."""
+    suite = gpu_check.Suite("some", "no_such_suite.py", "report.py", 40, 15)
+    check = gpu_check.Check(tmp_path, "cpu", {"some": 40})
+    code = "import poc_kernels, torch; print(poc_kernels.__file__)"
+    command = {
+        "verify": gpu_check._verify(),
+        "tests": gpu_check._pytest("--version"),
+        "short run": gpu_check._script(code, "cpu"),
+        "suite": gpu_check._suite_command(check, suite, tmp_path / "some.json", ["--version"]),
+    }[step]
+    for name in ("poc_kernels", "pytest", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the folder')")
+    assert "-P" not in command.arguments
+    done = subprocess.run(command.arguments, cwd=tmp_path, env=with_sources(), capture_output=True, text=True)
+    assert "of the folder" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    if step == "short run":
+        assert done.stdout == f"{poc_kernels.__file__}\n"
+
+
+def test_make_starts_it_without_an_option_that_python_3_10_lacks(gpu_check):
+    arguments = ["make", "-n", "gpu-check", "DEVICE=cpu", "PYTHON=python"]
+    recipe = subprocess.run(arguments, cwd=gpu_check.ROOT, capture_output=True, text=True, check=True).stdout
+    assert "\npython bench/gpu_check.py " in recipe
+
+
 def test_make_says_when_it_began(gpu_check):
     arguments = ["make", "-n", "gpu-check", "DEVICE=cpu", "PYTHON=python"]
     before = time.time() - 1
@@ -208,6 +253,20 @@ def test_the_short_run_of_a_model_measures_its_slices(gpu_check):
     done = subprocess.run(command.arguments, cwd=gpu_check.ROOT, env=with_sources(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"forwards in [1-9]\d* slices done\n", done.stdout)
+
+
+def test_the_short_run_of_the_ops_tries_no_backend_again(gpu_check, tmp_path):
+    """Triton's known answers under compute-sanitizer would take all its time."""
+    before = """
+from poc_kernels import backends
+trusted, trust = [], backends.trust
+backends.trust = lambda *arguments: trusted.append(arguments) or trust(*arguments)
+"""
+    after = "assert [(name, place.type) for name, place in trusted] == [('triton', 'cpu')], trusted"
+    command = gpu_check._script(before + gpu_check.SHORT_RUN + after, "cpu")
+    done = subprocess.run(command.arguments, cwd=tmp_path, env=with_sources(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "short run done\n"
 
 
 def test_a_plan_longer_than_the_total_is_refused(make_check):
@@ -235,10 +294,10 @@ def test_a_suite_of_pytest_is_told_device_results_and_time(gpu_check, tmp_path, 
     suite = gpu_check.Suite("some", "test_some.py", "report.py", 40, 15, on_gpu=("--gpu",), rehearsed=("--cpu",))
     check = gpu_check.Check(tmp_path, device, {"some": 40}, total=40.0, grace=5.0)
     arguments, environment = gpu_check._suite_command(check, suite, tmp_path / "some.json", ["--more"])
-    assert arguments[:6] == [sys.executable, "-P", "-m", "pytest", "-q", "-rs"]
-    assert arguments[6:9] == [str(gpu_check.BENCH / "test_some.py"), "--bench-device", device]
-    assert arguments[9:11] == ["--gpu" if device == "cuda" else "--cpu", "--more"]
-    assert arguments[11:] == [f"--benchmark-json={tmp_path / 'some.json'}", "--bench-seconds=20"]
+    assert arguments[:3] == gpu_check._python(gpu_check.PYTEST)
+    assert arguments[3:8] == ["-q", "-rs", str(gpu_check.BENCH / "test_some.py"), "--bench-device", device]
+    assert arguments[8:10] == ["--gpu" if device == "cuda" else "--cpu", "--more"]
+    assert arguments[10:] == [f"--benchmark-json={tmp_path / 'some.json'}", "--bench-seconds=20"]
     assert environment == quick
 
 

@@ -40,7 +40,7 @@ def test_cases_without_time_are_skipped(module, tmp_path, seconds, skipped):
         "POC_BENCH_QUICK": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", str(suite), *options, f"--bench-seconds={seconds}"],
+        [sys.executable, "-m", "pytest", str(suite), *options, f"--bench-seconds={seconds}"],
         cwd=tmp_path,
         env={**os.environ, **environment},
         capture_output=True,
