@@ -19,33 +19,34 @@ def _entries(seed, k, n, n_total, std, dtype: tl.constexpr):
     return (tl.randn(seed, k[:, None] * n_total + n[None, :]) * std).to(dtype)
 
 
-@triton.jit(do_not_specialize=["seed"])
+# `size` may tell Triton that rows are aligned, so it is specialised: on being a multiple of 16, which every D here is.
+@triton.jit(do_not_specialize=["m_total", "seed"])
 def randn_product_kernel(
-    x, y, m_total, seed, std, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr
+    x, y, m_total, size, seed, std, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr
 ):
     """y [m, k] = x + x @ P, x [m, k]; a tile of P [INNER, COLUMNS] is drawn for every tile of rows."""
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, SIZE, INNER):
+    for start in range(0, size, INNER):
         k = start + inner
-        rows = tl.load(x + m[:, None] * SIZE + k[None, :], mask=(m[:, None] < m_total) & (k[None, :] < SIZE), other=0.0)
-        sums = tl.dot(rows, _entries(seed, k, n, SIZE, std, x.dtype.element_ty), sums)
-    at = m[:, None] * SIZE + n[None, :]
-    inside = (m[:, None] < m_total) & (n[None, :] < SIZE)
+        rows = tl.load(x + m[:, None] * size + k[None, :], mask=(m[:, None] < m_total) & (k[None, :] < size), other=0.0)
+        sums = tl.dot(rows, _entries(seed, k, n, size, std, x.dtype.element_ty), sums)
+    at = m[:, None] * size + n[None, :]
+    inside = (m[:, None] < m_total) & (n[None, :] < size)
     tl.store(
         y + at, (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + sums).to(y.dtype.element_ty), mask=inside
     )
 
 
 @triton.jit(do_not_specialize=["seed"])
-def randn_matrix_kernel(p, seed, std, SIZE: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr):
+def randn_matrix_kernel(p, size, seed, std, INNER: tl.constexpr, COLUMNS: tl.constexpr):
     """P itself, to check the product with."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.program_id(1) * INNER + tl.arange(0, INNER)
-    inside = (k[:, None] < SIZE) & (n[None, :] < SIZE)
-    tl.store(p + k[:, None] * SIZE + n[None, :], _entries(seed, k, n, SIZE, std, p.dtype.element_ty), mask=inside)
+    inside = (k[:, None] < size) & (n[None, :] < size)
+    tl.store(p + k[:, None] * size + n[None, :], _entries(seed, k, n, size, std, p.dtype.element_ty), mask=inside)
 
 
 def _tile(rows: int) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def randn_product(x: Tensor, seed: int, std: float = 0.01) -> Tensor:
     rows, size = x.shape
     y, tile = torch.empty_like(x), _tile(rows)
     grid = (triton.cdiv(size, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
-    randn_product_kernel[grid](x, y, rows, seed, std, SIZE=size, **tile, num_warps=4 if tile["ROWS"] < 64 else 8)
+    randn_product_kernel[grid](x, y, rows, size, seed, std, **tile, num_warps=4 if tile["ROWS"] < 64 else 8)
     return y
 
 
@@ -66,5 +67,5 @@ def randn_matrix(size: int, seed: int, dtype: torch.dtype, device: torch.device,
     """P [D, D] of `randn_product`."""
     p = torch.empty(size, size, dtype=dtype, device=device)
     blocks = triton.cdiv(size, 64)
-    randn_matrix_kernel[(blocks, blocks)](p, seed, std, SIZE=size, INNER=64, COLUMNS=64)
+    randn_matrix_kernel[(blocks, blocks)](p, size, seed, std, INNER=64, COLUMNS=64)
     return p
