@@ -14,6 +14,7 @@ from helpers import (
     laid_out,
     project,
     rows_of_every_kind,
+    run_python,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -224,6 +225,57 @@ def test_a_captured_graph_replays_with_a_new_seed_and_new_rows(rows, bits):
         seed.fill_(value)
         graph.replay()
         assert_same_bits(y, residual_projection(new, seed_tensor(value), activation_bits=bits), f"seed {value}")
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_a_captured_graph_replays_with_another_row_mask(rows, bits):
+    if backends.select(GPU).name == "reference":
+        pytest.skip("the reference moves constants to the GPU, which no graph captures")
+    backends.warmup(GPU, 512, activation_bits=bits)
+    x, seed = rows_of_every_kind(rows, 512, torch.bfloat16, rows), seed_tensor(11)
+    moved, moved_seed, mask = x.to(GPU), seed.to(GPU), torch.ones(rows, dtype=torch.bool, device=GPU)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = residual_projection(moved, moved_seed, activation_bits=bits, row_mask=mask)
+    index = torch.arange(rows)
+    for wanted in (index >= 0, index < 0, index % 3 == 0, index % 2 == 1, index == rows - 1):
+        mask.copy_(wanted)
+        graph.replay()
+        assert_same_bits(y, residual_projection(x, seed, activation_bits=bits, row_mask=wanted))
+
+
+# In a process of its own: nothing is compiled there, and no module of a kernel loaded, but what the warmup takes.
+CAPTURE_AFTER_WARMUP = """
+import torch
+from poc_kernels import backends, residual_projection, seed_tensor
+
+gpu, dim = torch.device("cuda", 0), 1000
+backends.warmup(gpu, dim, dtype=torch.bfloat16)
+if backends.select(gpu).name == "reference":
+    print("reference")
+    raise SystemExit
+x = torch.randn(300, 1024, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+seed = seed_tensor(7)
+memory, moved_seed = x.to(gpu), seed.to(gpu)
+torch.cuda.synchronize(gpu)
+right = []
+for rows, start, columns in ((3, 0, dim), (64, 16, 512), (65, 3, 100), (300, 0, dim)):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = residual_projection(memory[:rows, :dim], moved_seed, column_start=start, columns=columns)
+    graph.replay()
+    expected = residual_projection(x[:rows, :dim], seed, column_start=start, columns=columns)
+    right.append(torch.equal(y.cpu().view(torch.int16), expected.view(torch.int16)))
+print(all(right), len(right))
+"""
+
+
+def test_shapes_are_captured_right_after_a_warmup(tmp_path):
+    printed = run_python(CAPTURE_AFTER_WARMUP, tmp_path)
+    if printed == "reference":
+        pytest.skip("the reference moves constants to the GPU, which no graph captures")
+    assert printed == "True 4"
 
 
 def test_a_first_use_in_a_capture_is_refused_and_the_next_one_served(fresh_choice):
