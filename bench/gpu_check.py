@@ -269,7 +269,8 @@ class Check:
                 processes.append(_Process(command, log, f"[{number}] " if len(commands) > 1 else ""))
             while not all(process.ended for process in processes) and time.monotonic() < end:
                 if interrupts and time.monotonic() > interrupts[0]:
-                    late = bool(interrupts.pop(0))
+                    interrupts.pop(0)
+                    late = True
                     for process in processes:
                         if not process.ended:
                             process.interrupt()

@@ -208,7 +208,7 @@ class Node:
     def _compile_kernels(self) -> None:
         """Have a GPU's kernels for rounds checked and compiled, which takes minutes where none is on disk.
 
-        Those of the projection too, which any round may ask for, by when the KV cache has taken the memory.
+        Those of the projection too: any round may ask for it, and by then the KV cache has taken the memory.
         """
         engine = self.engine
         if engine.device.type == "cuda":
