@@ -438,13 +438,13 @@ def test_old_cards_are_refused(capability, reason, monkeypatch):
 @pytest.mark.parametrize("dim", [1, 200])
 def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
     calls = []
-    monkeypatch.setattr(kernels, "_hardware", lambda device: (capability, 4))
-    monkeypatch.setattr(triton_configs, "tiles", lambda *_: SMALL[:2])
-    monkeypatch.setattr(kernels, "project", lambda *arguments, **options: calls.append((arguments, options)))
-    kernels.warmup("cpu", dim, dtype=torch.float16, activation_bits=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_hardware", lambda device: (capability, 4))
+        patch.setattr(triton_configs, "tiles", lambda *_: SMALL[:2])
+        patch.setattr(kernels, "project", lambda *arguments, **options: calls.append((arguments, options)))
+        kernels.warmup("cpu", dim, dtype=torch.float16, activation_bits=8)
     assert {options["tile"] for _, options in calls} == set(SMALL[:2])
     assert {options["splits"] for _, options in calls} == forms
-    monkeypatch.undo()
     for arguments, options in calls:
         assert kernels.project(*arguments, **options).shape == (2, min(dim, options["columns"]))
 

@@ -256,6 +256,8 @@ def test_what_float16_products_spill_where_the_width_is_no_multiple_of_16(capabi
 @pytest.mark.parametrize(("capability", "arithmetic"), [(103, "fp16"), (120, "int8")])
 def test_few_rows_on_newer_cards_compile_without_spills(capability, arithmetic):
     """B300, by the rule of the table in float16, and RTX 50."""
+    if capability == 103 and _TRITON == "before 3.7":
+        pytest.skip("this Triton's cuobjdump does not know sm_103")
     assert triton_configs.arithmetic(divmod(capability, 10)) == arithmetic
     for bits, split in itertools.product((16, 8), (False, True)):
         compiled = product(capability, bits, tiles(capability, bits, arithmetic)[0], split, arithmetic)
