@@ -9,6 +9,7 @@ from helpers import CPU, run_python
 triton = pytest.importorskip("triton")
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU")
 @pytest.mark.parametrize("rows", [1, 33, 130])
 def test_it_is_the_product_with_its_own_matrix(module, rows):

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import json
-import warnings
 from unittest import mock
 
 import numpy as np
@@ -37,25 +36,10 @@ if isinstance(kernels.product_kernel, triton.runtime.JITFunction):
     reason = "kernels are compiled here, not interpreted: TRITON_INTERPRET was not set when Triton was imported"
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 SMALL = (Tile(16, 16, 1, 1, 4), Tile(64, 16, 2, 2, 8), Tile(32, 64, 2, 1, 16), Tile(128, 32, 4, 3, 4))
 BACKEND = Backend("triton", kernels.project, kernels.entries, kernels.unavailable)
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    """NumPy 2.5 makes no int of an array of one element, which is what Triton's interpreter before 3.9 counts with."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor, *scope):
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_index)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, on overflow
-        yield
 
 
 def triton_project(x, *, tile=None, splits=None, arithmetic=None, **options):
