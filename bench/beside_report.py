@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from beside_results import ALONE, FEW_ABOVE, GRID, KINDS, NAMES, STRETCH_SECONDS, judge
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 from report_text import figures, gpu_line, header, milliseconds, table
 
 MET = {True: "**met**", False: "**missed**", None: "not measured"}
@@ -21,7 +26,10 @@ _COLOURS = {
     "no pacing, no priorities": "tab:red",
     "no pacing, a part of the GPU": "tab:pink",
 }
-_LINES = {"light": ("tab:blue", "o"), "half": ("tab:orange", "s"), "near saturation": ("tab:green", "^")}
+_RATES = {"light": "tab:blue", "half": "tab:orange", "near saturation": "tab:green"}
+_MARKERS = "osDPv^Xx*"
+SHOWN = (0.02, 0.998)
+"""Quantiles of the plot of distributions."""
 
 
 def _percent(value: float | None) -> str:
@@ -228,11 +236,12 @@ def plot_latencies(results: dict[str, Any], path: Path) -> None:
                     width = 2 if cell["condition"] in _COLOURS else 1.2
                     axes.plot(milli, GRID, color=colours[cell["condition"]], label=cell["condition"], linewidth=width)
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("{x:g}")
-            axes.tick_params(axis="x", which="minor", labelsize=7)
+            _log_ticks(axes.xaxis)
+            shown = [cell[kind]["quantiles"] for cell in rate["cells"] if cell[kind] is not None]
+            low, high = (np.searchsorted(GRID, share) for share in SHOWN)
+            axes.set_xlim(0.9e3 * min(each[low] for each in shown), 1.1e3 * max(each[high] for each in shown))
             axes.set_yscale("logit", one_half="0.5")
-            axes.set_ylim(0.02, 0.998)
+            axes.set_ylim(*SHOWN)
             axes.set_yticks([0.1, 0.5, 0.9, 0.99], ["10 %", "50 %", "90 %", "99 %"])
             axes.set_yticks([], minor=True)
             axes.set_title(f"{NAMES[kind]}, {rate['name']}", fontsize=10)
@@ -247,44 +256,46 @@ def plot_latencies(results: dict[str, Any], path: Path) -> None:
 
 def plot_tradeoff(results: dict[str, Any], path: Path) -> None:
     """Write the p99 over that of chat alone, by the share of the solo rate, a panel for each kind, to ``path``."""
-    run = results["beside"]
+    rates = results["beside"]["rates"]
+    beside = [[cell for cell in rate["cells"] if cell["ratios"] is not None] for rate in rates]
+    names = list(dict.fromkeys(cell["condition"] for cells in beside for cell in cells))
+    markers = dict(zip(names, itertools.cycle(_MARKERS), strict=False))
     figure, panels = plt.subplots(1, len(KINDS), figsize=(11, 4.6), layout="constrained")
     for axes, kind in zip(panels, KINDS, strict=True):
-        for rate in run["rates"]:
-            colour, marker = _LINES[rate["name"]]
-            cells = [cell for cell in rate["cells"] if cell["ratios"] is not None]
-            _points(axes, [c for c in cells if c["share"] is not None], kind, colour, marker, rate["name"])
-            _points(axes, [c for c in cells if c["share"] is None], kind, colour, "x", f"{rate['name']}, no pacing")
+        for rate, cells in zip(rates, beside, strict=True):
             for cell in cells:
-                at = (100 * cell["solo_share"], cell["ratios"][kind]["p99"][0])
-                label = cell["condition"].removeprefix("no pacing, ").replace("share ", "")
-                axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+                point, low, high = cell["ratios"][kind]["p99"]
+                axes.errorbar(
+                    100 * cell["solo_share"],
+                    point,
+                    # The point need not lie inside the interval of resampled requests.
+                    yerr=[[max(0.0, point - low)], [max(0.0, high - point)]],
+                    color=_RATES[rate["name"]],
+                    marker=markers[cell["condition"]],
+                    markersize=7,
+                    linewidth=1,
+                    capsize=2,
+                )
         axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+        _log_ticks(axes.yaxis)
         axes.set_xlabel("validation, % of its solo rate")
         axes.set_ylabel(f"p99 of {NAMES[kind]} / alone")
         axes.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize=7)
+    of_rates = [Patch(color=_RATES[rate["name"]], label=rate["name"]) for rate in rates]
+    of_names = [
+        Line2D([], [], color="grey", marker=marker, linestyle="none", label=name) for name, marker in markers.items()
+    ]
+    panels[0].legend(handles=[*of_rates, *of_names], fontsize=7)
     figure.suptitle(f"{_where(results)}: the price of validation")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _points(axes: Any, cells: list[dict[str, Any]], kind: str, colour: str, marker: str, label: str) -> None:
-    if not cells:
-        return
-    shares = [100 * cell["solo_share"] for cell in cells]
-    ratios = [cell["ratios"][kind]["p99"] for cell in cells]
-    # The point need not lie inside the interval of resampled requests.
-    below = [max(0.0, point - low) for point, low, _ in ratios]
-    above = [max(0.0, high - point) for point, _, high in ratios]
-    axes.errorbar(
-        shares, [point for point, *_ in ratios], yerr=[below, above], color=colour, marker=marker, linestyle="none",
-        linewidth=1, capsize=2, label=label,
-    )  # fmt: skip
+def _log_ticks(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def main() -> None:
