@@ -96,11 +96,15 @@ class StreamPartition:
         (nice 19). It cannot be raised again without privileges, so it is to be a thread of its own.
 
         Returns:
-            Whether it was lowered; never on a GPU.
+            Whether it was lowered; never on a GPU, nor where the system refuses it.
         """
-        if self.lowers_threads:
+        if not self.lowers_threads:
+            return False
+        try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-        return self.lowers_threads
+        except OSError:  # a sandbox's rule; nobody needs a privilege to lower a priority
+            return False
+        return True
 
     @contextlib.contextmanager
     def _on(self, stream: Any) -> Iterator[None]:

@@ -172,8 +172,8 @@ class ProofWorker:
 
     def _run(self) -> None:
         try:
-            if self._low_priority:
-                self._streams.lower_thread()
+            if self._low_priority and not self._streams.lower_thread():
+                logger.warning("the proof thread keeps its priority, which this system does not let it lower")
             with self._streams.validation():
                 while self._wait():
                     self._step()

@@ -68,6 +68,15 @@ def test_where_threads_have_no_priorities_nothing_is_lowered(monkeypatch: pytest
     assert not partition.lower_thread()
 
 
+@ON_LINUX
+def test_a_system_that_refuses_a_lower_priority_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert not StreamPartition("cpu").lower_thread()
+
+
 def test_errors_inside_go_through() -> None:
     partition = StreamPartition("cpu")
     for enter in (partition.inference, partition.validation):

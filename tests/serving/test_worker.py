@@ -13,6 +13,7 @@ from served import TIMEOUT, eventually
 from workers import BATCH, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
+from poc_kernels.scheduling import StreamPartition
 from poc_kernels.serving.validation_queue import QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -269,6 +270,17 @@ def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again
     assert len(parts.engine.shapes) == 1  # nothing was computed in vain
     assert parts.worker.trouble() is None
     assert parts.callbacks.batches == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+def test_proofs_are_computed_where_no_priority_may_be_lowered(
+    make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(StreamPartition, "lower_thread", lambda _: False)
+    parts = make(low_priority=True)
+    parts.begin(PoCState.VALIDATING)
+    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
+    assert "the proof thread keeps its priority" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
