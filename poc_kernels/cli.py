@@ -61,7 +61,7 @@ def verify() -> int:
             try:
                 reason = backend.unavailable(device)
                 wrong = [] if reason else backends.verdict(backend, device)
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, MemoryError) as error:
                 untried = str(error)
             if untried is not None:
                 failed = True
@@ -95,7 +95,13 @@ def _add_serve(commands: Any) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the weights'")
     add("--random-projection", action="store_true", help="projections before and after the model in rounds")
-    add("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="do not capture the proof forward")
+    add(
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        default=argparse.SUPPRESS,  # of Settings
+        help="do not capture the proof forward",
+    )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on")
     add("--temperature", type=float, help="of sampling, 0 for greedy; the model's generation configuration if not set")

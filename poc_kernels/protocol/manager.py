@@ -57,7 +57,7 @@ class RoundEndedError(RuntimeError):
 class BatchReport:
     """One forward: its phase ("generate" or "validate"), its nonces' distances, and the seconds of each of `PARTS`.
 
-    Seconds are those of computing: pauses do not count.
+    Seconds do not count pauses; on a processor they do count others that have its cores meanwhile.
     """
 
     phase: str

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -96,15 +97,9 @@ class StreamPartition:
         (nice 19). It cannot be raised again without privileges, so it is to be a thread of its own.
 
         Returns:
-            Whether it was lowered; never on a GPU, nor where the system refuses it.
+            Whether it was lowered; never on a GPU.
         """
-        if not self.lowers_threads:
-            return False
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-        except OSError:  # a sandbox's rule; nobody needs a privilege to lower a priority
-            return False
-        return True
+        return self.lowers_threads and _lower_thread()
 
     @contextlib.contextmanager
     def _on(self, stream: Any) -> Iterator[None]:
@@ -159,8 +154,22 @@ class StreamPartition:
 
 
 def threads_have_priorities(device: torch.device) -> bool:
-    """Whether each thread that computes on ``device`` has a priority of its own: on a processor under Linux."""
-    return device.type == "cpu" and sys.platform == "linux"
+    """Whether a thread that computes on ``device`` can be given a priority of its own: on a processor under Linux.
+
+    Nobody needs a privilege to lower one, but a sandbox may refuse it: a thread that ends at once tries.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return False
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_lower_thread).result()
+
+
+def _lower_thread() -> bool:
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+    except OSError:
+        return False
+    return True
 
 
 class InFlight:

@@ -189,7 +189,8 @@ class Turns:
 
         Args:
             clock: seconds by which slices pay what is owed; `time.thread_time` for a thread of low priority, whose
-                slices take longer than they compute. Read in the thread that computes. `time.monotonic` by default.
+                slices take longer than they compute. Read in the thread that computes, so that those which help it do
+                not count. `time.monotonic` by default.
         """
         return Turn(self, _PROOF, clock=clock)
 

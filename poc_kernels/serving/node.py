@@ -86,6 +86,8 @@ class Node:
             max_wait_seconds=settings.validation_wait_seconds,
             hold_back=settings.hold_back(self.streams.lowers_threads),
         )
+        if self.streams.device.type == "cpu" and not (self.pacing.hold_back or self.streams.lowers_threads):
+            logger.warning("validation_pacing is free, but threads have no priorities here: users are not protected")
         self.turns = Turns(self.pacing, concurrent=True)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(

@@ -108,10 +108,7 @@ class ProofWorker:
     def wake(self) -> None:
         """Look at the manager's state anew: call it after every change. Validations of a round that ended end."""
         self.queue.cancel(self._is_over, "the round ended while the batch was validated")
-        if self._manager.state == PoCState.GENERATING:
-            self._drain_ends()
-        else:
-            self._drain_end = None
+        self._drain_left()
         self._notify()
 
     def _notify(self) -> None:
@@ -172,8 +169,8 @@ class ProofWorker:
 
     def _run(self) -> None:
         try:
-            if self._low_priority and not self._streams.lower_thread():
-                logger.warning("the proof thread keeps its priority, which this system does not let it lower")
+            if self._low_priority:
+                self._streams.lower_thread()
             with self._streams.validation():
                 while self._wait():
                     self._step()
@@ -202,34 +199,42 @@ class ProofWorker:
             self._holding = False
             logger.info("inference goes on")
         failed = self._validate_some()
-        if generating:
+        if self._holding and generating:
             failed = self._generate() or failed
         if failed:
             with self._condition:
                 if not self._closing:
                     self._condition.wait(_RETRY_SECONDS)
 
-    def _drain_ends(self) -> float:
-        """When requests in flight are paused; the time begins with the phase, whatever forward is under way then."""
+    def _drain_left(self) -> float | None:
+        """Seconds until requests in flight are paused; None where nothing is generated.
+
+        They begin with the phase, whatever forward is under way then.
+        """
         with self._condition:
+            if self._closing or self._manager.state != PoCState.GENERATING:
+                self._drain_end = None
+                return None
             if self._drain_end is None:
                 self._drain_end = time.monotonic() + self._drain_seconds
-            return self._drain_end
+            return self._drain_end - time.monotonic()
 
     def _hold_inference(self, wait: bool = True) -> None:
-        """Once no request is in flight, or those that are had their time; without ``wait`` only if that is so now."""
-        drained = False
-        while self._manager.state == PoCState.GENERATING and not self._closing and not drained:
-            left = self._drain_ends() - time.monotonic()
-            if left <= 0:
-                logger.warning("requests in flight are paused until the round's generating phase ends")
-                break
-            drained = self._drain(min(left, 0.1) if wait else 0.0)
+        """Once no request is in flight, or those that are had their time; without ``wait`` only if that is so now.
+
+        Not if the phase ends meanwhile.
+        """
+        while (left := self._drain_left()) is not None:
+            drained = left > 0 and self._drain(min(left, 0.1) if wait else 0.0)
             self._progressed = time.monotonic()
-            if not drained and not wait:
+            if drained or left <= 0:
+                if not drained:
+                    logger.warning("requests in flight are paused until the round's generating phase ends")
+                self._turns.hold_inference()
+                self._holding = True
                 return
-        self._turns.hold_inference()
-        self._holding = True
+            if not wait:
+                return
 
     def _generate(self) -> bool:
         """Compute the next batch of the round; whether that failed."""
@@ -296,6 +301,7 @@ class ProofWorker:
         asked = time.monotonic()
         with self._turn:
             self._metrics.held_back(time.monotonic() - asked)
+            self._progressed = time.monotonic()
             try:
                 yield
             finally:

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,9 +213,17 @@ def _compile(*request: Any) -> Compiled | int:
 # ---- interface -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+_making_compiler = threading.Lock()
+
+
 def _compiler() -> concurrent.futures.ProcessPoolExecutor:
     """Other processes, in which kernels are compiled and not interpreted."""
+    with _making_compiler:  # two threads at once would restore the environment wrongly, for good
+        return _made_compiler()
+
+
+@functools.cache
+def _made_compiler() -> concurrent.futures.ProcessPoolExecutor:
     workers = min(4, os.cpu_count() or 1)
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):  # they start as work comes, so all of them here

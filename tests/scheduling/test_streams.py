@@ -69,11 +69,12 @@ def test_where_threads_have_no_priorities_nothing_is_lowered(monkeypatch: pytest
 
 
 @ON_LINUX
-def test_a_system_that_refuses_a_lower_priority_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_refuses_a_lower_priority_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: int) -> None:
         raise PermissionError("not here")
 
     monkeypatch.setattr(os, "setpriority", refuse)
+    assert not StreamPartition("cpu").lowers_threads
     assert not StreamPartition("cpu").lower_thread()
 
 

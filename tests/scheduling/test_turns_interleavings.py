@@ -219,6 +219,48 @@ def test_turns_while_time_passes(
     record_property("interleavings", explore(instruments, scenario, early_ticks=early_ticks))
 
 
+class Owing(Turns):
+    """Turns that owe more than any scenario pays, and count how often a step waits for that."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        pacing = Pacing(share=0.25, max_wait_seconds=LONG, linger_seconds=0.0, hold_back=False)
+        super().__init__(pacing, concurrent=True)
+        self._owed_seconds = self._due_seconds = LONG
+
+    def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
+        seconds = super()._seconds_to_wait(turn, now)
+        if seconds is None and turn._side == 0 and not (self._held or self._alone or self._computing[0]):
+            type(self).waits += 1
+        return seconds
+
+
+@pytest.mark.parametrize("parties", ALL, ids=lambda parties: parties.__name__)
+def test_free_turns_whose_steps_wait_for_slices(
+    instruments: Instruments, record_property: Record, monkeypatch: pytest.MonkeyPatch, parties: Parties
+) -> None:
+    monkeypatch.setattr(Owing, "waits", 0)
+    record_property("interleavings", explored(instruments, parties, Owing))
+    if parties not in (two_proofs_with_slices, cancel_a_waiting_step):  # one side alone
+        assert Owing.waits > 0
+
+
+class OwingInSilence(Owing):
+    """Does not tell a step that waits for a slice that the slice has ended."""
+
+    def _give_back(self, turn: Turn) -> float:
+        with self._condition:
+            if self._computing[turn._side] is turn:
+                self._computing[turn._side] = None
+        return 0.0
+
+
+def test_a_slice_that_ends_in_silence_is_found(instruments: Instruments) -> None:
+    with pytest.raises(AssertionError, match=r"nothing can wake|a wake-up is missing"):
+        explored(instruments, steps_and_slices, OwingInSilence)
+
+
 class SilentEnd(Turns):
     """Tells nobody that the device is free."""
 

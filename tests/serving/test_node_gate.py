@@ -143,10 +143,10 @@ def test_users_are_served_while_validating(
 ) -> None:
     expected = text_of(http.post(CHAT, json=chat(max_tokens=8)))
     begin(http, "validate")
-    monkeypatch.setattr(node.engine, "forward", slowed(node.engine.forward, 0.05))
+    monkeypatch.setattr(node.engine, "forward", slowed(node.engine.forward, 0.1))
     with ThreadPoolExecutor(1) as pool:
         verdict = pool.submit(posted, http, "/validate", claim(range(60)))
-        eventually(lambda: status(http)["queued_nonces"] == 60)
+        eventually(lambda: status(http)["queued_nonces"] > 0)
         assert text_of(http.post(CHAT, json=chat(max_tokens=8))) == expected
         assert status(http)["queued_nonces"] > 0  # beside it, the validation goes on
         assert verdict.result(TIMEOUT)["distances"] == alone.distances(range(60))

@@ -13,7 +13,6 @@ from served import TIMEOUT, eventually
 from workers import BATCH, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
-from poc_kernels.scheduling import StreamPartition
 from poc_kernels.serving.validation_queue import QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -272,15 +271,34 @@ def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again
     assert parts.callbacks.batches == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
-def test_proofs_are_computed_where_no_priority_may_be_lowered(
-    make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(StreamPartition, "lower_thread", lambda _: False)
-    parts = make(low_priority=True)
-    parts.begin(PoCState.VALIDATING)
-    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
-    assert "the proof thread keeps its priority" in caplog.text
+@pytest.mark.parametrize("then", [PoCState.VALIDATING, PoCState.STOPPED])
+def test_a_phase_that_ends_while_it_drains_never_holds_users(make: Callable[..., Parts], then: PoCState) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def drain(seconds: float) -> bool:
+        asked.set()
+        go_on.wait(TIMEOUT)
+        return False
+
+    parts = make(drain=drain, drain_seconds=TIMEOUT)
+    held: list[bool] = []
+    parts.engine.before_forward = lambda: held.append(parts.turns.inference_held)
+    hold = parts.turns.hold_inference
+    parts.turns.hold_inference = lambda: held.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
+    parts.begin()
+    assert asked.wait(TIMEOUT)
+    result = parts.worker.submit(proof(1))
+    if then == PoCState.STOPPED:
+        parts.stop()
+    else:
+        parts.manager.set_phase(then)
+        parts.worker.wake()
+    go_on.set()
+    if then == PoCState.VALIDATING:
+        assert result.result(TIMEOUT).dist == alone(1)
+        assert parts.worker._drain_end is None  # the next phase has its whole time
+    eventually(lambda: parts.worker._idle)
+    assert True not in held
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
