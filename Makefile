@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 
 # The kernels' tests compute and can share the cores; others have clocks, and threads of low priority.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --timeout=300 --cov --cov-report= tests/kernels
+	$(BIN)/pytest -n 2 --dist loadfile --timeout=300 --cov --cov-report= --cov-fail-under=0 tests/kernels
 	$(BIN)/pytest --timeout=300 --cov --cov-append --cov-report=term --ignore=tests/kernels
 
 # Chat, validation, changes of state, stops and restarts at random for so many seconds, every bit compared.
