@@ -84,6 +84,21 @@ def backend_named(name: str) -> Backend:
     return next(backend for backend in backends.backends() if backend.name == name)
 
 
+# For a process without TRITON_INTERPRET: what Triton would compile for its calls, by its own rule and without a GPU.
+WOULD_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+def run(kernel, *arguments, grid, warmup, **options):
+    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    _, specialization, options = binder(*arguments, **options)
+    compiled.add((kernel.fn.__name__, str(specialization), str(options)))
+
+compiled = set()
+JITFunction.run = run
+"""
+
 PASSING_ERRORS = (
     torch.OutOfMemoryError("no memory left"),
     RuntimeError("Triton Error [CUDA]: out of memory"),

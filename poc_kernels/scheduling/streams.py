@@ -40,6 +40,7 @@ class StreamPartition:
         self._inference: Any = None
         self._validation: Any = None
         self._green_context: Any = None
+        self._lowers_threads = threads_have_priorities(self.device)
         if self.device.type != "cuda":
             if validation_multiprocessors is not None:
                 raise ValueError(f"validation_multiprocessors needs a CUDA device, got {self.device}")
@@ -87,7 +88,7 @@ class StreamPartition:
     @property
     def lowers_threads(self) -> bool:
         """Whether `lower_thread` does something (`threads_have_priorities`)."""
-        return threads_have_priorities(self.device)
+        return self._lowers_threads
 
     def lower_thread(self) -> bool:
         """Give the calling thread, one of validation, the lowest priority of a processor, and whoever it starts.

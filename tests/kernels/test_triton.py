@@ -13,6 +13,7 @@ from helpers import (
     CPU,
     DTYPES,
     LAYOUTS,
+    WOULD_COMPILE,
     assert_same_bits,
     dirty_memory,
     expected,
@@ -433,23 +434,12 @@ def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
         assert kernels.project(*arguments, **options).shape == (2, min(dim, options["columns"]))
 
 
-# What Triton would compile for a call, by its own rule, without a GPU and without compiling.
-COMPILED = """
+COMPILED = f"""
+{WOULD_COMPILE}
 import itertools, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
 from poc_kernels import definition, self_test
 from poc_kernels.kernels import Backend, triton_configs
 from poc_kernels.kernels import triton as kernels
-
-def run(kernel, *arguments, grid, warmup, **options):
-    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-    _, specialization, options = binder(*arguments, **options)
-    compiled.add((kernel.fn.__name__, str(specialization), str(options)))
-
-compiled = set()
-JITFunction.run = run
 """
 NO_COMPILATION_AFTER_WARMUP = """
 for multiprocessors, bits in itertools.product((132, 30), (16, 8)):
