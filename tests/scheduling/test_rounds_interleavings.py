@@ -35,6 +35,8 @@ _LEGAL = {
     PoCState.STOPPED: set(PoCState),
 }
 BATCH = 2
+PARTITION = StreamPartition("cpu")
+"""Made here, as it tries a real thread: one made in a scenario would wait with stand-ins for it."""
 
 
 def config(**changes: Any) -> PoCConfig:
@@ -269,7 +271,7 @@ def worker_of(manager: PoCManager, turns: Turns) -> ProofWorker:
     return ProofWorker(
         manager,
         turns,
-        StreamPartition("cpu"),
+        PARTITION,
         nowhere,
         everything,
         drain=lambda seconds: True,
