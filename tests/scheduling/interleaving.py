@@ -11,6 +11,8 @@ different objects are visited once (sleep sets), so what threads share without a
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import dataclasses
 import random
 import threading
@@ -454,6 +456,43 @@ class Event:
         return self._set
 
 
+class EventLoop(asyncio.BaseEventLoop):
+    """An asyncio event loop of one thread, without files: others reach it by `call_soon_threadsafe` alone."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+        self._name = world.name_of("event loop")
+        self._called = False
+        self._selector = self
+
+    def time(self) -> float:
+        return self._world.now
+
+    def call_soon_threadsafe(
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        self._world.reach(_Operation("call from", self._name))
+        handle = self.call_soon(callback, *args, context=context)
+        self._called = True
+        return handle
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        """Wait for a call, or for what is due: what the loop takes of a selector."""
+        world = self._world
+        deadline = None if timeout is None else world.now + timeout
+
+        def ready() -> bool:
+            return self._called or (deadline is not None and world.now >= deadline)
+
+        world.reach(_Operation("look for calls from", self._name, ready, deadline=deadline))
+        self._called = False
+        return []
+
+    def _process_events(self, events: list[Any]) -> None:
+        assert not events
+
+
 class Instruments:
     """Stand-ins for `threading` and `time` in modules under test, of the world that runs now."""
 
@@ -483,6 +522,9 @@ class Instruments:
 
     def Thread(self, *, target: Callable[..., Any], args: tuple[Any, ...] = (), **options: Any) -> Thread:  # noqa: N802
         return Thread(self.world, target, args, **options)
+
+    def EventLoop(self) -> EventLoop:  # noqa: N802 (as the others)
+        return EventLoop(self.world)
 
     def monotonic(self) -> float:
         return self.world.now
