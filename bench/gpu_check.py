@@ -318,9 +318,14 @@ def _skips(processes: list[_Process]) -> tuple[str, ...]:
     return tuple(f"[{count}] {reason}" for reason, count in counts.items())
 
 
-def end_with_sigterm() -> None:
-    """SIGTERM ends this process by an exception, so that the step that runs ends too."""
+def take_signals() -> None:
+    """SIGTERM ends this process by an exception, so that the step that runs ends too.
+
+    SIGINT is taken as well: a shell has jobs in the background ignore it, their steps would inherit that, and one out
+    of time could not be told to write down what it has.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _sanitizer() -> str | None:
@@ -413,7 +418,7 @@ def main() -> int:
     parser.add_argument("--began", type=float, help="Unix time from which the 10 minutes count: now")
     parser.add_argument("--round-args", default="", help="options of the round's suite")
     arguments = parser.parse_args()
-    end_with_sigterm()
+    take_signals()
     arguments.out.mkdir(parents=True, exist_ok=True)
     elapsed = 0.0 if arguments.began is None else time.time() - arguments.began
     check = Check(arguments.out.resolve(), arguments.device, elapsed=elapsed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ torch.set_num_threads(1)
 # Without a GPU, Triton's interpreter runs its kernels; Triton asks when it is imported, so before any test imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests interrupt processes, which would inherit that a shell has what it starts in the background ignore it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if native.load() is None and (Path(poc_kernels.__file__).parents[1] / "pyproject.toml").exists():
     raise pytest.UsageError("the tests import the sources, which have no native core: run them as `make test` does")

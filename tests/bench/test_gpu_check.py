@@ -368,7 +368,7 @@ def test_ending_the_check_ends_its_step(gpu_check, tmp_path):
 import pathlib, signal, sys
 sys.path.insert(0, {str(gpu_check.BENCH)!r})
 import gpu_check
-gpu_check.end_with_sigterm()
+gpu_check.take_signals()
 check = gpu_check.Check(pathlib.Path({str(tmp_path)!r}), "cpu", {{"step": 60}})
 check.run("step", gpu_check.Command([sys.executable, "-c", {PARENT!r}, {str(tmp_path / "pid")!r}, "pass"]))
 """
@@ -379,6 +379,20 @@ check.run("step", gpu_check.Command([sys.executable, "-c", {PARENT!r}, {str(tmp_
     assert process.wait(20) == 128 + signal.SIGTERM
     process.stdout.close()
     wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_steps_of_a_check_in_the_background_can_be_interrupted(gpu_check, tmp_path):
+    code = f"""
+import pathlib, signal, sys
+sys.path.insert(0, {str(gpu_check.BENCH)!r})
+import gpu_check
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in &
+gpu_check.take_signals()
+check = gpu_check.Check(pathlib.Path({str(tmp_path)!r}), "cpu", {{"step": 60}})
+asks = "import signal; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+sys.exit(not check.run("step", gpu_check.Command([sys.executable, "-c", asks])))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_shards_share_the_selected_tests(gpu_check, tmp_path):
