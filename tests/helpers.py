@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -185,6 +185,33 @@ def rows_of_every_kind(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> 
     picks = torch.randint(2 * len(ROW_KINDS), (rows,), generator=generator).tolist()
     kinds = [ROW_KINDS[pick] if pick < len(ROW_KINDS) else "normal" for pick in picks]
     return torch.stack([_row(kind, k, dtype, generator) for kind in kinds])
+
+
+def rows_of_sums(totals: Sequence[int], k: int, seed: int) -> Tensor:
+    """[len(totals), k] float32 activations whose exact sums with column 0 are these, at 16 bits.
+
+    A sum is that of q * (2 * e + 1): of q from large weights to small, each takes of what is left as much as it may.
+    """
+    weights = 2 * reference.entries(definition.seed_tensor(seed), 0, 0, k, 0, 1)[:, 0].long() + 1
+    q = torch.zeros(len(totals), k, dtype=torch.int64)
+    for row, total in enumerate(totals):
+        left = total
+        for at in weights.abs().argsort(descending=True).tolist():
+            weight = int(weights[at])
+            q[row, at] = max(-16000, min(16000, left // weight))  # below 2**14: q is x where the largest is from 2**13
+            left -= int(q[row, at]) * weight
+        assert left == 0, f"{k} activations cannot have the sum {total}"
+    assert (q.abs().amax(1) >= 2**13).all()
+    return q.float()
+
+
+NEAR_ROUNDINGS = [
+    sign * (high << 9) + rest
+    for high in (2**23 + 1, 2**24 - 1, 2**24, 2**24 + 1)
+    for sign in (1, -1)
+    for rest in (0, 1, 255, 256, 257, 511)
+]
+"""Sums of 33 and 34 bits, near those from which they are rounded in other ways, on both sides of ties."""
 
 
 LAYOUTS = ("contiguous", "padded", "transposed", "every second", "repeated row", "one column wide")

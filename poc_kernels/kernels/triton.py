@@ -496,6 +496,9 @@ def _wrong_forms(
     x = self_test.activations({"dtype": dtype, "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
     row_mask = torch.arange(rows, device="cpu") % 7 != 3
     seed = definition.seed_tensor(-rows, "cpu")
+    # The largest sums, which ordinary rows do not come near: all products of column 0 have one sign.
+    signs = reference.entries(seed, 2**32 - 1, 0, k, 0, 1)[:, 0].sign().to(x.dtype)
+    x[0], x[1] = signs * 1.75, signs * -2.0
     options: dict[str, Any] = {
         "domain": 2**32 - 1,
         "coefficient": definition.coefficient(definition.DEFAULT_STD),
@@ -525,9 +528,10 @@ def wrong_tiles(device: torch.device) -> list[str]:
     """Which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
 
     Tried are the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
-    whole and (not on AMD's) in two parts; bfloat16 activations of several tiles of rows and, in float16, more than one
-    flush of sums. Then the largest tile with rows so long that they are read twice, in every dtype; of float32 and
-    float16 one takes K whole and the other in parts, the other way round for the other activation_bits.
+    whole and (not on AMD's) in two parts; bfloat16 activations of several tiles of rows, two of these rows with the
+    largest sums, and, in float16, more than one flush of sums. Then the largest tile with rows so long that they are
+    read twice, in every dtype; of float32 and float16 one takes K whole and the other in parts, the other way round for
+    the other activation_bits.
     """
     capability, _ = _hardware(device)
     arithmetic = _arithmetic(capability)

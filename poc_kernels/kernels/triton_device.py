@@ -197,8 +197,9 @@ def round_activation(x, scale):
 def rounded_sum(high, low, sum_of_q, TWO_LIMBS: tl.constexpr):
     """float32(T), T = 2 * (256 * high + low) + sum(q), of up to 40 bits, rounded once, in 32-bit arithmetic.
 
-    T = 512 * top + rest. Below 2**33 the top is exact in float32 and the one rounding is that of the sum. Beyond, the
-    last bits matter only by not being zero: T >> 8 has 26 bits or more of which float32 rounds off at least two.
+    T = 512 * top + rest. Up to |top| = 2**24 the top is exact in float32, and the one rounding is that of the sum.
+    Beyond, the last bits matter only by not being zero: T >> 8 has 26 bits or more of which float32 rounds off at least
+    two.
     """
     if not TWO_LIMBS:
         return (2 * low + sum_of_q).to(tl.float32)  # below 2**31
@@ -207,7 +208,7 @@ def rounded_sum(high, low, sum_of_q, TWO_LIMBS: tl.constexpr):
     rest = (half & 255) * 2 + (sum_of_q & 1)
     exact = top.to(tl.float32) * 512.0 + rest.to(tl.float32)
     sticky = (top * 2 + (rest >> 8)) | ((rest & 255) != 0).to(tl.int32)
-    return tl.where(tl.abs(top) < 1 << 24, exact, sticky.to(tl.float32) * 256.0)
+    return tl.where(tl.abs(top) <= 1 << 24, exact, sticky.to(tl.float32) * 256.0)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from helpers import (
     CPU,
     DTYPES,
     LAYOUTS,
+    NEAR_ROUNDINGS,
     assert_same_bits,
     backend_named,
     dirty_memory,
@@ -19,6 +20,7 @@ from helpers import (
     laid_out,
     project,
     rows_of_every_kind,
+    rows_of_sums,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -230,6 +232,13 @@ def test_the_largest_sums_are_exact(name, bits):
     assert y.abs().max() > 400
     for tile_k in (0, 4096, 65536):
         assert_same_bits(native_project(x, name, tiling=Tiling(k=tile_k), **options), y, f"tiles of {tile_k}")
+
+
+@each_instruction_set
+def test_sums_beyond_32_bits_are_rounded_once(name):
+    x = rows_of_sums(NEAR_ROUNDINGS, 4096, seed=7)
+    options = {"residual": False, "columns": 2, "seed": 7}
+    assert_same_bits(native_project(x, name, **options), expected(x, **options))
 
 
 @each_instruction_set

@@ -13,6 +13,7 @@ from helpers import (
     CPU,
     DTYPES,
     LAYOUTS,
+    NEAR_ROUNDINGS,
     WOULD_COMPILE,
     assert_same_bits,
     dirty_memory,
@@ -20,6 +21,7 @@ from helpers import (
     laid_out,
     project,
     rows_of_every_kind,
+    rows_of_sums,
     run_python,
 )
 from hypothesis import given, settings
@@ -76,6 +78,22 @@ def test_sums_are_rounded_once():
     exact = 2 * (256 * high + low) + sums
     assert exact.abs().max() > 2**37
     assert_same_bits(out, exact.double().float())
+
+
+@pytest.mark.parametrize("power", [23, 24, 25, 26])
+def test_sums_near_a_power_of_two_are_rounded_once(power):
+    """Every rest under 512 of sums near 512 * 2**power, in each of the ways to make the sum."""
+    tops = torch.tensor([sign * 2**power + near for sign in (1, -1) for near in (-2, -1, 0, 1)])
+    total = (512 * tops[:, None] + torch.arange(512)).flatten()
+    sums = torch.arange(len(total)) % 7 * 101 - 303 + (total + 1) % 2  # of the total's parity
+    sums += (total - sums) % 2
+    half = (total - sums) // 2
+    low = (half & 255) + 256 * (torch.arange(len(total)) % 5 - 2)
+    high = (half - low) // 256
+    assert (2 * (256 * high + low) + sums == total).all()
+    out = torch.empty(len(total))
+    rounded_sum_kernel[(1,)](high.int(), low.int(), sums.int(), out, COUNT=len(total))
+    assert_same_bits(out, total.double().float())
 
 
 @triton.jit
@@ -174,6 +192,15 @@ def test_the_largest_sums_are_exact(bits, arithmetic):
     assert y.abs().max() > 400
     result = triton_project(x, tile=SMALL[0], splits=1, arithmetic=arithmetic, **options)
     assert_same_bits(result, y)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
+def test_sums_beyond_32_bits_are_rounded_once(arithmetic, splits):
+    x = rows_of_sums(NEAR_ROUNDINGS, 4096, seed=7)
+    options = {"residual": False, "columns": 2, "seed": 7}
+    y = triton_project(x, tile=Tile(16, 64, 1, 1, 16), splits=splits, arithmetic=arithmetic, **options)
+    assert_same_bits(y, expected(x, **options))
 
 
 @pytest.mark.parametrize("mask", ["all", "nothing", "alternate", "last"])
