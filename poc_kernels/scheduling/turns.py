@@ -7,7 +7,8 @@ Inference goes first; while it is idle a proof has the device. Who gives way whi
 - ``concurrent``, as streams of a GPU or threads on cores: a step never waits. A proof does, as above: slices that are
   owed to it run beside steps.
 - ``concurrent`` and not ``hold_back``, where priorities alone protect steps: slices run beside steps all the time, and
-  a step waits for one only where they got less than their share.
+  a step waits for one only where they got less than their share, and not for one that takes much longer than slices
+  compute: other programs may keep it from the cores.
 """
 
 from __future__ import annotations
@@ -274,6 +275,13 @@ class Turns:
             return True
         return owed >= self._slice_seconds
 
+    def _due_left(self, now: float) -> float:
+        """What is due of what is owed, less the time that steps have left to the slice that runs."""
+        proof = self._computing[_PROOF]
+        if proof is None or self._computing[_INFERENCE] is not None:
+            return self._due_seconds
+        return self._due_seconds - (now - max(proof._since, self._last_step_end))
+
     @property
     def _slice_seconds(self) -> float:
         return self._mean_slice or _FIRST_SLICE
@@ -300,8 +308,14 @@ class Turns:
         if other is not None and not self._concurrent:
             return None
         if turn._side == _INFERENCE:
-            yields = self._steps_wait and self._proof_wants() and self._is_owed(now)
-            return None if self._held or self._alone or yields else 0.0
+            if self._held or self._alone:
+                return None
+            if not (self._steps_wait and self._proof_wants() and self._is_owed(now)):
+                return 0.0
+            if other is None:
+                return None
+            left = self._due_left(now)
+            return left + _A_LITTLE_LATER if left > 0 else 0.0
         if self._held or self._pacing is None or not self._pacing.hold_back or self._is_owed(now):
             return 0.0
         capped = turn._since + self._pacing.max_wait_seconds - now
@@ -374,8 +388,7 @@ class Turns:
             if turn._owed:
                 # Slices that were not owed, but waited too long, are not paid back without end.
                 self._owed_seconds = max(self._owed_seconds - paid, -paid)
-                if self._computing[_INFERENCE] is None:  # a step may have waited for it
-                    self._due_seconds -= now - max(turn._since, self._last_step_end)
+                self._due_seconds = self._due_left(now)  # a step may have waited for it
         else:
             self._mean_step += (seconds - self._mean_step) * (_SMOOTHING if self._mean_step > 0 else 1)
             self._last_step, self._last_step_end = turn, now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -350,11 +351,32 @@ def test_a_step_waits_for_a_slice_that_is_owed(instruments: Instruments) -> None
         timeline.sliced("proof", timeline.turns.proof(), 1, 20)
 
     # Slices are taken for 1 s by the first; 9 steps of 1 s beside slices owe as much. However long the second takes, no
-    # step waits for it before.
-    spans = run(instruments, lambda: paced(cap=1.0, concurrent=True, hold_back=False), setup).spans
-    steps = [(began, ended) for name, began, ended in spans if name == "inference"]
-    assert steps[:9] == [(0.5 + place, 1.5 + place) for place in range(9)]
-    assert steps[9:] == [(21 + place, 22 + place) for place in range(6)]
+    # step waits for it before, and then each for a slice as they were and twice what a step owes.
+    timeline = run(instruments, lambda: paced(cap=1.0, concurrent=True, hold_back=False), setup)
+    assert timeline.waits[:9] == [0] * 9
+    most = 1 + 2 / 9
+    assert timeline.waits[9:] == pytest.approx([most] * 5 + [21 - (9.5 + 5 * (most + 1))], abs=0.001)
+
+
+def test_no_step_waits_long_for_a_slice_that_others_keep_from_the_cores(instruments: Instruments) -> None:
+    computed = 0.0
+
+    def setup(timeline: Timeline) -> None:
+        def prove() -> None:
+            nonlocal computed
+            with contextlib.suppress(TurnsClosed), timeline.turns.proof(lambda: computed) as turn:
+                while True:
+                    timeline.world.sleep(0.2)
+                    computed += 0.002
+                    turn.pause()
+
+        timeline.world.spawn("proof", prove)
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[0.01] * 500, at=0.5)
+        timeline.call(10, timeline.turns.close)
+
+    timeline = run(instruments, lambda: paced(concurrent=True, hold_back=False), setup)
+    assert len(timeline.waits) == 500
+    assert 0.002 < max(timeline.waits) < 0.002 + 2 * 0.01 / 9 + 0.001
 
 
 def test_without_pacing_nobody_waits_for_the_other_side(instruments: Instruments) -> None:

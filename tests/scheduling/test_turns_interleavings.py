@@ -231,7 +231,7 @@ class Owing(Turns):
 
     def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
         seconds = super()._seconds_to_wait(turn, now)
-        if seconds is None and turn._side == 0 and not (self._held or self._alone or self._computing[0]):
+        if seconds != 0 and turn._side == 0 and not (self._held or self._alone or self._computing[0]):
             type(self).waits += 1
         return seconds
 
