@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
 import hmac
@@ -22,7 +23,8 @@ _DONE = b"data: [DONE]\n\n"
 _LARGE = (f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
 """Routes outside /v1 that take a body."""
 _MAX_LARGE = 256
-"""Requests for these routes at once: their bodies, each within its bound, lie in memory until they are answered."""
+"""Requests for these routes at once: their bodies, each within its bound, lie in memory until they are answered. A
+client with some there gets no more than it leaves to others."""
 
 _MAX_OTHER_BODY = 1024  # no other route takes one
 
@@ -63,7 +65,7 @@ class Gate:
         self._body_seconds = body_seconds
         self._token = None if token is None else token.encode()
         self._in_flight = 0
-        self._large = 0
+        self._large: collections.Counter[str] = collections.Counter()  # by client
         self._idle = threading.Condition()
 
     @property
@@ -94,17 +96,26 @@ class Gate:
         refuse: Callable[[int, str, str], Awaitable[None]] = functools.partial(self._refuse_other, send)
         # The others, among them /stop and /health, are answered however many proofs wait.
         large = scope["method"] == "POST" and scope["path"].startswith(_LARGE)
-        if large and self._large >= _MAX_LARGE:
-            await self._refuse_other(send, 429, "overloaded", f"at most {_MAX_LARGE} requests are served at once", 1)
-            return
-        self._large += large
+        client = (scope.get("client") or ("",))[0]
+        if large:
+            left, own = _MAX_LARGE - self._large.total() - 1, self._large[client]
+            if left < 0 or (own > 0 and own + 1 > left):
+                message = (
+                    f"at most {_MAX_LARGE} requests are served at once, of one client no more than it leaves to others"
+                )
+                await self._refuse_other(send, 429, "overloaded", message, 1)
+                return
+            self._large[client] += 1
         limit = self._max_pow_body_bytes if large else min(self._max_pow_body_bytes, _MAX_OTHER_BODY)
         try:
             body = await self._read_body(scope, receive, limit, refuse)
             if body is not None:
                 await self._app(scope, _play_back(body, receive), send)
         finally:
-            self._large -= large
+            if large:
+                self._large[client] -= 1
+                if self._large[client] == 0:
+                    del self._large[client]
 
     def _authorized(self, scope: Scope) -> bool:
         if self._token is None:
