@@ -194,10 +194,7 @@ class ProofWorker:
         generating = self._manager.state == PoCState.GENERATING
         if generating and not self._holding:
             self._hold_inference()
-        elif self._holding and not generating:
-            self._turns.release_inference()
-            self._holding = False
-            logger.info("inference goes on")
+        self._release_inference()
         failed = self._validate_some()
         if self._holding and generating:
             failed = self._generate() or failed
@@ -235,6 +232,13 @@ class ProofWorker:
                 return
             if not wait:
                 return
+
+    def _release_inference(self) -> None:
+        """Once the phase is over for which it is held."""
+        if self._holding and self._manager.state != PoCState.GENERATING:
+            self._turns.release_inference()
+            self._holding = False
+            logger.info("inference goes on")
 
     def _generate(self) -> bool:
         """Compute the next batch of the round; whether that failed."""
@@ -319,6 +323,7 @@ class ProofWorker:
         self._progressed = time.monotonic()
         if self._closing:
             raise RoundEndedError(_SHUTTING_DOWN)
+        self._release_inference()  # not only after a validation's forward
         if not self._holding and self._manager.state == PoCState.GENERATING:
             self._hold_inference(wait=False)  # what is left of a validation's forward is held back no more
 

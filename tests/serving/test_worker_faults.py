@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from served import TIMEOUT, eventually
 from workers import BATCH, Parts, alone, blocked, config, failing, proof, workers
 
 from poc_kernels.protocol import PoCState, RoundEndedError
+from poc_kernels.scheduling import Turns
 from poc_kernels.serving import worker as worker_module
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -69,6 +71,40 @@ def test_a_failed_job_is_forgotten_when_there_is_nothing_to_do(make: Callable[..
         parts.worker.submit(proof(1)).result(TIMEOUT)
     eventually(lambda: parts.worker._idle)
     assert parts.worker.trouble() is None
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_users_do_not_wait_for_a_forward_of_a_phase_that_is_over(make: Callable[..., Parts], concurrent: bool) -> None:
+    parts = make(turns=Turns(concurrent=concurrent))
+    parts.begin(PoCState.VALIDATING)
+    stepped = threading.Event()
+    seen: list[bool] = []
+
+    def step() -> None:
+        with parts.turns.inference():
+            stepped.set()
+
+    def phase(state: PoCState) -> None:
+        parts.manager.set_phase(state)
+        parts.worker.wake()
+
+    def forward(x: Any, pause: Callable[[], None]) -> Any:
+        if not seen:
+            phase(PoCState.GENERATING)
+            eventually(lambda: pause() or parts.turns.inference_held)
+            user = threading.Thread(target=step, daemon=True)
+            user.start()
+            pause()
+            seen.append(stepped.is_set())
+            phase(PoCState.VALIDATING)
+            eventually(lambda: pause() or stepped.is_set())
+            seen.append(parts.turns.inference_held)
+            user.join(TIMEOUT)
+        return type(parts.engine).forward(parts.engine, x)
+
+    parts.engine.forward = forward  # type: ignore[method-assign]
+    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
+    assert seen == [False, False]
 
 
 def test_trouble(make: Callable[..., Parts]) -> None:
