@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--quick", "--rounds", "0,1,0", "--block-seconds", "0.4", "--saturation-seconds", "0.4", "--prompts", "3"]
+SHORT = ["--quick", "--rounds", "0,1,0", "--block-seconds", "0.4", "--saturation-seconds", "1.5", "--prompts", "3"]
 LACKING = ("fastapi", "uvicorn", "prometheus_client", "openai", "pytest_benchmark")
 HIDER = f"""
 from importlib.machinery import PathFinder

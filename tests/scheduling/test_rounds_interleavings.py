@@ -1,4 +1,5 @@
-"""Rounds, the validation queue and the worker in every order in which their threads can run."""
+"""Rounds and the validation queue in every order in which their threads can run, and the worker with all of them in
+every order with few preemptions."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import types
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_python
 
 from poc_kernels.scheduling import InFlight, StreamPartition, streams
 
@@ -39,25 +39,33 @@ def test_on_a_processor_nothing_happens() -> None:
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
 
 
+LOWERED = """
+import os, threading, torch
+from concurrent.futures import ThreadPoolExecutor
+from poc_kernels.scheduling import StreamPartition
+
+def priority():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+def lower():
+    lowered = StreamPartition("cpu").lower_thread()
+    before = set(os.listdir("/proc/self/task"))
+    torch.set_num_threads(2)
+    torch.randn(2**22).add_(1)  # starts OpenMP's own threads
+    started = set(os.listdir("/proc/self/task")) - before
+    return lowered, priority(), {os.getpriority(os.PRIO_PROCESS, int(task)) for task in started}
+
+usual = priority()
+with ThreadPoolExecutor(1) as pool:
+    assert StreamPartition("cpu").lowers_threads
+    print(pool.submit(lower).result())
+assert priority() == usual
+"""
+
+
 @ON_LINUX
-def test_a_thread_of_validation_has_the_lowest_priority_and_so_do_those_it_starts() -> None:
-    def priority() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    def lower() -> tuple[bool, int, set[int]]:
-        lowered = StreamPartition("cpu").lower_thread()
-        # OpenMP's own threads, which this thread's first parallel call starts.
-        before = set(os.listdir("/proc/self/task"))
-        torch.set_num_threads(2)
-        torch.randn(2**22).add_(1)
-        started = set(os.listdir("/proc/self/task")) - before
-        return lowered, priority(), {os.getpriority(os.PRIO_PROCESS, int(task)) for task in started}
-
-    before = priority()
-    with ThreadPoolExecutor(1) as pool:
-        assert StreamPartition("cpu").lowers_threads
-        assert pool.submit(lower).result() == (True, 19, {19})
-    assert priority() == before
+def test_a_thread_of_validation_has_the_lowest_priority_and_so_do_those_it_starts(tmp_path: Path) -> None:
+    assert run_python(LOWERED, tmp_path) == "(True, 19, {19})"
 
 
 def test_where_threads_have_no_priorities_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
         asked.append(seconds)
         return False
 
-    parts = make(turns=Turns(Pacing(max_wait_seconds=0.001), concurrent=True), drain=drain, drain_seconds=0.05)
+    parts = make(turns=Turns(Pacing(max_wait_seconds=0.001), concurrent=True), drain=drain, drain_seconds=TIMEOUT)
     parts.begin(PoCState.VALIDATING)
     held: list[bool] = []
 
@@ -160,6 +160,7 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
             held.append(parts.turns.inference_held)
             pause()
             held.append(parts.turns.inference_held)
+            parts.worker._drain_end = 0.0  # their time is over
             eventually(lambda: pause() or parts.turns.inference_held)
             held.append(parts.turns.inference_held)
         return type(parts.engine).forward(parts.engine, x)
