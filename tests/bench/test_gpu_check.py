@@ -79,15 +79,15 @@ def test_what_fails_skips_or_is_absent_is_named(gpu_check, make_check, tmp_path)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
 @pytest.mark.parametrize(
     ("before", "grace"),
-    [("pass", 1.0), ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)", 0.4)],
+    [("pass", 1.5), ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)", 0.6)],
     ids=["interrupted", "killed"],
 )
 def test_at_the_limit_a_step_ends_with_all_that_it_started(gpu_check, make_check, tmp_path, capsys, before, grace):
-    check = make_check({"slow": 4}, total=4.0, grace=grace)
+    check = make_check({"slow": 6}, total=6.0, grace=grace)
     start = time.monotonic()
     assert not check.run("slow", python(gpu_check, PARENT, tmp_path / "pid", before))
-    assert time.monotonic() - start < 6
-    assert check.outcomes[0].result == f"FAILED: not done after {4 - grace:.0f} s"
+    assert time.monotonic() - start < 60, "it would have slept for 300 s"
+    assert re.fullmatch(r"FAILED: not done after [45] s", check.outcomes[0].result)
     assert (tmp_path / "slow.log").read_text().startswith("child started\n"), "output is kept"
     assert "child started" in capsys.readouterr().out
     wait_until_gone(int((tmp_path / "pid").read_text()))
@@ -99,6 +99,23 @@ def test_what_a_step_leaves_running_ends_with_it(gpu_check, make_check, tmp_path
     check = make_check({"step": 30})
     assert check.run("step", python(gpu_check, code, tmp_path / "pid", "pass"))
     wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize(("code", "trusted"), [("pass", None), ("raise SystemExit(1)", "triton")])
+def test_kernels_that_verify_found_wrong_are_measured_all_the_same(gpu_check, make_check, monkeypatch, code, trusted):
+    monkeypatch.setenv("POC_BENCH_TRUST", "")
+    monkeypatch.delenv("POC_BENCH_TRUST")
+    check = make_check({"verify": 20})
+    check.run("verify", python(gpu_check, code))
+    gpu_check._measure_what_is_wrong(check)
+    assert os.environ.get("POC_BENCH_TRUST") == trusted
+
+
+def test_the_summary_is_kept_by_every_later_step(gpu_check, make_check, tmp_path):
+    check = make_check({"last": 20})
+    check.summary = "figures"
+    check.run("last", python(gpu_check, "pass"))
+    assert (tmp_path / "gpu-check-cpu.txt").read_text() == f"figures\n{check.table()}\n"
 
 
 def test_output_is_seen_while_a_step_runs(gpu_check, make_check, tmp_path):
@@ -121,13 +138,12 @@ for _ in range(2):
         time.sleep(60)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+print("ended by itself", flush=True)
 """
-    check = make_check({"slow": 6}, total=6.0, grace=3.0)
-    start = time.monotonic()
+    check = make_check({"slow": 8}, total=8.0, grace=4.0)
     assert not check.run("slow", python(gpu_check, code))
-    assert time.monotonic() - start < 5.9, "it ended by itself"
-    assert check.outcomes[0].result == "FAILED: not done after 4 s"
-    assert (check.out / "slow.log").read_text() == "interrupted\n" * 2
+    assert re.fullmatch(r"FAILED: not done after [56] s", check.outcomes[0].result)
+    assert (check.out / "slow.log").read_text() == "interrupted\n" * 2 + "ended by itself\n"
 
 
 def test_late_pytest_keeps_what_it_has_measured(gpu_check, make_check, tmp_path):
@@ -275,11 +291,10 @@ def test_a_plan_longer_than_the_total_is_refused(make_check):
 
 
 def test_the_plan_fits_ten_minutes(gpu_check):
-    assert gpu_check.TOTAL_SECONDS == 600
-    assert sum(gpu_check.PLAN.values()) <= 520, "the build takes time too"
+    assert gpu_check.TOTAL_SECONDS == 570, "what ends after the last step takes time too"
+    assert sum(gpu_check.PLAN.values()) <= 530, "and so does the build"
     suites = {suite.name: suite for suite in gpu_check.SUITES}
     assert {"torch", "verify", "tests", "overlap tests", "compute-sanitizer", *suites} < set(gpu_check.PLAN)
-    assert (gpu_check.PLAN["torch"], gpu_check.PLAN["verify"], gpu_check.PLAN["compute-sanitizer"]) == (60, 60, 80)
     assert list(gpu_check.PLAN)[-1] == "compute-sanitizer", "which may take all that is left"
     for suite in suites.values():
         assert (gpu_check.BENCH / suite.file).exists()

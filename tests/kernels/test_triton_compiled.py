@@ -158,7 +158,7 @@ def tiles(capability, bits, arithmetic="int8"):
 
 
 def shared_limit(capability):
-    return {80: 163, 89: 99, 90: 227, 100: 227}[capability] * 1024
+    return {80: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}[capability] * 1024
 
 
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
@@ -254,14 +254,15 @@ def test_what_float16_products_spill_where_the_width_is_no_multiple_of_16(capabi
 
 
 @pytest.mark.parametrize(("capability", "arithmetic"), [(103, "fp16"), (120, "int8")])
-def test_few_rows_on_newer_cards_compile_without_spills(capability, arithmetic):
+def test_the_smallest_and_the_largest_tiles_of_newer_cards_compile_without_spills(capability, arithmetic):
     """B300, by the rule of the table in float16, and RTX 50."""
     if capability == 103 and _TRITON == "before 3.7":
         pytest.skip("this Triton's cuobjdump does not know sm_103")
     assert triton_configs.arithmetic(divmod(capability, 10)) == arithmetic
-    for bits, split in itertools.product((16, 8), (False, True)):
-        compiled = product(capability, bits, tiles(capability, bits, arithmetic)[0], split, arithmetic)
+    for bits, place, split in itertools.product((16, 8), (0, -1), (False, True)):
+        compiled = product(capability, bits, tiles(capability, bits, arithmetic)[place], split, arithmetic)
         assert compiled.spills == 0
+        assert compiled.shared_bytes <= shared_limit(capability)
         assert compiled.count("MMA")
         assert_not_fused(compiled)
 
