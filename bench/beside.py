@@ -180,10 +180,8 @@ async def measure(rig: Any, rates: list[Rate], options: argparse.Namespace) -> d
 async def _measure_all(rig: Any, rates: list[Rate], options: argparse.Namespace) -> dict[str, Any]:
     saturated = await saturation(rig, options.in_flight, options.saturation_seconds, options.timeout_seconds)
     if saturated == 0:
-        raise SystemExit(
-            f"no token came to {options.in_flight} users in the last three quarters of {options.saturation_seconds:g} s: "
-            "without a rate of saturation there is none to take parts of; give --saturation-seconds more"
-        )
+        seconds = f"{options.saturation_seconds:g} s"
+        raise SystemExit(f"no request rate to measure at, no token came in {seconds}: give --saturation-seconds more")
     progress(f"saturation: {saturated:.3g} requests/s with {options.in_flight} in flight")
     measured = []
     for rate in rates:
