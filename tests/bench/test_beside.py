@@ -176,6 +176,13 @@ def test_saturation_is_the_rate_of_a_closed_loop(module):
     assert set(rig.asked) == {0, 1}
 
 
+def test_without_a_rate_of_saturation_nothing_is_measured(module):
+    """The first tokens come after 10 ms."""
+    options = SimpleNamespace(in_flight=4, saturation_seconds=0.005, timeout_seconds=TIMEOUT)
+    with pytest.raises(SystemExit, match="give --saturation-seconds more"):
+        run(module("beside")._measure_all(FakeRig(), [], options))
+
+
 # ---- a node's turns ----------------------------------------------------------------------------------------------
 
 

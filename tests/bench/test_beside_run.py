@@ -13,7 +13,11 @@ import torch
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--quick", "--rounds", "0,1,0", "--block-seconds", "0.4", "--saturation-seconds", "1.5", "--prompts", "3"]
+# Of this seed a block's first request comes early: within 0.4 s at the lowest rate that is not refused.
+SHORT = [
+    *("--quick", "--rounds", "0,1,0", "--block-seconds", "0.4", "--saturation-seconds", "1.5"),
+    *("--prompts", "3", "--seed", "38"),
+]
 LACKING = ("fastapi", "uvicorn", "prometheus_client", "openai", "pytest_benchmark")
 HIDER = f"""
 from importlib.machinery import PathFinder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from workers import BATCH, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
 from poc_kernels.scheduling import Pacing, Turns
+from poc_kernels.serving import worker as worker_module
 from poc_kernels.serving.validation_queue import QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -76,17 +78,22 @@ def test_requests_are_drained_before_the_first_nonce(make: Callable[..., Parts])
     assert parts.turns.inference_held
 
 
-def test_draining_has_a_deadline(make: Callable[..., Parts]) -> None:
-    given = []
+def test_draining_has_a_deadline(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = 0.0, []
 
     def drain(seconds: float) -> bool:
+        nonlocal now
         given.append(seconds)
+        now += seconds
         return False
 
-    parts = make(drain=drain, drain_seconds=0.05)
+    # A clock that draining alone advances.
+    monkeypatch.setattr(worker_module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    parts = make(drain=drain, drain_seconds=0.25)
     parts.begin()
     parts.checked(BATCH)
-    assert all(0 < seconds <= 0.05 for seconds in given)  # none, if the thread came late
+    assert given == pytest.approx([0.1, 0.1, 0.05])
+    assert parts.turns.inference_held
 
 
 @pytest.mark.parametrize("how", ["stop", "validate"])

@@ -157,6 +157,7 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
         if parts.manager.state == PoCState.VALIDATING:
             parts.manager.set_phase(PoCState.GENERATING)
             parts.worker.wake()
+            assert parts.worker._drain_end is not None
             held.append(parts.turns.inference_held)
             pause()
             held.append(parts.turns.inference_held)
