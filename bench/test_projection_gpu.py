@@ -30,7 +30,7 @@ except ImportError:  # no Triton
     randn_product = None  # type: ignore[assignment]
 
 TRUSTED = os.environ.get("POC_BENCH_TRUST", "")
-"""A backend that `poc-kernels verify` found wrong and that is measured all the same."""
+"""A backend that `poc-kernels verify` rejected and that is measured all the same."""
 QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
 SIZES = (128,) if QUICK else (1024, 4096, 5120, 7168, 8192)
 ROWS = (1, 32) if QUICK else (1, 8, 32, 64, 256, 1024, 4096, 8192, 16384)
@@ -76,6 +76,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="module")
 def clock(device: torch.device) -> Clock:
     return Clock(device)
+
+
+@pytest.fixture(autouse=True)
+def trusted(device: torch.device) -> None:
+    """Take the backend that is asked for to be right: each case compares its own bits."""
+    if TRUSTED and device.type == "cuda":
+        backends.trust(TRUSTED, torch.empty(0, device=device).device)
 
 
 def _urgency(case: tuple[int, int]) -> tuple[bool, bool, int, int]:
@@ -181,6 +188,12 @@ def _timed(benchmark: BenchmarkFixture, clock: Clock, calls: dict[str, Call], de
         )
 
 
+def _backend(device: torch.device) -> str:
+    """What serves the device, and whether that is against the verdict of verify."""
+    name = backends.select(device).name
+    return f"{name}, REJECTED BY VERIFY" if name == TRUSTED else name
+
+
 @pytest.mark.benchmark(group="bounds-gpu")
 @pytest.mark.parametrize("size", sorted(SIZES, reverse=True), ids=lambda size: f"D{size}")
 @torch.inference_mode()
@@ -220,13 +233,6 @@ def _for_cases(cases: list[tuple[int, int]]) -> pytest.MarkDecorator:
 @torch.inference_mode()
 def test_first(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, size: int, rows: int) -> None:
     _measure_projection(benchmark, clock, device, size, rows)
-
-
-@pytest.fixture(autouse=True)
-def trusted(device: torch.device) -> None:
-    """Take the backend that is asked for to be right: each case compares its own bits."""
-    if TRUSTED and device.type == "cuda":
-        backends.trust(TRUSTED, torch.empty(0, device=device).device)
 
 
 @pytest.mark.benchmark(group="splits-gpu")
@@ -284,7 +290,7 @@ def _measure_projection(benchmark: BenchmarkFixture, clock: Clock, device: torch
     benchmark.extra_info.update(
         D=stored.size,
         M=rows,
-        backend=backends.select(device).name + (", WHICH VERIFY FOUND WRONG" if TRUSTED else ""),
+        backend=_backend(device),
         cold=rows <= COLD_ROWS,
         graphs=_graphs(device),
         rounds=len(seconds["stored"]),

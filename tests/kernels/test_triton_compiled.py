@@ -254,16 +254,19 @@ def test_what_float16_products_spill_where_the_width_is_no_multiple_of_16(capabi
 
 
 @pytest.mark.parametrize(("capability", "arithmetic"), [(103, "fp16"), (120, "int8")])
-def test_the_smallest_and_the_largest_tiles_of_newer_cards_compile_without_spills(capability, arithmetic):
+def test_every_tile_of_newer_cards_compiles_without_spills(capability, arithmetic):
     """B300, by the rule of the table in float16, and RTX 50."""
     if capability == 103 and _TRITON == "before 3.7":
         pytest.skip("this Triton's cuobjdump does not know sm_103")
     assert triton_configs.arithmetic(divmod(capability, 10)) == arithmetic
-    for bits, place, split in itertools.product((16, 8), (0, -1), (False, True)):
-        compiled = product(capability, bits, tiles(capability, bits, arithmetic)[place], split, arithmetic)
-        assert compiled.spills == 0
-        assert compiled.shared_bytes <= shared_limit(capability)
-        assert compiled.count("MMA")
+    forms = [(bits, tile) for bits in (16, 8) for tile in tiles(capability, bits, arithmetic)]
+    cases = [(capability, *form, split, arithmetic) for form, split in itertools.product(forms, (False, True))]
+    with concurrent.futures.ThreadPoolExecutor() as threads:  # each waits for a process that compiles
+        all_compiled = list(threads.map(lambda case: product(*case), cases))
+    for case, compiled in zip(cases, all_compiled, strict=True):
+        assert compiled.spills == 0, case
+        assert compiled.shared_bytes <= shared_limit(capability), case
+        assert compiled.count("MMA"), case
         assert_not_fused(compiled)
 
 
