@@ -31,11 +31,11 @@ test: $(VENV)/installed-dev
 STRESS_SECONDS ?= 300
 STRESS_SEED ?= 0
 stress: $(VENV)/installed-dev
-	POC_STRESS_SECONDS=$(STRESS_SECONDS) POC_STRESS_SEED=$(STRESS_SEED) $(BIN)/pytest tests/serving/test_stress.py
+	POC_STRESS_SECONDS=$(STRESS_SECONDS) POC_STRESS_SEED=$(STRESS_SEED) $(BIN)/pytest tests/node/test_stress.py
 
 # Larger scenarios of threads in every order, for many minutes.
 interleavings: $(VENV)/installed-dev
-	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling
+	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling tests/service
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -39,8 +39,8 @@ from beside_load import (
 )
 from beside_node import Node, device_of
 
+from poc_kernels.node.settings import Settings
 from poc_kernels.scheduling import Pacing, threads_have_priorities
-from poc_kernels.serving.settings import Settings
 
 DEFAULT_SHARE = Settings(model="").validation_share
 ALONE = Condition(beside_results.ALONE, validation=False)

@@ -27,9 +27,9 @@ from poc_kernels.protocol import ProofBatch
 
 _SERVE = """
 import json, sys
-from poc_kernels.serving.logs import configure
-from poc_kernels.serving.node import serve
-from poc_kernels.serving.settings import Settings
+from poc_kernels.node.logs import configure
+from poc_kernels.node.node import serve
+from poc_kernels.node.settings import Settings
 configure("warning", "text")
 serve(Settings(**json.loads(sys.argv[1])))
 """

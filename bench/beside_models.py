@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import round_models
 import torch
 
-from poc_kernels.serving.engine import share_weights
+from poc_kernels.engines.transformers.engine import share_weights
 
 EXACT_MARGIN = 1e-4
 """Prompts are used in float32 only if no token of their answer is nearer to a tie than so much of the logits' spread:

@@ -14,10 +14,10 @@ from beside_models import EXACT_MARGIN, TIE_MARGIN, Margins, Served, greedy, pro
 from beside_turns import SwitchedTurns
 from beside_validation import EqualStreams, Side, difference, distances_alone, round_config
 
+from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.config import InferenceLimits, batching_config
 from poc_kernels.protocol import ValidatedBatch
 from poc_kernels.scheduling import Pacing, StreamPartition, Turns
-from poc_kernels.serving.batching import Batching, Router
-from poc_kernels.serving.batching_config import InferenceLimits, batching_config
 
 _STOP_SECONDS = 30.0
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from beside_load import DifferenceError
 
+from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.protocol import BatchReport, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch
 from poc_kernels.scheduling import StreamPartition
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
-from poc_kernels.serving.engine import TransformersEngine
-from poc_kernels.serving.worker import ProofWorker
+from poc_kernels.service.worker import ProofWorker
 
 BLOCK_HASH, PUBLIC_KEY = "0x00000000000000000001a2b3c4d5e6f7", "bench"
 PROOFS = 4

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
-TESTS = ("tests/test_*.py", "tests/kernels", "tests/protocol", "tests/serving/test_engine.py")
+TESTS = ("tests/test_*.py", "tests/kernels", "tests/protocol", "tests/engines/transformers/test_engine.py")
 OVERLAP_TESTS = "tests/test_cuda_beside.py"
 """Look at what runs at the same time, so nothing else may."""
 SHARDS = min(8, max(1, (os.cpu_count() or 1) // 2))
@@ -107,7 +107,7 @@ except ImportError as error:
     raise SystemExit
 from poc_kernels.scheduling import StreamPartition
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
-from poc_kernels.serving.engine import TransformersEngine
+from poc_kernels.engines.transformers.engine import TransformersEngine
 device = torch.device(sys.argv[1])
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 config = transformers.Qwen3Config(

@@ -242,7 +242,8 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
     """What few rows take with K in so many parts, by which BLOCKS_PER_MULTIPROCESSOR is chosen."""
     if device.type != "cuda" or backends.select(device).name != "triton":
         pytest.skip("parts of K are those of the Triton kernels on a GPU")
-    from poc_kernels.kernels import triton, triton_configs
+    from poc_kernels.kernels.triton import product as triton
+    from poc_kernels.kernels.triton import tiles as triton_configs
 
     stored = _stored(SPLIT_SIZE, device)
     x = _activations(rows, stored)

@@ -20,8 +20,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import poc_kernels
 from poc_kernels import backends
+from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.protocol import BatchReport, PoCConfig, PoCManager, ProofBatch
-from poc_kernels.serving.engine import TransformersEngine
 
 QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
 DEFAULT_CASES = {

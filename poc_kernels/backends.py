@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, self_test
-from .kernels import Backend, native
+from . import reference
+from .kernels import Backend, native, self_test
 
 logger = logging.getLogger("poc_kernels")
 
@@ -56,7 +56,7 @@ def _triton_unavailable(device: torch.device) -> str | None:
 
 # Imported when a GPU asks: Triton takes time to import, and a machine without a GPU may not have it.
 def _triton() -> ModuleType:
-    return importlib.import_module("poc_kernels.kernels.triton")
+    return importlib.import_module("poc_kernels.kernels.triton.product")
 
 
 def _triton_project(*arguments: Any, **options: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,12 @@ from helpers import CPU, backend_named
 import poc_kernels
 from poc_kernels import backends
 from poc_kernels.kernels import Backend, native
+
+# What tests share asserts too: pytest says what each side was.
+pytest.register_assert_rewrite(
+    *(path.stem for path in (Path(__file__).parent / "support").glob("*.py") if path.stem not in sys.modules)
+)
+pytest_plugins = ["fixtures"]
 
 # The reference is many small operators: more threads make it slower, much slower on a busy machine. Tests of threads
 # say how many they take.

@@ -18,8 +18,8 @@ from helpers import (
 from torch.overrides import TorchFunctionMode
 from vectors import PRODUCTS, VECTORS, activations, options_of, product_id, sha256
 
-from poc_kernels import backends, definition, self_test
-from poc_kernels.kernels import Backend
+from poc_kernels import backends, definition
+from poc_kernels.kernels import Backend, self_test
 
 
 @pytest.mark.parametrize("case", VECTORS["entries"], ids=lambda c: f"{c['seed']}-{c['domain']}-{c['k0']}-{c['n0']}")

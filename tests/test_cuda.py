@@ -32,8 +32,8 @@ from poc_kernels import (
     reference,
     residual_projection,
     seed_tensor,
-    self_test,
 )
+from poc_kernels.kernels import self_test
 from poc_kernels.protocol import inputs
 
 pytestmark = [
@@ -148,8 +148,8 @@ def test_shards_make_the_whole(rows, bits):
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("rows", [5, 150])
 def test_no_configuration_changes_a_bit(rows, bits):
-    triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton")
-    from poc_kernels.kernels import triton_configs
+    triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.product")
+    from poc_kernels.kernels.triton import tiles as triton_configs
 
     x = rows_of_every_kind(rows, 1300, torch.bfloat16, 7)
     y = expected(x, activation_bits=bits)
@@ -177,8 +177,8 @@ def test_no_configuration_changes_a_bit(rows, bits):
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 def test_sums_beyond_32_bits_are_exact_and_rounded_once(arithmetic, splits):
     """Near the limit of each accumulator, which a GPU's matrix units have to keep, and near ties of float32."""
-    triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton")
-    from poc_kernels.kernels import triton_configs
+    triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.product")
+    from poc_kernels.kernels.triton import tiles as triton_configs
 
     k, columns = definition.MAX_FEATURES, 3
     signs = reference.entries(seed_tensor(7), 0, 0, k, 0, columns).sign().float().t()
@@ -441,4 +441,4 @@ def test_permutations_are_those_of_the_cpu():
 
 def test_triton_draws_where_it_is_installed():
     pytest.importorskip("triton")
-    assert inputs._kernels(GPU).__name__ == "poc_kernels.kernels.triton_inputs"
+    assert inputs._kernels(GPU).__name__ == "poc_kernels.protocol.triton_inputs"

@@ -16,11 +16,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch  # noqa: E402
-from poc_kernels.scheduling import InFlight, Pacing, StreamPartition, Turns  # noqa: E402
-from poc_kernels.serving.batching import Batching, Router  # noqa: E402
-from poc_kernels.serving.batching_config import InferenceLimits, batching_config, generation_config  # noqa: E402
-from poc_kernels.serving.engine import TransformersEngine  # noqa: E402
+from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
+from poc_kernels.engines.transformers.engine import TransformersEngine
+from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
+from poc_kernels.scheduling import InFlight, Pacing, StreamPartition, Turns
 
 pytestmark = [
     pytest.mark.gpu,

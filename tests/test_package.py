@@ -11,7 +11,8 @@ import torch
 from helpers import CPU, assert_same_bits, expected, rows_of_every_kind, run_python
 
 import poc_kernels
-from poc_kernels import backends, self_test
+from poc_kernels import backends
+from poc_kernels.kernels import self_test
 
 IMPORT = """
 import torch
@@ -31,7 +32,8 @@ PROJECT = """
 import warnings
 import torch
 import poc_kernels
-from poc_kernels import backends, self_test
+from poc_kernels import backends
+from poc_kernels.kernels import self_test
 x = torch.arange(-100, 140).reshape(6, 40) / 7
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from ..serving.callbacks import verify
+from ..service.callbacks import verify
 from .results import Callback
 
 _HEADER = "X-Signature"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx2
 
-from ..serving.settings import CALLBACK_KEY_VARIABLE
+from ..node.settings import CALLBACK_KEY_VARIABLE
 
 HOST = "127.0.0.1"
 SERVED_NAME = "demo"

@@ -4,7 +4,7 @@ Everything is drawn from MurmurHash3 of an index under a 32-bit seed. Hashes are
 `normal` are evaluated in float64 and rounded to float32, so that a value depends neither on its place in a batch nor on
 the device: of all the values that a hash can give, none is too close to a tie for float64 functions good to 0.6 ulp.
 
-On GPUs with Triton one kernel draws a batch (`poc_kernels.kernels.triton_inputs`), once it has given the bits of the
+On GPUs with Triton one kernel draws a batch (`poc_kernels.protocol.triton_inputs`), once it has given the bits of the
 operators of torch there; without, those serve.
 """
 
@@ -22,7 +22,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import backends, self_test
+from .. import backends
+from ..kernels import self_test
 
 logger = logging.getLogger("poc_kernels")
 
@@ -142,7 +143,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     backends.refuse_capture(device, "what draws inputs")
-    name = "poc_kernels.kernels.triton_inputs"
+    name = "poc_kernels.protocol.triton_inputs"
     wrong = self_test.found_wrong(lambda: _wrong_draws(importlib.import_module(name), device))
     if wrong:
         text = "; ".join(wrong)

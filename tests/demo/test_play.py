@@ -18,7 +18,7 @@ from poc_kernels.demo.receiver import Receiver
 from poc_kernels.demo.results import Chat
 from poc_kernels.demo.show import Show
 from poc_kernels.protocol import ProofBatch, validate_distances
-from poc_kernels.serving.callbacks import canonical_json, sign
+from poc_kernels.service.callbacks import canonical_json, sign
 
 KEY = b"key"
 STATES = {"validate": "VALIDATING", "generate": "GENERATING"}

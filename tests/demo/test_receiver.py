@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from poc_kernels.demo.receiver import receiving
-from poc_kernels.serving.callbacks import canonical_json, sign
+from poc_kernels.service.callbacks import canonical_json, sign
 
 KEY = b"a shared key"
 BATCH = {"block_hash": "0xabc", "public_key": "node", "nonces": [3, 5], "dist": [1.25, 1.5]}

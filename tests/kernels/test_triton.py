@@ -28,12 +28,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from poc_kernels import backends, definition, reference, self_test  # noqa: E402
-from poc_kernels.kernels import Backend, triton_configs, triton_device  # noqa: E402
-from poc_kernels.kernels import triton as kernels  # noqa: E402
-from poc_kernels.kernels.triton_configs import Tile  # noqa: E402
+from poc_kernels import backends, definition, reference
+from poc_kernels.kernels import (
+    Backend,
+    self_test,
+)
+from poc_kernels.kernels.triton import device as triton_device
+from poc_kernels.kernels.triton import product as kernels
+from poc_kernels.kernels.triton import tiles as triton_configs
+from poc_kernels.kernels.triton.tiles import Tile
 
 if isinstance(kernels.product_kernel, triton.runtime.JITFunction):
     reason = "kernels are compiled here, not interpreted: TRITON_INTERPRET was not set when Triton was imported"
@@ -464,9 +469,11 @@ def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
 COMPILED = f"""
 {WOULD_COMPILE}
 import itertools, torch
-from poc_kernels import definition, self_test
-from poc_kernels.kernels import Backend, triton_configs
-from poc_kernels.kernels import triton as kernels
+from poc_kernels import definition
+from poc_kernels.kernels import self_test
+from poc_kernels.kernels import Backend
+from poc_kernels.kernels.triton import tiles as triton_configs
+from poc_kernels.kernels.triton import product as kernels
 """
 NO_COMPILATION_AFTER_WARMUP = """
 for multiprocessors, bits in itertools.product((132, 30), (16, 8)):

@@ -12,11 +12,12 @@ import pytest
 from poc_kernels import definition
 
 triton = pytest.importorskip("triton")
-from triton_compiled import CAPABILITIES, compile_for, shared_bytes_on_amd  # noqa: E402
+from triton_compiled import CAPABILITIES, compile_for, shared_bytes_on_amd
 
-from poc_kernels.kernels import triton as kernels  # noqa: E402
-from poc_kernels.kernels import triton_configs, triton_device  # noqa: E402
-from poc_kernels.kernels.triton_configs import Tile  # noqa: E402
+from poc_kernels.kernels.triton import device as triton_device
+from poc_kernels.kernels.triton import product as kernels
+from poc_kernels.kernels.triton import tiles as triton_configs
+from poc_kernels.kernels.triton.tiles import Tile
 
 # Types of the kernels' arguments; int32 unless said.
 _TYPES = {

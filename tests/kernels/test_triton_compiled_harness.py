@@ -4,8 +4,8 @@
 import pytest
 
 triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
-from triton_compiled import CAPABILITIES, compile_for  # noqa: E402
+import triton.language as tl
+from triton_compiled import CAPABILITIES, compile_for
 
 MATRIX_INSTRUCTION = {80: r"IMMA\.16832\.S8", 89: r"IMMA\.16832\.S8", 90: r"IGMMA\.", 100: r"IMMA|UTCIMMA"}
 """On sm_100 Triton 3.6 compiles to the instruction of sm_80, 3.9 to that of the fifth generation."""

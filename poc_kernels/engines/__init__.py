@@ -1,0 +1,1 @@
+"""What computes proofs: one folder per serving stack."""

@@ -1,0 +1,268 @@
+"""One life of transformers' continuous batching ("CB"): its thread, its steps in turns, its outputs delivered."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import copy
+import dataclasses
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from ...scheduling import StreamPartition, Turns, TurnsClosed
+from .admission import ENGINE_FAILED
+
+logger = logging.getLogger("poc_kernels")
+
+OnOutput = Callable[[Any], None]
+"""Takes a request's outputs (`GenerationOutput`), on the event loop that it was registered from."""
+
+
+class Router(OutputRouter):
+    """Gives each output to the request it is for. What nobody waits for is dropped.
+
+    The base class keeps such outputs for ever, runs callbacks of all event loops on one of them, and dies with a loop
+    that was closed. This one lives longer than a CB thread does: what is in flight when the thread dies fails.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._idle = threading.Condition(self._lock)
+
+    def register(self, request_id: str, on_output: OnOutput) -> None:
+        """Send the outputs of ``request_id`` to ``on_output``, on the running event loop."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self.result_handlers[request_id] = (on_output, loop)
+
+    def forget(self, request_id: str) -> bool:
+        """Drop what comes for ``request_id`` from now on; whether it was in flight."""
+        with self._lock:
+            return self._forget(request_id)
+
+    def in_flight(self) -> int:
+        """Requests whose last output has not come yet."""
+        with self._lock:
+            return len(self.result_handlers)
+
+    def wait_idle(self, timeout_seconds: float) -> bool:
+        """Wait until nothing is in flight; False if that takes longer."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self.result_handlers, timeout_seconds)
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Route one output."""
+        self.deliver_batch([output])
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """Route outputs with one wake-up per event loop."""
+        calls: dict[asyncio.AbstractEventLoop, list[tuple[OnOutput, GenerationOutput]]] = defaultdict(list)
+        with self._lock:
+            for output in outputs:
+                entry = self.result_handlers.get(output.request_id)
+                if entry is None:
+                    continue
+                if output.error is not None:
+                    logger.warning("request failed", extra={"request_id": output.request_id, "error": output.error})
+                    output = dataclasses.replace(output, error=ENGINE_FAILED)  # the client learns no internals
+                on_output, loop = entry
+                calls[loop].append((on_output, output))
+                if output.is_finished():
+                    self._forget(output.request_id)
+        for loop, batch in calls.items():
+            try:
+                loop.call_soon_threadsafe(_run, batch)
+            except RuntimeError:  # the loop is closed: its clients are gone
+                for _, output in batch:
+                    self.forget(output.request_id)
+
+    def fail_all(self, error: str) -> int:
+        """End every request in flight with ``error``; how many there were."""
+        with self._lock:
+            requests = list(self.result_handlers)
+        self.deliver_batch(
+            [GenerationOutput(request, error=error, status=RequestStatus.FAILED) for request in requests]
+        )
+        return len(requests)
+
+    def _forget(self, request_id: str) -> bool:
+        known = self.result_handlers.pop(request_id, None) is not None
+        if not self.result_handlers:
+            self._idle.notify_all()
+        return known
+
+
+def _run(batch: list[tuple[OnOutput, GenerationOutput]]) -> None:
+    for on_output, output in batch:
+        on_output(output)
+
+
+class Batching:
+    """A CB manager with its cache and its thread, from start to stop. There is no second start: make another.
+
+    Its thread is a daemon if the thread that makes it is one.
+
+    Args:
+        model: a causal LM in eval mode. CB may switch its attention implementation; `stop` switches it back.
+        generation_config: how all requests are sampled.
+        config: CB's own settings.
+        router: gets the outputs.
+        turns: every step of the model takes its turn there.
+        streams: its steps run on the stream of inference.
+
+    Raises:
+        what transformers raises when it cannot make the cache or does not take the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        config: ContinuousBatchingConfig,
+        router: Router,
+        turns: Turns,
+        streams: StreamPartition,
+    ) -> None:
+        self._router = router
+        self._turns = turns
+        self._turn = turns.inference(lambda: router.in_flight() > 0)
+        self._streams = streams
+        self._stopping = False
+        attention = model.config._attn_implementation
+        self._manager: Any = model.init_continuous_batching(
+            generation_config=copy.deepcopy(generation_config), continuous_batching_config=config
+        )
+        self._manager.output_router = router
+        self._manager._generation_step = self._step_in_turn(self._manager._generation_step)
+        self._manager._generation_loop_body = self._until_no_turns(self._manager._generation_loop_body)
+        self._manager._run_generation_loop = self._on_its_stream(self._manager._run_generation_loop)
+        try:
+            # As its warmup() does it. Left to CB's thread, the cache comes some time after start() returned.
+            with torch.no_grad(), streams.inference():
+                self._manager.batch_processor = self._manager._create_batch_processor()
+            raised = streams.raise_streams(self._manager.batch_processor)  # before it captures anything
+            if raised == 0 and model.device.type == "cuda":
+                logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            self.most_tokens = cache_tokens(self._manager.batch_processor.cache, limit or 2**31)
+        except BaseException:
+            model.set_attn_implementation(attention)  # the manager restores it only after a start
+            raise
+        self._progress = time.monotonic()
+        self._manager.start()
+        self._thread: threading.Thread = self._manager._generation_thread
+
+    def _step_in_turn(self, step: Callable[[], None]) -> Callable[[], None]:
+        def step_in_turn() -> None:
+            try:
+                with self._turn:
+                    self._progress = time.monotonic()
+                    step()
+            finally:
+                self._progress = time.monotonic()
+
+        return step_in_turn
+
+    def _until_no_turns(self, body: Callable[..., bool]) -> Callable[..., bool]:
+        def loop_body(*args: Any, **kwargs: Any) -> bool:
+            try:
+                return body(*args, **kwargs)
+            except TurnsClosed:
+                return False  # the loop's own way to end; an error would be logged as a fault
+
+        return loop_body
+
+    def _on_its_stream(self, loop: Callable[[], None]) -> Callable[[], None]:
+        """The whole thread: it begins by clearing the tensors of the steps to come."""
+
+        def run() -> None:
+            with self._streams.inference():
+                loop()
+
+        return run
+
+    def submit(
+        self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput
+    ) -> bool:
+        """Begin a request that was admitted; its outputs go to ``on_output`` on the running event loop.
+
+        Returns:
+            False if CB takes no requests any more.
+        """
+        if self._router.in_flight() == 0:
+            self._progress = time.monotonic()
+        # Registered first: a request can be over before add_request returns.
+        self._router.register(request_id, on_output)
+        taken = self._manager.add_request(
+            list(prompt),
+            request_id=request_id,
+            max_new_tokens=config.max_new_tokens,
+            streaming=streaming,
+            eos_token_id=config.eos_token_id,
+        )
+        if taken is None:
+            self._router.forget(request_id)
+        return taken is not None
+
+    def cancel(self, request_id: str) -> None:
+        """End a request whose client is gone."""
+        if self._router.forget(request_id):
+            self._manager.cancel_request(request_id)
+
+    def died_of(self) -> str | None:
+        """What CB's thread died of, None while it lives."""
+        if self._stopping or self._turns.closed:
+            return None
+        error = self._manager.background_thread_status.fatal_error
+        if error is not None:
+            return f"{type(error).__name__}: {error}"
+        return None if self._thread.is_alive() else "its thread ended"
+
+    def stalled_for(self) -> float:
+        """Seconds since the last progress while requests are in flight; 0 while a step may not begin."""
+        held = self._turns.inference_held and not self._turn.computing
+        if self._turn.waiting or held or self._router.in_flight() == 0:
+            return 0.0
+        return time.monotonic() - self._progress
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """End the thread and free the cache. What is in flight fails.
+
+        Returns:
+            False if the thread still hangs in a step after ``timeout_seconds``. It will end after that step; the device
+            is free for others.
+        """
+        self._stopping = True
+        self._turn.cancel()
+        self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)
+        self._turn.end()
+        return not self._thread.is_alive()
+
+
+def cache_tokens(cache: Any, most: int) -> int:
+    """How many tokens of one request, at most ``most``, an empty KV cache of CB can hold."""
+    # Newer versions share one pool of sectors between the allocators of the attention types.
+    if hasattr(cache, "cache_allocators"):
+
+        def fits(tokens: int) -> bool:
+            sectors = 0
+            for allocator in cache.cache_allocators.values():
+                blocks = allocator.needs_new_blocks("", 0, tokens)
+                sectors += -(-blocks // allocator.blocks_per_sector)
+            return bool(sectors <= cache.num_sectors)
+    else:
+
+        def fits(tokens: int) -> bool:
+            # The scheduler may ask for a block more than the tokens fill.
+            return bool(cache.blocks_needed((tokens + 1) // cache.block_size + 1, 0) <= cache.num_blocks)
+
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens))

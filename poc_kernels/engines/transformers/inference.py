@@ -1,0 +1,250 @@
+"""Inference: a causal LM behind OpenAI routes, served by transformers' continuous batching ("CB") and kept alive."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from transformers import GenerationConfig
+
+from ...scheduling import StreamPartition, Turns
+from . import openai_app
+from .admission import admitted_new_tokens, engine_unavailable
+from .batching import Batching, OnOutput, Router
+from .config import InferenceLimits, batching_config, generation_config
+
+logger = logging.getLogger("poc_kernels")
+
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 5.0
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 30.0
+
+
+class Inference:
+    """A model served under one name. A supervisor rebuilds CB when its thread dies or stalls; the weights stay.
+
+    Args:
+        model: a causal LM (``PreTrainedModel``) in eval mode, on its device; its attention is CB's until `stop`.
+        tokenizer: the model's tokenizer (a fast one).
+        name: the model's id for clients.
+        turns: every step of the model takes its turn there; held inference pauses what is in flight.
+        limits: bounds of what is served.
+        temperature: None samples as the model's generation config says, 0 takes the likeliest token, more samples with
+            that temperature. CB samples all requests alike.
+        streams: its steps run on the stream of inference; a partition of the model's device by default.
+
+    Raises:
+        ValueError: a negative temperature.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        turns: Turns,
+        limits: InferenceLimits | None = None,
+        temperature: float | None = None,
+        streams: StreamPartition | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.restarts = 0
+        self._turns = turns
+        self._streams = streams or StreamPartition(model.device)
+        self._limits = limits or InferenceLimits()
+        self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
+        self._generation_config = generation_config(self.model, self.tokenizer, temperature)
+        self._config = batching_config(self._limits, self.model.device.type)
+        self._router = Router()
+        # Guards _batching: a request goes to a CB that is alive, or is in flight when that CB's requests are failed.
+        self._lock = threading.Lock()
+        self._batching: Batching | None = None
+        self._trouble: str | None = "inference is not started"
+        self._most_tokens = 0
+        self._stop = threading.Event()
+        self._supervisor: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Build CB with its cache, start it and its supervisor.
+
+        Raises:
+            RuntimeError: it was started before.
+            what transformers raises when it cannot make the cache or does not take the model.
+        """
+        if self._supervisor is not None:
+            raise RuntimeError("inference can be started once")
+        built = threading.Event()
+        failure: list[BaseException] = []
+        # Threads of a daemon are daemons: CB's own, which a hanging step could keep alive, never keeps the process.
+        self._supervisor = threading.Thread(
+            target=self._supervise, args=(built, failure), name="inference-supervisor", daemon=True
+        )
+        self._supervisor.start()
+        built.wait()
+        if failure:
+            self._supervisor.join()
+            raise failure[0]
+
+    def stop(self, timeout_seconds: float) -> None:
+        """End CB and its supervisor; what is in flight fails. Later calls do nothing.
+
+        A step that hangs for longer than ``timeout_seconds`` is logged and left behind.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        self._stop.set()
+        with self._lock:
+            batching, self._batching = self._batching, None
+            self._trouble = "inference is stopped"
+        self._end(batching, "the server stops", timeout_seconds)
+        if self._supervisor is not None:
+            self._supervisor.join(max(0.0, deadline - time.monotonic()) + _POLL_SECONDS)
+            if self._supervisor.is_alive():
+                logger.error("the supervisor of inference did not end in %.1f s", timeout_seconds)
+
+    def build_app(self, lifespan: Callable[[FastAPI], Any] | None = None) -> FastAPI:
+        """An app with POST /v1/chat/completions, /v1/completions, /v1/responses and GET /v1/models.
+
+        Args:
+            lifespan: the app's lifespan, as FastAPI takes it.
+        """
+        return openai_app.build(self, lifespan)
+
+    def in_flight(self) -> int:
+        """Requests in CB now."""
+        return self._router.in_flight()
+
+    def wait_idle(self, timeout_seconds: float) -> bool:
+        """Wait until no request is in flight; False if that takes longer."""
+        return self._router.wait_idle(timeout_seconds)
+
+    def trouble(self) -> str | None:
+        """What keeps inference from making progress; None while it is healthy. Held inference is healthy."""
+        with self._lock:
+            if self._trouble is not None or self._batching is None:
+                return self._trouble
+            return self._fault(self._batching)
+
+    # ---- for openai_app ----
+
+    def generation_config(self, new_tokens: int | None) -> GenerationConfig:
+        """A request's copy of the server's generation config, asking for ``new_tokens``."""
+        config = copy.deepcopy(self._generation_config)
+        config.max_new_tokens = new_tokens
+        return config
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        streaming: bool,
+        on_output: OnOutput,
+        param: str,
+    ) -> None:
+        """Admit a request and begin it: the one way in.
+
+        Args:
+            request_id: unique.
+            prompt: token ids.
+            config: its max_new_tokens is what the client asked for, or None; then what it may have is put there.
+            streaming: whether to output every token, or once.
+            on_output: takes the outputs, on the running event loop.
+            param: the field of the body in which new tokens are asked for.
+
+        Raises:
+            AdmissionError: the request is refused, or CB is being rebuilt.
+        """
+        if self._most_tokens == 0:
+            raise engine_unavailable("the engine is not started")
+        config.max_new_tokens = admitted_new_tokens(
+            prompt,
+            config.max_new_tokens,
+            vocabulary=self._vocabulary,
+            most_new_tokens=self._limits.max_new_tokens,
+            most_tokens=self._most_tokens,
+            param=param,
+        )
+        with self._lock:
+            if self._batching is None or not self._batching.submit(request_id, prompt, config, streaming, on_output):
+                raise engine_unavailable("the engine is being rebuilt")
+
+    def cancel(self, request_id: str) -> None:
+        """End a request whose client is gone."""
+        with self._lock:
+            if self._batching is None:
+                self._router.forget(request_id)
+            else:
+                self._batching.cancel(request_id)
+
+    # ---- the supervisor's thread ----
+
+    def _supervise(self, built: threading.Event, failure: list[BaseException]) -> None:
+        try:
+            self._build()
+        except BaseException as error:
+            failure.append(error)
+            return
+        finally:
+            built.set()
+        while not self._stop.wait(_POLL_SECONDS):
+            with self._lock:
+                batching = self._batching
+                fault = None if batching is None else self._fault(batching)
+                if batching is None or fault is None:
+                    continue
+                self._batching = None
+                self._trouble = f"continuous batching is being rebuilt: {fault}"
+            logger.error("continuous batching failed and is rebuilt", extra={"fault": fault})
+            try:
+                self._end(batching, fault, _STOP_SECONDS)
+            except Exception:
+                logger.exception("the old continuous batching did not end well")
+            self._rebuild(fault)
+
+    def _fault(self, batching: Batching) -> str | None:
+        died_of = batching.died_of()
+        if died_of is not None:
+            return died_of
+        seconds = batching.stalled_for()
+        if seconds > self._limits.stall_seconds:
+            return f"no progress for {seconds:.0f} s with {self._router.in_flight()} requests in flight"
+        return None
+
+    def _build(self) -> None:
+        batching = Batching(self.model, self._generation_config, self._config, self._router, self._turns, self._streams)
+        with self._lock:
+            if not self._stop.is_set():
+                self._batching, self._trouble = batching, None
+                self._most_tokens = batching.most_tokens
+                return
+        batching.stop(_STOP_SECONDS)
+
+    def _rebuild(self, fault: str) -> None:
+        backoff = _FIRST_BACKOFF_SECONDS
+        while not self._stop.is_set():
+            try:
+                self._build()
+            except Exception as error:
+                logger.exception("continuous batching cannot be rebuilt", extra={"retry_seconds": backoff})
+                with self._lock:
+                    if not self._stop.is_set():
+                        self._trouble = f"continuous batching is being rebuilt: {fault}; then {error}"
+                self._stop.wait(backoff)
+                backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+            else:
+                self.restarts += 1
+                return
+
+    def _end(self, batching: Batching | None, reason: str, timeout_seconds: float) -> None:
+        failed = self._router.fail_all(reason)
+        if failed:
+            logger.warning("requests in flight failed", extra={"requests": failed, "reason": reason})
+        if batching is not None and not batching.stop(timeout_seconds):
+            logger.error("a step of the model hangs", extra={"waited_seconds": timeout_seconds})

@@ -1,0 +1,1 @@
+"""The Triton kernels: the projection on GPUs."""

@@ -1,0 +1,580 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: N803  (constants of a kernel are written in capitals)
+"""The Triton kernels behind the backend signature: the projection on GPUs, with the bits of every other backend.
+
+Two launches. `quantise_kernel` reads x once or twice and writes its integers as int8 limbs in panels of 128 k, with E
+and sum(q) of each row. `product_kernel` draws a tile of P in registers, 16 entries a Philox call, multiplies it with
+the limbs on the matrix units (y^T = P^T x^T: the tile of P is the left operand, which may stay in registers), and
+finishes: sums, residual, mask, rounding. Where there are few tiles for the multiprocessors, K is cut up as well: parts
+add into int32 totals by atomics, and the last part to arrive at a tile finishes it.
+
+A kernel is compiled at its first call for a dtype, activation_bits, tile, with or without parts of K, and for whether
+columns, and the address and row stride of x, are divisible by 16 (`warmup` has all of these compiled); never for a
+seed, its address, a domain or the start of a shard. It runs on the current stream, waits for nothing, and allocates its
+result and its workspace through torch, so that it may be captured.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import definition, reference
+from .. import self_test
+from . import tiles as triton_configs
+from .device import (
+    NOT_FINITE,
+    PANEL,
+    add_tile,
+    added_sums,
+    finish_tile,
+    fp16_of,
+    half_entries,
+    half_entry_tile,
+    philox,
+    position_of_quad,
+    power_of_two,
+    round_activation,
+    row_exponent,
+    tiles_of,
+    wanted_rows,
+    widen,
+)
+from .tiles import Tile
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _magnitudes(bits, DTYPE: tl.constexpr):
+    return widen(bits, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _limb(byte, FP16: tl.constexpr):
+    return fp16_of(byte) if FP16 else byte.to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["row_mask", "rows", "padded_rows", "cleared_count", "row_stride", "masked_rows"])
+def quantise_kernel(
+    x,  # [rows, k] bits of activations, rows row_stride apart
+    limbs,  # [panels, limb, padded_rows, PANEL] int8, or float16: q of each row in bytes, high first
+    exponents,  # [rows] int32: E, or NOT_FINITE
+    sums,  # [rows] int32: sum(q)
+    cleared,  # [cleared_count] int32, set to zero for the product that follows
+    row_mask,  # [masked_rows] int8; none: 0 rows
+    rows,
+    k,
+    padded_rows,
+    cleared_count,
+    row_stride,
+    masked_rows,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    CLEAR: tl.constexpr,
+    FP16: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr,  # row_stride is a multiple of 16
+):
+    """One program for each row, which leaves a row that is masked off alone; then programs that clear CLEAR words."""
+    row = tl.program_id(0)
+    if row >= rows:
+        words = (row - rows).to(tl.int64) * CLEAR + tl.arange(0, CLEAR)
+        tl.store(cleared + words, tl.zeros([CLEAR], tl.int32), mask=words < cleared_count)
+    elif wanted_rows(row_mask, row, masked_rows):
+        first = row.to(tl.int64) * row_stride
+        x += tl.multiple_of(first, 16) if ALIGNED_ROWS else first
+        limbs += row.to(tl.int64) * PANEL
+        plane = padded_rows.to(tl.int64) * PANEL
+        quads = tl.arange(0, BLOCK // 4)
+        bytes4 = tl.arange(0, 4)[None, :]
+        offsets = quads[:, None] * 4 + bytes4
+        positions = position_of_quad(quads, RUN)[:, None] * 4 + bytes4
+
+        bits = tl.load(x + offsets, mask=offsets < k, other=0)
+        magnitudes = _magnitudes(bits, DTYPE)
+        if not ONE_BLOCK:
+            for start in range(BLOCK, k, BLOCK):
+                at = start + offsets
+                magnitudes = tl.maximum(magnitudes, _magnitudes(tl.load(x + at, mask=at < k, other=0), DTYPE))
+        exponent = row_exponent(tl.max(tl.max(magnitudes, axis=1), axis=0))
+        finite = exponent != NOT_FINITE
+        shift: tl.constexpr = 13 if BITS == 16 else 6
+        scale = power_of_two(tl.where(finite, shift - exponent, 0))
+
+        total = tl.zeros([BLOCK // 4, 4], tl.int32)
+        for start in range(0, (k + PANEL - 1) // PANEL * PANEL, BLOCK):
+            at = start + offsets
+            if not ONE_BLOCK:
+                bits = tl.load(x + at, mask=at < k, other=0)
+            value = tl.where(finite, widen(bits, DTYPE), 0.0)
+            q = round_activation(value, scale)
+            position = start + positions
+            panel = (position // PANEL).to(tl.int64)
+            inside = position < (k + PANEL - 1) // PANEL * PANEL
+            if BITS == 16:
+                high = (q + 128) >> 8
+                out = limbs + panel * (2 * plane) + position % PANEL
+                tl.store(out, _limb(high, FP16), mask=inside)
+                tl.store(out + plane, _limb(q - 256 * high, FP16), mask=inside)
+            else:
+                q = tl.minimum(tl.maximum(q, -127), 127)
+                out = limbs + panel * plane + position % PANEL
+                tl.store(out, _limb(q, FP16), mask=inside)
+            total += q
+        tl.store(exponents + row, exponent)
+        tl.store(sums + row, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+@triton.jit
+def _accumulate(high, low, limbs, offsets, plane, v, TWO_LIMBS: tl.constexpr, OUT: tl.constexpr):
+    """Adds v times the limbs of one panel: [COLUMNS, ROWS]; ``high`` is used with two limbs only."""
+    if TWO_LIMBS:
+        high = tl.dot(v, tl.load(limbs + offsets), high, out_dtype=OUT)
+        low = tl.dot(v, tl.load(limbs + plane + offsets), low, out_dtype=OUT)
+    else:
+        low = tl.dot(v, tl.load(limbs + offsets), low, out_dtype=OUT)
+    return high, low
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("x", "arrived", "row_mask", "seed", "coefficient", "rows", "padded_rows", "panels", "panels_per_split"),
+        *("row_stride", "column_start", "domain", "residual_columns", "masked_rows"),
+    ]
+)
+def product_kernel(
+    x,  # [rows, K] bits of activations, rows row_stride apart
+    limbs,  # what quantise_kernel left
+    exponents,
+    sums,
+    totals,  # [limb, column_tiles, rows, COLUMNS] int32, zero before: sums of the parts of K
+    arrived,  # [tiles] int32, zero before: parts that have been added
+    row_mask,  # [masked_rows] int8; none: 0 rows
+    y,  # [rows, columns] bits of results
+    seed,  # [1] int64
+    coefficient,  # its float32 as the int32 of the same bits: a launcher's own conversion may drop subnormals
+    rows,
+    padded_rows,
+    panels,
+    panels_per_split,
+    row_stride,
+    columns,
+    column_start,  # the last two as the int32 of their 32 bits
+    domain,
+    residual_columns,  # columns to add x to: all or 0
+    masked_rows,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    RUN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FP16: tl.constexpr,
+    BYTE_PERM: tl.constexpr,
+):
+    """One program for each tile and part of K; neighbours share the limbs."""
+    two_limbs: tl.constexpr = BITS == 16
+    column_tiles = tiles_of(columns, COLUMNS)
+    tile = tl.program_id(0)
+    first_column = (tile % column_tiles) * COLUMNS
+    first_row = (tile // column_tiles) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    in_rows = row < rows
+    any_wanted = tl.max((in_rows & wanted_rows(row_mask, row, masked_rows)).to(tl.int32), axis=0)
+
+    first = tl.program_id(1) * panels_per_split
+    last = tl.minimum(first + panels_per_split, panels) * any_wanted
+    seed_bits = tl.load(seed)
+    factor = coefficient.to(tl.float32, bitcast=True)
+    offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
+    plane = padded_rows.to(tl.int64) * PANEL
+    panel_limbs = 2 * plane if two_limbs else plane
+    limbs += (tile // column_tiles).to(tl.int64) * (ROWS * PANEL) + first.to(tl.int64) * panel_limbs
+    high = tl.zeros([COLUMNS, ROWS], tl.int32)
+    low = tl.zeros([COLUMNS, ROWS], tl.int32)
+    if FP16:  # sums of 1024 products of bytes stay below 2**24, so they are exact
+        for flush in range(first, last, 1024 // PANEL):
+            high_part = tl.zeros([COLUMNS, ROWS], tl.float32)
+            low_part = tl.zeros([COLUMNS, ROWS], tl.float32)
+            for panel in range(flush, tl.minimum(flush + 1024 // PANEL, last)):
+                v = half_entry_tile(
+                    panel, column_start + first_column, domain, seed_bits, COLUMNS, WARPS, RUN, BYTE_PERM
+                )
+                high_part, low_part = _accumulate(
+                    high_part, low_part, limbs, offsets, plane, fp16_of(v), two_limbs, tl.float32
+                )
+                limbs += panel_limbs
+            high += high_part.to(tl.int32)
+            low += low_part.to(tl.int32)
+    else:
+        for panel in range(first, last):
+            v = half_entry_tile(panel, column_start + first_column, domain, seed_bits, COLUMNS, WARPS, RUN, BYTE_PERM)
+            high, low = _accumulate(high, low, limbs, offsets, plane, v, two_limbs, tl.int32)
+            limbs += panel_limbs
+
+    if SPLIT:
+        totals += ((tile % column_tiles).to(tl.int64) * rows + first_row) * COLUMNS
+        high_totals = totals + column_tiles.to(tl.int64) * rows * COLUMNS
+        rows_left = rows - first_row
+        added_rows = rows_left * any_wanted  # none of a tile that is only copied
+        add_tile(totals, high_totals, high, low, added_rows, two_limbs, COLUMNS, ROWS)
+        tl.debug_barrier()  # every thread has added before one says so
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            part: tl.constexpr = min(ROWS, 32) if FP16 or ROWS <= 32 else 16  # as the loop compiles best
+            for start in range(0, ROWS, part):
+                low_sum = added_sums(totals + start * COLUMNS, rows_left - start, COLUMNS, part)
+                high_sum = low_sum
+                if two_limbs:
+                    high_sum = added_sums(high_totals + start * COLUMNS, rows_left - start, COLUMNS, part)
+                finish_tile(
+                    *(x, exponents, sums, row_mask, y, factor, high_sum, low_sum, first_row + start, first_column),
+                    *(rows, row_stride, columns, column_start, residual_columns, masked_rows),
+                    *(DTYPE, BITS, COLUMNS, part),
+                )
+    else:
+        finish_tile(
+            *(x, exponents, sums, row_mask, y, factor, high, low, first_row, first_column, rows, row_stride),
+            *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS),
+        )
+
+
+@triton.jit(do_not_specialize=["seed", "domain", "k_start", "k", "n_start"])
+def entries_kernel(
+    seed,
+    out,  # [k, columns] int16
+    domain,
+    k_start,
+    k,
+    n_start,
+    columns,
+    CALLS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BYTE_PERM: tl.constexpr,
+):
+    """One program for CALLS * 16 rows of COLUMNS columns."""
+    calls = k_start // 16 + tl.program_id(1) * CALLS + tl.arange(0, CALLS)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    n = (n_start + column).to(tl.uint32)
+    words = philox(calls.to(tl.uint32)[:, None], n[None, :], domain, tl.load(seed))
+    first = calls * 16 - k_start
+    for w in tl.static_range(4):
+        v = half_entries(words[w], BYTE_PERM)
+        for i in tl.static_range(4):
+            row = first + 4 * w + i
+            e = 2 * (v << (24 - 8 * i) >> 24) + 1
+            inside = ((row >= 0) & (row < k))[:, None] & (column < columns)[None, :]
+            tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], e.to(tl.int16), mask=inside)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+_DTYPES = {torch.float32: (0, torch.int32), torch.bfloat16: (1, torch.int16), torch.float16: (2, torch.int16)}
+_PANEL = PANEL.value
+_CLEAR = 2048
+_LONGEST_BLOCK = 8192
+"""K beyond which rows are quantised in blocks, and read twice."""
+_INTERPRETED = not isinstance(product_kernel, triton.runtime.JITFunction)
+_BYTE_PERM = not _INTERPRETED and torch.version.cuda is not None
+
+
+@functools.cache
+def _hardware(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability (`triton_configs.HIP` of AMD's) and multiprocessors; of a small GPU under the interpreter."""
+    if device.type != "cuda":
+        return (9, 0), 4
+    properties = torch.cuda.get_device_properties(device)
+    capability = triton_configs.HIP if torch.version.hip is not None else (properties.major, properties.minor)
+    return capability, properties.multi_processor_count
+
+
+def _forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Numbers of parts of K for which a tile has a kernel of its own: whole, and in parts."""
+    return (1, 2) if triton_configs.splittable(capability) else (1,)
+
+
+def _signed_word(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _float32_bits(value: float) -> int:
+    """The bits of a positive float32, by integers: a subnormal is kept whatever the processor does with them."""
+    unit = max(math.frexp(value)[1] - 24, -149)
+    return ((unit + 149) << 23) + int(math.ldexp(value, -unit))
+
+
+def _arithmetic(capability: tuple[int, int], asked_for: str | None = None) -> str:
+    arithmetic = asked_for or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or triton_configs.arithmetic(capability)
+    if arithmetic not in ("int8", "fp16"):
+        raise ValueError(f"POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got {arithmetic}")
+    return arithmetic
+
+
+def _row_stride(x: Tensor) -> int:
+    """0 where there is one row: its stride says nothing, and no kernel is to be compiled for it."""
+    return x.stride(0) if len(x) > 1 else 0
+
+
+def _quantise(
+    x: Tensor,
+    limbs: Tensor,
+    rows: Tensor,
+    cleared: Tensor,
+    mask: Tensor,
+    masked_rows: int,
+    activation_bits: int,
+    tile: Tile,
+) -> None:
+    m, k = x.shape
+    block = min(_LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
+    quantise_kernel[(m + triton.cdiv(cleared.numel(), _CLEAR),)](
+        x.view(_DTYPES[x.dtype][1]),
+        limbs,
+        rows[0],
+        rows[1],
+        cleared,
+        mask,
+        m,
+        k,
+        limbs.shape[2],
+        cleared.numel(),
+        _row_stride(x),
+        masked_rows,
+        DTYPE=_DTYPES[x.dtype][0],
+        BITS=activation_bits,
+        RUN=tile.run,
+        BLOCK=block,
+        ONE_BLOCK=k <= block,
+        CLEAR=_CLEAR,
+        FP16=limbs.dtype == torch.float16,
+        ALIGNED_ROWS=_row_stride(x) % 16 == 0,
+        num_warps=8 if block >= 4096 else 4,
+        enable_fp_fusion=False,
+    )
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these kernels cannot run on a device, or None if they can.
+
+    Raises:
+        ValueError: POC_KERNELS_TRITON_ARITHMETIC names no arithmetic.
+    """
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+        return "runs on GPUs only"
+    capability, _ = _hardware(device)
+    if capability != triton_configs.HIP and capability < (8, 0):
+        return "needs compute capability 8.0"
+    _arithmetic(capability)
+    return None
+
+
+def project(
+    x: Tensor,
+    seed: Tensor,
+    *,
+    domain: int,
+    coefficient: float,
+    activation_bits: int,
+    row_mask: Tensor | None,
+    column_start: int,
+    columns: int,
+    residual: bool,
+    tile: Tile | None = None,
+    splits: int | None = None,
+    arithmetic: str | None = None,
+) -> Tensor:
+    """x @ P, or x + x @ P, for ``x`` [M, K] on a GPU: [M, columns] in the dtype of x.
+
+    ``tile``, ``splits`` (of K) and ``arithmetic`` (``int8`` or ``fp16``, also POC_KERNELS_TRITON_ARITHMETIC) are the
+    table's unless given; none changes a bit. Workspace: 2 bytes for each element of x at 16 activation bits and 1 at 8,
+    rows and K rounded up to tiles; twice that in fp16; 8 bytes for each row; and with splits, 8 or 4 bytes for each
+    element of y, columns rounded up to tiles, and 4 for each tile.
+    """
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    m, k = x.shape
+    capability, multiprocessors = _hardware(x.device)
+    arithmetic = _arithmetic(capability, arithmetic)
+    tile = tile or triton_configs.choose(capability, m, activation_bits, arithmetic)
+    panels, planes = triton.cdiv(k, _PANEL), 2 if activation_bits == 16 else 1
+    column_tiles = triton.cdiv(columns, tile.columns)
+    tiles = column_tiles * triton.cdiv(m, tile.rows)
+    splits = min(splits, panels) if splits else triton_configs.splits(capability, tile, tiles, panels, multiprocessors)
+    panels_per_split = triton.cdiv(panels, splits)
+    splits = triton.cdiv(panels, panels_per_split)
+
+    y = torch.empty(m, columns, dtype=x.dtype, device=x.device)
+    limb_dtype = torch.float16 if arithmetic == "fp16" else torch.int8
+    padded_rows = triton.cdiv(m, tile.rows) * tile.rows
+    limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
+    rows = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)  # both aligned, whatever m
+    added = planes * column_tiles * m * tile.columns
+    totals = torch.empty(added + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
+    masked_rows = 0 if row_mask is None else m
+    mask = limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8)
+    with torch.cuda.device_of(x):
+        _quantise(x, limbs, rows, totals, mask, masked_rows, activation_bits, tile)
+        product_kernel[(tiles, splits)](
+            x.view(_DTYPES[x.dtype][1]),
+            limbs,
+            rows[0],
+            rows[1],
+            totals,
+            totals[added:],
+            mask,
+            y.view(_DTYPES[x.dtype][1]),
+            seed,
+            _float32_bits(coefficient),
+            m,
+            padded_rows,
+            panels,
+            panels_per_split,
+            _row_stride(x),
+            columns,
+            _signed_word(column_start),
+            _signed_word(domain),
+            columns if residual else 0,
+            masked_rows,
+            DTYPE=_DTYPES[x.dtype][0],
+            BITS=activation_bits,
+            RUN=tile.run,
+            COLUMNS=tile.columns,
+            ROWS=tile.rows,
+            WARPS=tile.warps,
+            SPLIT=splits > 1,
+            FP16=arithmetic == "fp16",
+            BYTE_PERM=_BYTE_PERM,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
+    """The integers e[k_start : k_start + k, n_start : n_start + n] as int16 on a GPU."""
+    out = torch.empty(k, n, dtype=torch.int16, device=seed.device)
+    if out.numel() == 0:
+        return out
+    calls, columns = 4, 128
+    grid = (triton.cdiv(n, columns), triton.cdiv(k_start % 16 + k, 16 * calls))
+    with torch.cuda.device_of(seed):
+        entries_kernel[grid](
+            *(seed, out, _signed_word(domain), k_start, k, _signed_word(n_start), n),
+            CALLS=calls,
+            COLUMNS=columns,
+            BYTE_PERM=_BYTE_PERM,
+        )
+    return out
+
+
+def _wrong_forms(
+    device: torch.device,
+    dtype: str,
+    k: int,
+    columns: int,
+    bits: int,
+    arithmetic: str,
+    forms: Iterable[tuple[Tile, int]],
+) -> list[str]:
+    """Which forms of a product, tiles and numbers of parts of K, give other bits than the reference on the CPU."""
+    rows = 20 if _INTERPRETED else 300
+    x = self_test.activations({"dtype": dtype, "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
+    row_mask = torch.arange(rows, device="cpu") % 7 != 3
+    seed = definition.seed_tensor(-rows, "cpu")
+    # The largest sums, which ordinary rows do not come near: all products of column 0 have one sign.
+    signs = reference.entries(seed, 2**32 - 1, 0, k, 0, 1)[:, 0].sign().to(x.dtype)
+    x[0], x[1] = signs * 1.75, signs * -2.0
+    options: dict[str, Any] = {
+        "domain": 2**32 - 1,
+        "coefficient": definition.coefficient(definition.DEFAULT_STD),
+        "activation_bits": bits,
+        "column_start": 0,
+        "columns": columns,
+        "residual": True,
+    }
+    expected = self_test.digest(reference.project(x, seed, row_mask=row_mask, **options))
+    wrong = []
+    for tile, splits in forms:
+        y = project(
+            *(x.to(device), seed.to(device)),
+            row_mask=row_mask.to(device),
+            tile=tile,
+            splits=splits,
+            arithmetic=arithmetic,
+            **options,
+        )
+        if self_test.digest(y) != expected:
+            cut = "whole" if splits == 1 else f"in {splits} parts"
+            wrong.append(f"{dtype}, {bits} bits in {arithmetic} by {tile}, K = {k} {cut}")
+    return wrong
+
+
+def wrong_tiles(device: torch.device) -> list[str]:
+    """Which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
+
+    Tried are the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
+    whole and (not on AMD's) in two parts; bfloat16 activations of several tiles of rows, two of these rows with the
+    largest sums, and, in float16, more than one flush of sums. Then the largest tile with rows so long that they are
+    read twice, in every dtype; of float32 and float16 one takes K whole and the other in parts, the other way round for
+    the other activation_bits.
+    """
+    capability, _ = _hardware(device)
+    arithmetic = _arithmetic(capability)
+    parts = _forms_of_k(capability)
+    k, columns = (140, 20) if _INTERPRETED else (1152, 512)
+    long_k, few_columns = _LONGEST_BLOCK + 128, 20 if _INTERPRETED else 128
+    wrong = []
+    for bits, (of_float32, of_float16) in ((16, (parts[0], parts[-1])), (8, (parts[-1], parts[0]))):
+        tiles = triton_configs.tiles(capability, bits, arithmetic)
+        wrong += _wrong_forms(device, "bfloat16", k, columns, bits, arithmetic, itertools.product(tiles, parts))
+        for dtype, splits in (("bfloat16", parts[0]), ("float32", of_float32), ("float16", of_float16)):
+            wrong += _wrong_forms(device, dtype, long_k, few_columns, bits, arithmetic, [(tiles[-1], splits)])
+    return wrong
+
+
+def warmup(
+    device: torch.device | str, dim: int, *, dtype: torch.dtype = torch.bfloat16, activation_bits: int = 16
+) -> None:
+    """Compile what ``residual_projection`` takes for activations [..., dim], whatever their number, strides and mask.
+
+    Shards are compiled for too, but for those of one column: for each tile of the table four products, and four kernels
+    that quantise. Each takes about a second; Triton keeps them on disk (TRITON_CACHE_DIR). The device's backend is not
+    chosen here, but by `poc_kernels.backends.warmup`.
+    """
+    seed = definition.seed_tensor(0, device)
+    capability, _ = _hardware(seed.device)
+    forms = _forms_of_k(capability)
+    stride = triton.cdiv(dim, 16) * 16
+    memory = torch.zeros(2 * stride + 2, dtype=dtype, device=device)
+    for tile in triton_configs.tiles(capability, activation_bits, _arithmetic(capability)):
+        # Few of each: what is compiled depends on no number but on these being divisible by 16, and on parts of K.
+        for unaligned, ragged in itertools.product((0, 1), (0, 1)):
+            project(
+                memory.as_strided((2, dim), (stride + ragged, 1), unaligned),
+                seed,
+                domain=0,
+                coefficient=definition.coefficient(definition.DEFAULT_STD),
+                activation_bits=activation_bits,
+                row_mask=None,
+                column_start=0,
+                columns=min(dim, 16 - unaligned),
+                residual=True,
+                tile=tile,
+                splits=forms[-1] if ragged else 1,
+            )

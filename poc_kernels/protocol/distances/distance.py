@@ -1,0 +1,39 @@
+"""From logits to distances: permute, normalise, compare with the round's target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..inputs import normal, seed32
+
+FARTHEST = 2.0
+"""Largest distance of two unit vectors; also what logits that are zero or not finite get: never valid."""
+
+
+def target(block_hash: str, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The round's unit vector: float32 [vocab_size], the same for every node and nonce."""
+    direction = normal([seed32(f"{block_hash}_target")], vocab_size, device)[0].double()
+    return (direction / _norm(direction)).float()
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True).sqrt_()
+
+
+def distances(logits: Tensor, permutation: Tensor, unit_target: Tensor) -> Tensor:
+    """Distance of each row's permuted, normalised logits to the target.
+
+    Args:
+        logits: [rows, vocab_size], taken as float32.
+        permutation: int64 [rows, vocab_size], of `permutations`.
+        unit_target: float32 [vocab_size], of `target`.
+
+    Returns:
+        float32 [rows] in [0, 2], 2 where the logits of a row are all zero or hold a NaN or an infinity. Sums are
+        float64, so the order of summation is rounded away.
+    """
+    permuted = logits.float().gather(1, permutation).double()
+    unit = permuted / _norm(permuted)
+    distance = _norm(unit.sub_(unit_target)).squeeze(1).float()
+    return torch.where(distance <= FARTHEST, distance, FARTHEST)

@@ -1,0 +1,212 @@
+"""The validation queue over HTTP: results by poll, fairness between addresses, progress, and the end."""
+
+from __future__ import annotations
+
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from callback_receivers import Receiver
+from nodes import (
+    MAX_QUEUED,
+    POW,
+    ROUND,
+    VALIDATE_KEYS,
+    Alone,
+    Blocked,
+    begin,
+    claim,
+    forwarded,
+    posted,
+    running,
+    status,
+)
+from served import TIMEOUT, eventually
+
+from poc_kernels.node.node import Node
+from poc_kernels.service import queue as validation_queue
+
+pytest_plugins = ["node_fixtures"]
+
+BATCH = ROUND["batch_size"]
+
+
+def queued(http: httpx2.Client, body: dict[str, Any], submitter: str | None = None) -> str:
+    """Post a batch whose verdict is asked for later; where."""
+    answer = http.post(f"{POW}/validate?wait=false", json=body, headers=forwarded(submitter))
+    assert answer.status_code == 202, answer.text
+    expected = {"status": answer.json()["status"], "nonces_done": answer.json()["nonces_done"]}
+    location: str = answer.headers["location"]
+    assert location == f"{POW}/validate/{answer.json()['id']}"
+    assert answer.json() == {**expected, "id": answer.json()["id"], "nonces": len(body["nonces"])}
+    return location
+
+
+def verdict(http: httpx2.Client, location: str) -> dict[str, Any]:
+    """The verdict once it is there."""
+    eventually(lambda: http.get(location).status_code != 202)
+    answer = http.get(location)
+    assert answer.status_code == 200, answer.text
+    result: dict[str, Any] = answer.json()
+    assert result.keys() == VALIDATE_KEYS
+    return result
+
+
+@pytest.fixture
+def blocked(http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch) -> Blocked:
+    """A round in state VALIDATING whose forwards wait."""
+    begin(http, "validate")
+    blocked = Blocked(node.engine.forward)
+    monkeypatch.setattr(node.engine, "forward", blocked)
+    return blocked
+
+
+def test_a_polled_verdict_is_the_one_that_is_waited_for(http: httpx2.Client, alone: Alone, receiver: Receiver) -> None:
+    begin(http, "validate", callback_url=receiver.url)
+    for body in (claim(range(10), [1.2] * 10), claim(range(10)), claim([])):
+        assert verdict(http, queued(http, body)) == posted(http, "/validate", body)
+        assert posted(http, "/validate?wait=true", body)["distances"] == alone.distances(body["nonces"])
+    location = queued(http, claim([3], [1.0]))
+    assert verdict(http, location) == verdict(http, location)  # as often as one likes
+    receiver.wait(4)
+    assert [batch["nonces"] for batch in receiver.contents(path="/validated")] == [list(range(10))] * 3 + [[3]]
+
+
+def test_progress(http: httpx2.Client, alone: Alone, blocked: Blocked) -> None:
+    try:
+        first = queued(http, claim(range(3 * BATCH)))
+        assert blocked.entered.wait(TIMEOUT)
+        second = queued(http, claim(range(5)), "192.0.2.1")
+        waiting = {"id": first.rpartition("/")[2], "nonces_done": 0, "nonces": 3 * BATCH}
+        answer = http.get(first)
+        assert (answer.status_code, answer.json()) == (202, {"status": "RUNNING", **waiting})
+        answer = http.get(second)
+        assert (answer.status_code, answer.json()["status"], answer.json()["nonces_done"]) == (202, "QUEUED", 0)
+        told = status(http)
+        assert told["queued_nonces"] == told["validation"]["queued_nonces"] == 3 * BATCH + 5
+        assert (told["validation"]["queued_batches"], told["validation"]["submitters"]) == (2, 2)
+        assert told["validation"]["running"] == waiting
+        metrics = http.get("/metrics").text
+        assert f"poc_validation_queue_nonces {3 * BATCH + 5}.0" in metrics
+        assert "poc_validation_queue_batches 2.0" in metrics
+    finally:
+        blocked.release()
+    assert verdict(http, first)["distances"] == alone.distances(range(3 * BATCH))
+    assert verdict(http, second)["distances"] == alone.distances(range(5))
+    told = status(http)["validation"]
+    assert told["nonces_per_second"] > 0
+    assert (told["queued_batches"], told["submitters"], told["running"]) == (0, 0, None)
+    assert told["slices"]["count"] >= 1
+    assert told["slices"]["longest_seconds"] > 0
+
+
+def test_no_address_fills_the_queue_for_others(http: httpx2.Client, alone: Alone, blocked: Blocked) -> None:
+    try:
+        mine = [queued(http, claim(range(MAX_QUEUED // 4))) for _ in range(2)]
+        assert blocked.entered.wait(TIMEOUT)
+        for path in ("/validate", "/validate?wait=false"):
+            full = http.post(POW + path, json=claim([1]))
+            assert (full.status_code, "a submitter with 32 nonces waiting" in full.json()["detail"]) == (429, True)
+            assert 1 <= int(full.headers["retry-after"]) <= 600
+        theirs = queued(http, claim(range(MAX_QUEUED // 2)), "192.0.2.1")
+        for path in ("/validate", "/validate?wait=false"):
+            full = http.post(POW + path, json=claim([1]), headers=forwarded("192.0.2.2"))
+            assert (full.status_code, f"at most {MAX_QUEUED} nonces" in full.json()["detail"]) == (429, True)
+            assert 1 <= int(full.headers["retry-after"]) <= 600
+    finally:
+        blocked.release()
+    for location, count in ((mine[0], MAX_QUEUED // 4), (mine[1], MAX_QUEUED // 4), (theirs, MAX_QUEUED // 2)):
+        assert verdict(http, location)["distances"] == alone.distances(range(count))
+
+
+def test_a_stop_is_told_to_all_at_once(http: httpx2.Client, metrics: Any, receiver: Receiver, blocked: Blocked) -> None:
+    begin(http, "validate", callback_url=receiver.url)
+    before = metrics("poc_validations_total", outcome="cancelled")
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            polled = [queued(http, claim(range(8), [1.0] * 8), name) for name in ("192.0.2.1", "192.0.2.2")]
+            waited = pool.submit(http.post, f"{POW}/validate", json=claim(range(8), [1.0] * 8))
+            eventually(lambda: status(http)["queued_nonces"] == 24)
+            assert blocked.entered.wait(TIMEOUT)
+            answer = posted(http, "/stop")["pow_status"]
+            # The forward that runs has not ended.
+            assert (answer["queued_nonces"], answer["validation"]["running"]) == (0, None)
+            assert waited.result(TIMEOUT).status_code == 409
+            for location in polled:
+                over = http.get(location)
+                assert (over.status_code, "the round ended" in over.json()["detail"]) == (409, True)
+        finally:
+            blocked.release()
+    assert metrics("poc_validations_total", outcome="cancelled") == before + 3
+    begin(http, "validate", callback_url=receiver.url)
+    posted(http, "/validate", claim([1], [1.0]))
+    receiver.wait(1)
+    assert [batch["nonces"] for batch in receiver.contents()] == [[1]]  # nothing of what was cancelled
+
+
+def test_a_batch_that_fails_is_told_to_who_asks(
+    http: httpx2.Client, node: Node, alone: Alone, metrics: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(http, "validate")
+    before = metrics("poc_validations_total", outcome="failed")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.engine, "forward", fail)
+        location = queued(http, claim([1]))
+        eventually(lambda: http.get(location).status_code == 503)
+    answer = http.get(location)
+    assert "no memory left" in answer.json()["detail"]
+    assert int(answer.headers["retry-after"]) > 0
+    assert metrics("poc_validations_total", outcome="failed") == before + 1
+    assert verdict(http, queued(http, claim([1])))["distances"] == alone.distances([1])
+
+
+def test_results_end(http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(http, "validate")
+    for unknown in ("nothing", "0" * 32, "%00"):
+        assert http.get(f"{POW}/validate/{unknown}").status_code == 404
+    location = queued(http, claim([1]))
+    verdict(http, location)
+    late = time.monotonic() + 3601.0
+    monkeypatch.setattr(validation_queue, "time", types.SimpleNamespace(monotonic=lambda: late))
+    assert http.get(location).status_code == 404
+
+
+@pytest.mark.parametrize("wait", ["0", "no", "", "False"])
+def test_wait_is_true_or_false(http: httpx2.Client, wait: str) -> None:
+    begin(http, "validate")
+    assert http.post(f"{POW}/validate", params={"wait": wait}, json=claim([1])).status_code == 422
+
+
+def test_batches_posted_without_waiting_are_refused_alike(http: httpx2.Client) -> None:
+    begin(http, "validate")
+    for body, code in (
+        (claim([1], block_hash="0xother"), 400),
+        (claim(range(MAX_QUEUED + 1)), 400),
+        (claim([1, 1]), 400),
+        (claim(["1"]), 422),  # type: ignore[list-item]
+    ):
+        assert http.post(f"{POW}/validate?wait=false", json=body).status_code == code
+    posted(http, "/stop")
+    assert http.post(f"{POW}/validate?wait=false", json=claim([1])).status_code == 409
+
+
+def test_shutdown_ends_what_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(model_dir) as (node, http):
+        begin(http, "validate")
+        blocked = Blocked(node.engine.forward)
+        monkeypatch.setattr(node.engine, "forward", blocked)
+        try:
+            locations = [queued(http, claim(range(9))) for _ in range(2)]
+            assert blocked.entered.wait(TIMEOUT)
+            node.begin_shutdown()
+            assert [http.get(location).status_code for location in locations] == [409, 409]
+        finally:
+            blocked.release()

@@ -1,0 +1,325 @@
+"""Callbacks to a receiver on loopback: what is posted, and when."""
+
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+
+import pytest
+from callback_receivers import KEY, OK, SECONDS, Observer, alone, batch, records, verdict
+
+from poc_kernels.service.callbacks import CallbackSender, canonical_json, sign, verify
+
+pytest_plugins = ["callback_receivers"]
+
+# The body and its signature.
+
+
+def test_a_body_is_canonical_json():
+    assert canonical_json({"b": [1, 2.5], "a": "é"}) == b'{"a":"\\u00e9","b":[1,2.5]}'
+
+
+def test_signatures_are_hmac_sha256():
+    # RFC 4231, case 2.
+    expected = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
+    assert sign(b"what do ya want for nothing?", b"Jefe") == expected
+    assert verify(b"what do ya want for nothing?", expected, b"Jefe")
+    assert not verify(b"what do ya want for nothing!", expected, b"Jefe")
+    assert not verify(b"what do ya want for nothing?", expected, b"jefe")
+
+
+@pytest.mark.parametrize("signature", ["", "é", "\udcff", "0" * 64])
+def test_a_signature_of_any_text_is_judged(signature):
+    assert not verify(b"body", signature, KEY)
+
+
+def test_the_receiver_verifies_raw_and_serialised_again(receiver, senders):
+    sender = senders(key=KEY)
+    sender.start()
+    sent = verdict(3, 5, block_hash='block 块 "\U0001f9f1"', dist=[1.1, 0.1 + 0.2])
+    sender.validated(receiver.url, sent)
+    receiver.wait(1)
+    path, headers, body, *_ = receiver.posts[0]
+    assert path == "/validated"
+    assert headers["Content-Type"] == "application/json"
+    assert json.loads(body) == sent
+    assert body == json.dumps(sent, sort_keys=True, separators=(",", ":")).encode("utf-8")
+    assert verify(body, headers["X-Signature"], KEY)
+    assert verify(canonical_json(json.loads(body)), headers["X-Signature"], KEY)
+    assert not verify(body, headers["X-Signature"], b"another key")
+
+
+def test_no_key_no_signature(receiver, senders):
+    sender = senders()
+    sender.start()
+    sender.generated(receiver.url, batch(1))
+    receiver.wait(1)
+    assert "X-Signature" not in receiver.posts[0][1]
+
+
+# What shares a post, and when it goes.
+
+
+def test_consecutive_batches_of_a_round_share_a_post(receiver, senders):
+    sender = senders()
+    for nonces in ((1, 2), (3,), (4, 5)):
+        sender.generated(receiver.url, batch(*nonces))
+    sender.start()
+    sender.observer.wait("delivered", 1)
+    assert receiver.contents() == [batch(1, 2, 3, 4, 5)]
+    assert sender.observer.events == [("delivered", "generated", 5)]
+    assert sender.status()["delivered_batches"] == 3
+
+
+@pytest.mark.parametrize("key", ["public_key", "block_hash", "block_height", "node_id", "group_id"])
+def test_batches_that_differ_are_not_merged_and_keep_their_order(receiver, senders, key):
+    sender = senders()
+    first, second, third = batch(1, **{key: 1}), batch(2, **{key: 2}), batch(3, **{key: 1})
+    for each in (first, second, third):
+        sender.generated(receiver.url, each)
+    sender.start()
+    sender.observer.wait("delivered", 3)
+    assert receiver.contents() == [first, second, third]
+
+
+def test_posts_are_filled_up_to_the_nonces_allowed(receiver, senders):
+    sender = senders(max_nonces_per_post=4)
+    for nonces in ((1, 2), (3, 4), (5,), (6,), (10, 11, 12, 13, 14), (20,)):
+        sender.generated(receiver.url, batch(*nonces))
+    sender.start()
+    sender.observer.wait("delivered", 4)
+    assert receiver.nonces() == [[1, 2, 3, 4], [5, 6], [10, 11, 12, 13, 14], [20]]
+
+
+def test_verdicts_are_never_merged_and_do_not_wait(receiver, senders):
+    sender = senders(flush_seconds=3600)
+    for nonce in (1, 2, 3):
+        sender.validated(receiver.url, verdict(nonce))
+    sender.start()
+    sender.observer.wait("delivered", 3)
+    assert receiver.contents("/validated") == [verdict(1), verdict(2), verdict(3)]
+
+
+def test_rounds_of_different_receivers_are_kept_apart(receiver, senders):
+    sender = senders()
+    for nonce, path in enumerate(("/a", "/b", "/a/", "/b")):
+        sender.generated(receiver.url + path, batch(nonce))
+    sender.start()
+    sender.observer.wait("delivered", 2)
+    assert receiver.nonces(path="/a/generated") == [[0, 2]]
+    assert receiver.nonces(path="/b/generated") == [[1, 3]]
+
+
+def test_a_batch_waits_for_others_up_to_the_flush_time(receiver, senders):
+    sender = senders(flush_seconds=0.3)
+    sender.start()
+    begin = time.monotonic()
+    sender.generated(receiver.url, batch(1))
+    sender.generated(receiver.url, batch(2))
+    receiver.wait(1)
+    assert receiver.nonces() == [[1, 2]]
+    assert receiver.posts[0][-1] - begin >= 0.3
+
+
+def test_a_post_that_can_not_grow_does_not_wait(receiver, senders):
+    sender = senders(flush_seconds=3600, max_nonces_per_post=3)
+    sender.start()
+    sender.generated(receiver.url, batch(1, 2))
+    sender.generated(receiver.url, batch(3))  # full
+    sender.observer.wait("delivered", 1)
+    sender.generated(receiver.url, batch(4))
+    sender.generated(receiver.url, batch(5, node_id=1))  # followed by another
+    sender.observer.wait("delivered", 2)
+    assert receiver.nonces() == [[1, 2, 3], [4]]
+    assert (sender.pending(), sender.pending_nonces()) == (1, 1)
+
+
+def test_a_batch_is_copied(receiver, senders):
+    sender = senders()
+    mine = batch(1, 2)
+    sender.generated(receiver.url, mine)
+    mine["nonces"].append(3)
+    mine["node_id"] = 9
+    sender.start()
+    receiver.wait(1)
+    assert receiver.contents() == [batch(1, 2)]
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_proxies_of_the_environment_are_honoured(receivers, senders, monkeypatch, variable):
+    for name in ("http_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    proxy, direct = receivers(), receivers()
+    monkeypatch.setenv(variable, proxy.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    sender = senders()
+    sender.start()
+    sender.generated("http://node.test", batch(1))
+    sender.generated(direct.url, batch(2))
+    sender.observer.wait("delivered", 2)
+    assert [post[0] for post in proxy.posts] == ["http://node.test/generated"]
+    assert direct.nonces(path="/generated") == [[2]]
+
+
+# The sender as a whole.
+
+
+def test_many_producers_and_a_receiver_that_fails_now_and_then(receivers, senders):
+    calls = itertools.count()
+    receiver = receivers(answer=lambda path, content: (500, {}) if next(calls) % 3 == 0 else OK)
+    sender = senders(first_retry_seconds=0.001, max_retry_seconds=0.001, max_nonces_per_post=7)
+    sender.start()
+
+    def produce(node_id):
+        for nonce in range(40):
+            sender.generated(receiver.url, batch(nonce, node_id=node_id))
+            sender.validated(receiver.url, verdict(nonce, node_id=node_id))
+
+    producers = [threading.Thread(target=produce, args=(node_id,)) for node_id in range(4)]
+    for producer in producers:
+        producer.start()
+    for producer in producers:
+        producer.join(SECONDS)
+    sender.close(SECONDS)
+    assert (sender.pending(), sender.status()["delivered_batches"]) == (0, 320)
+    for path in ("/generated", "/validated"):
+        for node_id in range(4):
+            contents = [each for each in receiver.contents(path, status=200) if each["node_id"] == node_id]
+            assert [nonce for each in contents for nonce in each["nonces"]] == list(range(40))
+
+
+def test_a_destination_is_forgotten_when_its_line_is_empty(receiver, senders):
+    sender = senders()
+    sender.start()
+    for number in range(50):
+        sender.generated(f"{receiver.url}/{number}", batch(number))
+    sender.observer.wait("delivered", 50)
+    assert sender._lines == {}
+    deadline = time.monotonic() + SECONDS
+    while sender._tasks and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert not sender._tasks
+    assert Counter(path for path, *_ in receiver.posts) == Counter(f"/{number}/generated" for number in range(50))
+
+
+def test_an_observer_that_raises_costs_nothing(receiver, senders, caplog):
+    class Broken(Observer):
+        def delivered(self, kind, nonces):
+            super().delivered(kind, nonces)
+            raise RuntimeError("broken")
+
+    observer = Broken()
+    sender = senders(observer=observer)
+    sender.start()
+    for nonce in range(3):
+        sender.generated(receiver.url, alone(nonce))
+    observer.wait("delivered", 3)
+    assert receiver.nonces() == [[0], [1], [2]]
+    sender.close(SECONDS)
+    assert len(records(caplog, "callback observer failed")) == 3
+
+
+def test_an_observer_is_not_needed(receiver, senders):
+    sender = senders(observer=None)
+    sender.start()
+    sender.generated(receiver.url, batch(1))
+    sender.close(SECONDS)
+    assert sender.status()["delivered_batches"] == 1
+
+
+def test_no_password_in_logs_or_status(receivers, senders, caplog):
+    receiver = receivers(answer=lambda path, content: (500, {}))
+    sender = senders()
+    sender.start()
+    sender.generated(receiver.url.replace("http://", "http://user:secret@"), batch(1))
+    sender.observer.wait("failed", 1)
+    sender.close(0)
+    assert receiver.posts[0][1]["Authorization"].startswith("Basic ")
+    ours = [record for record in caplog.records if record.name == "poc_kernels"]
+    assert ours
+    assert "secret" not in str([vars(record) for record in ours]) + str(sender.status())
+
+
+def test_close_sends_what_waits(receiver, senders):
+    sender = senders(flush_seconds=3600)
+    sender.start()
+    for nonce in range(3):
+        sender.generated(receiver.url, batch(nonce))
+    assert receiver.posts == []
+    sender.close(SECONDS)
+    assert receiver.nonces() == [[0, 1, 2]]
+    assert (sender.pending(), sender.status()["delivered_batches"]) == (0, 3)
+
+
+def test_close_again_does_nothing_and_what_comes_later_is_dropped(receiver, senders, caplog):
+    sender = senders()
+    sender.start()
+    sender.close(SECONDS)
+    sender.close(SECONDS)
+    sender.generated(receiver.url, batch(1, 2))
+    assert sender.observer.events == [("dropped", "generated", 2)]
+    assert (sender.pending(), receiver.posts) == (0, [])
+    assert [record.nonces for record in records(caplog, "callback dropped")] == [2]
+    with pytest.raises(RuntimeError, match="once, before close"):
+        sender.start()
+
+
+def test_close_of_a_sender_that_never_started_says_what_is_lost(receiver, senders, caplog):
+    sender = senders()
+    sender.generated(receiver.url, batch(1))
+    sender.close(3600)
+    assert [record.nonces for record in records(caplog, "callbacks not delivered before the deadline")] == [1]
+    assert receiver.posts == []
+
+
+def test_start_is_called_once(senders):
+    sender = senders()
+    sender.start()
+    with pytest.raises(RuntimeError, match="once"):
+        sender.start()
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key": "text"}, TypeError, "key must be bytes or None, got str"),
+        ({"key": b""}, ValueError, "key must be None or at least one byte"),
+        ({"max_nonces": 0}, ValueError, "max_nonces must be at least 1, got 0"),
+        ({"max_nonces_per_post": -1}, ValueError, "max_nonces_per_post must be at least 1, got -1"),
+        ({"flush_seconds": -1.0}, ValueError, "flush_seconds must be at least 0, got -1.0"),
+        ({"first_retry_seconds": 0.0}, ValueError, "first_retry_seconds must be positive"),
+        ({"first_retry_seconds": 2.0, "max_retry_seconds": 1.0}, ValueError, "got 2.0 and 1.0"),
+        ({"timeout_seconds": float("nan")}, ValueError, "timeout_seconds must be positive, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        CallbackSender(**options)
+
+
+def test_a_url_that_is_no_text_is_refused_at_once(senders):
+    sender = senders()
+    with pytest.raises(TypeError, match="url must be a str, got NoneType"):
+        sender.generated(None, batch(1))
+    assert sender.pending() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ([1], TypeError, "batch must be a mapping, got list"),
+        ({"dist": []}, TypeError, r"batch\['nonces'\] must be a list, got NoneType"),
+        ({"nonces": [1], "dist": 1.0}, TypeError, r"batch\['dist'\] must be a list, got float"),
+        ({"nonces": [1], "dist": []}, ValueError, "one entry per nonce, got 0 for 1"),
+        ({"nonces": [1], "dist": [object()]}, TypeError, "not JSON serializable"),
+    ],
+)
+def test_batches_that_are_none_are_refused_at_once(senders, content, error, message):
+    sender = senders()
+    with pytest.raises(error, match=message):
+        sender.generated("http://127.0.0.1:1", content)
+    assert sender.pending() == 0

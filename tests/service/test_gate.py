@@ -1,0 +1,468 @@
+"""The gate alone, before an app of a few lines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from served import TIMEOUT
+
+from poc_kernels.service import gate as gate_module
+from poc_kernels.service.gate import Gate
+
+USER, POW, OTHER = "/v1/chat/completions", "/api/v1/pow/validate", "/health"
+CLOSED = ("generating", "not now", 7)
+Message = dict[str, Any]
+
+
+class Client:
+    """One request, spoken to a gate in ASGI; what came back."""
+
+    def __init__(
+        self, gate: Gate, path: str, parts: list[bytes] | None = None, of: str = "", **headers: str | bytes
+    ) -> None:
+        self.sent: list[Message] = []
+        self.arriving: asyncio.Queue[Message] = asyncio.Queue()
+        parts = [b""] if parts is None else parts
+        for index, part in enumerate(parts):
+            more = index + 1 < len(parts)
+            self.arriving.put_nowait({"type": "http.request", "body": part, "more_body": more})
+        fields = [
+            (name.replace("_", "-").encode(), value if isinstance(value, bytes) else value.encode())
+            for name, value in headers.items()
+        ]
+        self.scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "headers": fields,
+            "client": (of, 1) if of else None,
+        }
+        self._gate = gate
+
+    async def speak(self) -> Client:
+        async def send(message: Any) -> None:
+            self.sent.append(message)
+
+        await asyncio.wait_for(self._gate(self.scope, self.arriving.get, send), TIMEOUT)
+        return self
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent[1:])
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The OpenAI error object that the answer is."""
+        content = json.loads(self.body)
+        assert content.keys() == {"error"}
+        assert content["error"].keys() == {"message", "type", "param", "code"}
+        error: dict[str, Any] = content["error"]
+        return error
+
+
+class Echo:
+    """Answers with the body; then, if it is told to, waits for what the client does."""
+
+    def __init__(self, answer: Callable[[bytes], Awaitable[bytes]] | None = None) -> None:
+        self.bodies: list[bytes] = []
+        self.scopes: list[str] = []
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scopes.append(scope["type"])
+        if scope["type"] != "http":
+            return
+        message = await receive()
+        assert message["type"] == "http.request"
+        assert not message["more_body"]
+        self.bodies.append(message["body"])
+        body = await self._answer(message["body"]) if self._answer else message["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+def gate(app: Any, **changes: Any) -> Gate:
+    defaults = {"closed": lambda: None, "refused": lambda reason: None, "max_in_flight": 2, "max_body_bytes": 10}
+    others = {"max_pow_body_bytes": 2000, "body_seconds": TIMEOUT, "token": None}
+    return Gate(app, **{**defaults, **others, **changes})
+
+
+def speak(*clients: Client) -> None:
+    async def together() -> None:
+        await asyncio.gather(*(client.speak() for client in clients))
+
+    asyncio.run(together())
+
+
+@pytest.mark.parametrize("path", [USER, POW, OTHER])
+@pytest.mark.parametrize("parts", [[b""], [b"1234567890"], [b"1234", b"", b"567890"], [b"", b""]])
+def test_bodies_are_played_back_whole(path: str, parts: list[bytes]) -> None:
+    app = Echo()
+    client = Client(gate(app), path, parts)
+    speak(client)
+    assert (client.status, client.body) == (200, b"".join(parts))
+    assert app.bodies == [b"".join(parts)]
+
+
+@pytest.mark.parametrize(("path", "limit"), [(USER, 10), (POW, 2000), (OTHER, 1024)])
+def test_bodies_are_bounded_to_the_byte(path: str, limit: int) -> None:
+    app, reasons = Echo(), []
+    front = gate(app, refused=reasons.append)
+    large = [
+        Client(front, path, [b"x" * (limit + 1)]),
+        Client(front, path, [b"x" * limit, b"x"]),
+        Client(front, path, [b"x"], content_length=str(limit + 1)),
+        Client(front, path, [b"x"], content_length="9" * 500),
+    ]
+    for client in large:
+        speak(client)
+        assert client.status == 413
+        assert f"the body must have at most {limit} bytes, got " in client.body.decode()
+        assert client.headers[b"connection"] == b"close"
+    assert app.bodies == []
+    assert reasons == ["body_too_large"] * 4
+    exact = Client(front, path, [b"x" * limit], content_length=str(limit))
+    speak(exact)
+    assert exact.status == 200
+    assert front.in_flight == 0
+
+
+def test_the_rest_of_a_body_that_is_too_large_is_not_read() -> None:
+    client = Client(gate(Echo()), USER, [b"x" * 11, b"rest"])
+    speak(client)
+    assert client.arriving.qsize() == 1
+
+
+@pytest.mark.parametrize("path", [USER, POW])
+@pytest.mark.parametrize("parts", [[], [b"begins", b""]])
+def test_a_body_that_does_not_come(path: str, parts: list[bytes]) -> None:
+    app, reasons = Echo(), []
+    front = gate(app, body_seconds=0.02, refused=reasons.append)
+
+    async def ask() -> Client:
+        client = Client(front, path, parts)
+        if parts:  # the last part is held back
+            first, _ = client.arriving.get_nowait(), client.arriving.get_nowait()
+            client.arriving.put_nowait(first)
+        return await client.speak()
+
+    client = asyncio.run(ask())
+    assert (client.status, client.headers[b"connection"]) == (408, b"close")
+    assert b"the body must come within 0.02 s" in client.body
+    assert (reasons, app.bodies, front.in_flight) == (["body_too_slow"], [], 0)
+
+
+@pytest.mark.parametrize("path", [USER, POW])
+def test_a_client_that_leaves_before_its_body_is_whole(path: str) -> None:
+    app, reasons = Echo(), []
+    front = gate(app, refused=reasons.append)
+
+    async def ask() -> Client:
+        client = Client(front, path, [])
+        client.arriving.put_nowait({"type": "http.request", "body": b"a", "more_body": True})
+        client.arriving.put_nowait({"type": "http.disconnect"})
+        return await client.speak()
+
+    client = asyncio.run(ask())
+    assert (client.sent, reasons, app.bodies, front.in_flight) == ([], [], [], 0)
+
+
+def test_a_client_that_leaves_later_is_seen_by_the_app() -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        seen.append(await receive())
+
+    async def ask() -> None:
+        client = Client(gate(app), USER, [b"abc"])
+        client.arriving.put_nowait({"type": "http.disconnect"})
+        await client.speak()
+
+    asyncio.run(ask())
+    assert seen == [{"type": "http.request", "body": b"abc", "more_body": False}, {"type": "http.disconnect"}]
+
+
+def test_a_client_that_leaves_before_the_answer_begins_ends_the_app() -> None:
+    ended = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append(True)
+            raise
+
+    front = gate(app)
+
+    async def ask() -> Client:
+        client = Client(front, USER, [b"abc"])
+        speaking = asyncio.create_task(client.speak())
+        while front.in_flight == 0:
+            await asyncio.sleep(0)
+        client.arriving.put_nowait({"type": "http.disconnect"})
+        return await asyncio.wait_for(speaking, TIMEOUT)
+
+    assert asyncio.run(ask()).sent == []
+    assert (ended, front.in_flight) == ([True], 0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_user_that_leaves_ends_the_work_unless_the_answer_has_begun(begun: bool) -> None:
+    """A stream that has begun sees it by itself, and ends in order."""
+    ends = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            ends.append((await receive())["type"] if begun else await asyncio.Event().wait())
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    async def ask() -> None:
+        client = Client(front, USER, [b"abc"])
+        client.arriving.put_nowait({"type": "http.disconnect"})
+        await client.speak()
+
+    front = gate(app)
+    asyncio.run(ask())
+    assert ends == ["http.disconnect" if begun else "cancelled"]
+    assert front.in_flight == 0
+
+
+def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "_MAX_LARGE", 8)
+
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def wait(body: bytes) -> bytes:
+            await release.wait()
+            return body
+
+        app = Echo(wait)
+        front = gate(app)
+
+        async def ask(of: str) -> tuple[str, int]:
+            return of, (await Client(front, POW, [b"proof"], of=of).speak()).status
+
+        asked = []
+        for of in "aaaaabbbcaa":
+            asked.append(asyncio.create_task(ask(of)))
+            for _ in range(10):
+                await asyncio.sleep(0)
+        release.set()
+        served = [of for of, status in await asyncio.gather(*asked) if status == 200]
+        assert served == list("aaaabbc")
+        assert [status for _, status in await asyncio.gather(*(ask("a") for _ in range(4)))] == [200] * 4
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def test_so_many_large_bodies_at_once_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "_MAX_LARGE", 2)
+
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def wait(body: bytes) -> bytes:
+            if body:
+                await release.wait()
+            return body
+
+        app, reasons = Echo(wait), []
+        front = gate(app, refused=reasons.append)
+        waiting = [asyncio.create_task(Client(front, POW, [b"proof"], of=str(i)).speak()) for i in range(2)]
+        while len(app.bodies) < 2:
+            await asyncio.sleep(0)
+        for path in (POW, "/api/v1/pow/init", "/api/v1/pow/init/generate"):
+            refused = await Client(front, path, [b"proof"]).speak()
+            assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
+            assert json.loads(refused.body)["detail"].startswith("at most 2 requests are served at once")
+        assert reasons == ["overloaded"] * 3
+        for path in ("/api/v1/pow/stop", "/api/v1/pow/phase/validate", "/api/v1/pow/status", OTHER, "/metrics"):
+            assert (await Client(front, path).speak()).status == 200
+        asks = Client(front, f"{POW}/a-verdict-s-id")
+        asks.scope["method"] = "GET"
+        assert (await asks.speak()).status == 200
+        release.set()
+        assert [client.status for client in await asyncio.gather(*waiting)] == [200, 200]
+        assert (await Client(front, POW, [b"proof"]).speak()).status == 200
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+# ---- users ----
+
+
+def test_users_are_refused_while_it_is_closed() -> None:
+    app, reasons = Echo(), []
+    front = gate(app, closed=lambda: CLOSED, refused=reasons.append)
+    user, chain, health = (Client(front, path) for path in (USER, POW, OTHER))
+    speak(user, chain, health)
+    assert (user.status, user.headers[b"retry-after"]) == (503, b"7")
+    assert user.error == {"message": "not now", "type": "server_error", "param": None, "code": "generating"}
+    assert (chain.status, health.status) == (200, 200)
+    assert reasons == ["generating"]
+
+
+def test_a_gate_that_shuts_while_the_body_comes() -> None:
+    app, reasons = Echo(), []
+    answers = iter([None, CLOSED])
+    front = gate(app, closed=lambda: next(answers), refused=reasons.append)
+    client = Client(front, USER, [b"abc"])
+    speak(client)
+    assert (client.status, client.error["code"]) == (503, "generating")
+    assert (app.bodies, reasons, front.in_flight) == ([], ["generating"], 0)
+
+
+def test_so_many_users_at_once_and_no_more() -> None:
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def wait(body: bytes) -> bytes:
+            await release.wait()
+            return body
+
+        app, reasons = Echo(wait), []
+        front = gate(app, refused=reasons.append)
+        served = [asyncio.create_task(Client(front, USER).speak()) for _ in range(2)]
+        while len(app.bodies) < 2:
+            await asyncio.sleep(0)
+        assert front.in_flight == 2
+        refused = await Client(front, USER).speak()
+        assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
+        assert (refused.error["type"], refused.error["code"]) == ("rate_limit_error", "overloaded")
+        assert reasons == ["overloaded"]
+        other = asyncio.create_task(Client(front, POW).speak())  # these do not count
+        release.set()
+        assert [client.status for client in await asyncio.gather(*served, other)] == [200] * 3
+        assert front.in_flight == 0
+        assert (await Client(front, USER).speak()).status == 200
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def test_waiting_for_the_last_user() -> None:
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def wait(body: bytes) -> bytes:
+            await release.wait()
+            return body
+
+        app = Echo(wait)
+        front = gate(app)
+        assert front.wait_idle(0)
+        user = asyncio.create_task(Client(front, USER).speak())
+        while not app.bodies:
+            await asyncio.sleep(0)
+        assert not front.wait_idle(0)
+        with ThreadPoolExecutor(1) as pool:
+            idle = asyncio.get_running_loop().run_in_executor(pool, front.wait_idle, TIMEOUT)
+            release.set()
+            await user
+            assert await idle
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, asyncio.TimeoutError, ConnectionResetError])
+def test_an_app_that_raises_is_not_answered_for(error: type[Exception]) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    front = gate(app)
+    client = Client(front, USER)
+    with pytest.raises(error):
+        speak(client)
+    assert (client.sent, front.in_flight) == ([], 0)
+
+
+def answering(status: int, content_type: bytes, *bodies: bytes) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type)]})
+        for body in bodies:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "content_type", "ends"),
+    [
+        (USER, 200, b"text/event-stream", True),
+        (USER, 200, b"text/event-stream; charset=utf-8", True),
+        (USER, 500, b"text/event-stream", False),
+        (USER, 200, b"application/json", False),
+        (OTHER, 200, b"text/event-stream", False),
+    ],
+)
+def test_event_streams_of_users_end_with_done(path: str, status: int, content_type: bytes, ends: bool) -> None:
+    client = Client(gate(answering(status, content_type, b"data: 1\n\n", b"data: 2\n\n")), path)
+    speak(client)
+    assert client.body == b"data: 1\n\ndata: 2\n\n" + (b"data: [DONE]\n\n" if ends else b"")
+    assert not client.sent[-1].get("more_body", False)
+
+
+# ---- the token ----
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ({}, 401),
+        ({"authorization": ""}, 401),
+        ({"authorization": "Bearer"}, 401),
+        ({"authorization": "Bearer sécret "}, 401),
+        ({"authorization": "Bearer  sécret"}, 401),
+        ({"authorization": "sécret"}, 401),
+        ({"authorization": "Basic sécret"}, 401),
+        ({"authorization": b"\xff\xfe"}, 401),
+        ({"authorization": "Bearer sécret"}, 200),
+        ({"authorization": "bearer sécret"}, 200),
+    ],
+    ids=str,
+)
+def test_the_token(given: dict[str, str | bytes], status: int) -> None:
+    app, reasons = Echo(), []
+    front = gate(app, token="sécret", refused=reasons.append)
+    chain = Client(front, POW, **given)
+    speak(chain)
+    assert chain.status == status
+    if status == 401:
+        assert chain.headers[b"www-authenticate"] == b"Bearer"
+        assert json.loads(chain.body).keys() == {"detail"}
+        assert (app.bodies, reasons) == ([], ["token"])
+    user, health = Client(front, USER), Client(front, OTHER)
+    speak(user, health)
+    assert (user.status, health.status) == (200, 200)
+
+
+@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
+def test_what_is_not_http_passes(kind: str) -> None:
+    app = Echo()
+    client = Client(gate(app, closed=lambda: CLOSED), USER)
+    client.scope["type"] = kind
+    speak(client)
+    assert app.scopes == [kind]

@@ -1,0 +1,323 @@
+"""The proof worker on an engine of a few lines: turns, states, and jobs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from served import TIMEOUT, eventually
+from workers import BATCH, Parts, alone, blocked, proof, workers
+
+from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
+from poc_kernels.scheduling import Pacing, Turns
+from poc_kernels.service import worker as worker_module
+from poc_kernels.service.queue import QueueFullError
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Parts]]:
+    """Makes workers."""
+    with workers(monkeypatch) as make:
+        yield make
+
+
+def test_a_round_holds_inference_and_posts_what_is_valid(make: Callable[..., Parts]) -> None:
+    parts = make()
+    assert not parts.turns.inference_held
+    parts.begin()
+    parts.checked(40)
+    assert parts.turns.inference_held
+    parts.stop()
+    eventually(lambda: not parts.turns.inference_held)
+    result = parts.manager.status()
+    assert parts.callbacks.nonces() == result["valid_nonces"]
+    assert 0 < result["total_valid"] < result["total_checked"]
+    assert {(kind, url) for kind, url, _ in parts.callbacks.batches} == {("generated", "http://chain")}
+    assert all(batch["nonces"] for _, _, batch in parts.callbacks.batches)
+
+
+def test_a_round_without_callbacks_posts_nothing(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(callback_url=None)
+    parts.checked(40)
+    assert parts.callbacks.batches == []
+
+
+def test_inference_is_let_go_in_every_other_state(make: Callable[..., Parts]) -> None:
+    parts = make()
+    for phase in (PoCState.GENERATING, PoCState.VALIDATING) * 2:
+        if parts.manager.state == PoCState.IDLE:
+            parts.begin(phase)
+        else:
+            parts.manager.set_phase(phase)
+            parts.worker.wake()
+        eventually(lambda phase=phase: parts.turns.inference_held == (phase == PoCState.GENERATING))
+
+
+def test_requests_are_drained_before_the_first_nonce(make: Callable[..., Parts]) -> None:
+    drained, asked = threading.Event(), threading.Event()
+
+    def drain(seconds: float) -> bool:
+        asked.set()
+        return drained.wait(seconds)
+
+    parts = make(drain=drain, drain_seconds=TIMEOUT)
+    parts.begin()
+    assert asked.wait(TIMEOUT)
+    assert parts.engine.shapes == []
+    assert not parts.turns.inference_held
+    drained.set()
+    parts.checked(BATCH)
+    assert parts.turns.inference_held
+
+
+def test_draining_has_a_deadline(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = 0.0, []
+
+    def drain(seconds: float) -> bool:
+        nonlocal now
+        given.append(seconds)
+        now += seconds
+        return False
+
+    # A clock that draining alone advances.
+    monkeypatch.setattr(worker_module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    parts = make(drain=drain, drain_seconds=0.25)
+    parts.begin()
+    parts.checked(BATCH)
+    assert given == pytest.approx([0.1, 0.1, 0.05])
+    assert parts.turns.inference_held
+
+
+@pytest.mark.parametrize("how", ["stop", "validate"])
+def test_a_phase_that_ends_while_it_drains_computes_nothing(make: Callable[..., Parts], how: str) -> None:
+    asked = threading.Event()
+
+    def drain(seconds: float) -> bool:
+        asked.set()
+        return threading.Event().wait(min(seconds, 0.01))
+
+    parts = make(drain=drain, drain_seconds=TIMEOUT)
+    parts.begin()
+    assert asked.wait(TIMEOUT)
+    if how == "stop":
+        parts.stop()
+    else:
+        parts.manager.set_phase(PoCState.VALIDATING)
+        parts.worker.wake()
+        assert parts.worker.submit(proof(1)).result(TIMEOUT).nonces == [0]
+    eventually(lambda: parts.worker._idle)
+    assert not parts.turns.inference_held
+    assert parts.manager.status()["total_checked"] == 0
+
+
+# ---- validating ----
+
+
+def test_verdicts(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    honest, forged = parts.worker.submit(proof(10)), parts.worker.submit(proof(30, 0.5))
+    assert honest.result(TIMEOUT).dist == alone(10)
+    assert forged.result(TIMEOUT).dist == alone(30)
+    assert forged.result().fraud_detected
+    eventually(lambda: parts.worker.queued_nonces == 0)
+    eventually(lambda: len(parts.callbacks.batches) == 1)
+    kind, _, verdict = parts.callbacks.batches[0]
+    assert (kind, verdict["received_dist"], verdict["fraud_detected"]) == ("validated", [0.5] * 30, True)
+    assert b"poc_frauds_total 1.0" in parts.metrics.text()
+
+
+def test_proofs_and_inference_take_turns(make: Callable[..., Parts]) -> None:
+    parts = make(turns=Turns(Pacing(share=1e-6, max_wait_seconds=3600.0)))  # no step, however long, owes a slice
+    order: list[str] = []
+    inference = parts.turns.inference()
+
+    def step() -> None:
+        with inference:
+            order.append("inference")
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def before_forward() -> None:
+            order.append("proof")
+            if len(order) in (1, 3):
+                pool.submit(step)
+                eventually(lambda: inference.waiting)
+
+        parts.engine.before_forward = before_forward
+        parts.begin(PoCState.VALIDATING)
+        parts.worker.submit(proof(4 * BATCH)).result(TIMEOUT)
+    assert order == ["proof", "inference", "proof", "inference", "proof", "proof"]
+
+
+def test_no_proof_runs_while_inference_has_the_device(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    with parts.turns.inference():
+        result = parts.worker.submit(proof(1))
+        eventually(lambda: parts.turns._lines[1])  # it waits for its turn
+        assert parts.engine.shapes == []
+        assert not result.done()
+    assert result.result(TIMEOUT).nonces == [0]
+
+
+def test_validation_goes_on_while_generating(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin()
+    parts.checked(BATCH)
+    before = parts.manager.status()["total_checked"]
+    assert parts.worker.submit(proof(40)).result(TIMEOUT).dist == alone(40)
+    assert parts.manager.status()["total_checked"] > before
+
+
+def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
+    parts = make(max_queued_nonces=20)
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts) as entered:
+        first = parts.worker.submit(proof(15))
+        assert entered.wait(TIMEOUT)
+        with pytest.raises(QueueFullError, match="at most 20 nonces can wait to be validated, 15 do, and 6 came"):
+            parts.worker.submit(proof(6), "another")
+        second = parts.worker.submit(proof(4), "another")
+        empty = parts.worker.submit(proof(0), "a third")  # takes a place too
+        for count in (0, 1):
+            with pytest.raises(QueueFullError):
+                parts.worker.submit(proof(count), "a fourth")
+        assert parts.worker.queued_nonces == 20
+    assert [len(future.result(TIMEOUT)) for future in (first, second, empty)] == [15, 4, 0]
+    eventually(lambda: parts.worker.queued_nonces == 0)
+    assert parts.worker.submit(proof(20)).result(TIMEOUT).dist == alone(20)
+    with pytest.raises(ValueError, match="a batch must have at most 20 nonces, got 21"):
+        parts.worker.submit(proof(21))
+
+
+def test_what_cannot_be_validated_is_refused_at_once(make: Callable[..., Parts]) -> None:
+    parts = make()
+    with pytest.raises(IllegalTransitionError, match="none was begun"):
+        parts.worker.submit(proof(1))
+    parts.begin(PoCState.VALIDATING)
+    with pytest.raises(ValueError, match="block_hash of the batch"):
+        parts.worker.submit(proof(1, block_hash="other"))
+    assert parts.worker.queued_nonces == 0
+
+
+def test_forwards_are_given_out_in_turn(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    order: list[str] = []
+    with blocked(parts) as entered:
+        large = parts.worker.submit(proof(6 * BATCH), "one")
+        assert entered.wait(TIMEOUT)
+        small = parts.worker.submit(proof(2 * BATCH), "another")
+        for name, result in (("large", large), ("small", small)):
+            result.add_done_callback(lambda _, name=name: order.append(name))
+    assert large.result(TIMEOUT).dist == alone(6 * BATCH)
+    assert small.result(TIMEOUT).dist == alone(2 * BATCH)
+    eventually(lambda: len(order) == 2)  # waiters wake before callbacks are called
+    assert order == ["small", "large"]
+
+
+def test_a_kept_job_says_what_became_of_it(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts) as entered:
+        job = parts.worker.enqueue(proof(2 * BATCH, 0.5), "one", keep=True)
+        assert entered.wait(TIMEOUT)
+        assert parts.worker.queue.get(job.id) is job
+        assert parts.worker.queue.status()["running"] == {"id": job.id, "nonces_done": 0, "nonces": 2 * BATCH}
+    assert job.future.result(TIMEOUT) is job.verdict
+    assert parts.worker.queue.get(job.id) is job
+    metrics = parts.metrics.text()
+    assert b'poc_validations_total{outcome="done"} 1.0' in metrics
+    assert b"poc_validation_wait_seconds_count 1.0" in metrics
+
+
+def test_a_round_that_ends_while_its_batch_comes(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    put = parts.worker.queue.put
+
+    def late(*arguments: object, **named: object) -> object:
+        parts.stop()
+        parts.begin(PoCState.VALIDATING)
+        return put(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts.worker.queue, "put", late)
+    result = parts.worker.submit(proof(1))
+    with pytest.raises(RoundEndedError, match="while the batch was validated"):
+        result.result(0)
+    eventually(lambda: parts.worker._idle)
+    assert parts.engine.shapes == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("count", [1, 3 * BATCH])
+def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again: bool) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts) as entered:
+        results = [parts.worker.submit(proof(count)) for _ in range(3)]
+        assert entered.wait(TIMEOUT)
+        parts.stop()
+        assert all(result.done() for result in results)  # though the forward still runs
+        assert parts.worker.queued_nonces == 0
+        if again:
+            parts.begin(PoCState.VALIDATING, r_target=0.1, callback_url="http://another")
+    for result in results:
+        with pytest.raises(RoundEndedError, match="while the batch was validated"):
+            result.result(0)
+    eventually(lambda: parts.worker._idle)
+    assert len(parts.engine.shapes) == 1  # nothing was computed in vain
+    assert parts.worker.trouble() is None
+    assert parts.callbacks.batches == []
+
+
+@pytest.mark.parametrize("then", [PoCState.VALIDATING, PoCState.STOPPED])
+def test_a_phase_that_ends_while_it_drains_never_holds_users(make: Callable[..., Parts], then: PoCState) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def drain(seconds: float) -> bool:
+        asked.set()
+        go_on.wait(TIMEOUT)
+        return False
+
+    parts = make(drain=drain, drain_seconds=TIMEOUT)
+    held: list[bool] = []
+    parts.engine.before_forward = lambda: held.append(parts.turns.inference_held)
+    hold = parts.turns.hold_inference
+    parts.turns.hold_inference = lambda: held.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
+    parts.begin()
+    assert asked.wait(TIMEOUT)
+    result = parts.worker.submit(proof(1))
+    if then == PoCState.STOPPED:
+        parts.stop()
+    else:
+        parts.manager.set_phase(then)
+        parts.worker.wake()
+    go_on.set()
+    if then == PoCState.VALIDATING:
+        assert result.result(TIMEOUT).dist == alone(1)
+        assert parts.worker._drain_end is None  # the next phase has its whole time
+    eventually(lambda: parts.worker._idle)
+    assert True not in held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+@pytest.mark.parametrize("low", [False, True])
+def test_proofs_have_the_priority_that_is_asked_for(make: Callable[..., Parts], low: bool) -> None:
+    parts = make(low_priority=low)
+    usual = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found: list[int] = []
+    parts.engine.before_forward = lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    parts.begin(PoCState.VALIDATING)
+    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
+    assert found == [19 if low else usual]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == usual

@@ -1,0 +1,140 @@
+"""A proof worker on an engine of a few lines, and what it works with."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from served import TIMEOUT, eventually
+from small_engine import SmallEngine
+
+from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
+from poc_kernels.scheduling import StreamPartition, Turns
+from poc_kernels.service import worker as worker_module
+from poc_kernels.service.metrics import Metrics
+from poc_kernels.service.worker import ProofWorker
+
+BATCH = 4
+
+
+class Posted:
+    """Stands in for the sender of callbacks."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str, str, dict[str, Any]]] = []
+
+    def generated(self, url: str, batch: dict[str, Any]) -> None:
+        self.batches.append(("generated", url, batch))
+
+    def validated(self, url: str, batch: dict[str, Any]) -> None:
+        self.batches.append(("validated", url, batch))
+
+    def nonces(self) -> list[int]:
+        return [nonce for kind, _, batch in self.batches if kind == "generated" for nonce in batch["nonces"]]
+
+
+class Parts:
+    """A worker, and what it works with."""
+
+    def __init__(self, turns: Turns | None = None, **options: Any) -> None:
+        self.engine = SmallEngine()
+        self.metrics = Metrics()
+        self.manager = PoCManager(self.engine, self.metrics.batch)
+        self.turns = turns or Turns()
+        self.callbacks = Posted()
+        defaults = {
+            "drain": lambda seconds: True,
+            "drain_seconds": 0.0,
+            "max_queued_nonces": 200,
+            "stall_seconds": 60.0,
+        }
+        self.worker = ProofWorker(
+            self.manager,
+            self.turns,
+            StreamPartition("cpu"),
+            self.callbacks,  # type: ignore[arg-type]
+            self.metrics,
+            **{**defaults, **options},
+        )
+
+    def begin(self, phase: PoCState = PoCState.GENERATING, **changes: Any) -> None:
+        self.manager.start_round(config(**changes), phase)
+        self.worker.wake()
+
+    def stop(self) -> None:
+        self.manager.stop_round()
+        self.worker.wake()
+
+    def checked(self, least: int) -> None:
+        eventually(lambda: self.manager.status()["total_checked"] >= least)
+
+    def ended(self) -> bool:
+        return not self.worker._thread.is_alive()
+
+
+def config(**changes: Any) -> PoCConfig:
+    defaults = {"batch_size": BATCH, "seq_len": 3, "r_target": 1.4, "callback_url": "http://chain"}
+    return PoCConfig(**{"block_hash": "block", "block_height": 1, "public_key": "key", **defaults, **changes})
+
+
+def proof(count: int, dist: float | None = None, **changes: Any) -> ProofBatch:
+    claimed = [] if dist is None else [dist] * count
+    common = {"public_key": "key", "block_hash": "block", "block_height": 1}
+    return ProofBatch(**{**common, "nonces": list(range(count)), "dist": claimed, **changes})
+
+
+def alone(count: int, **changes: Any) -> list[float]:
+    manager = PoCManager(SmallEngine())
+    manager.init_round(config(**changes))
+    return manager.validate(proof(count)).dist
+
+
+@contextlib.contextmanager
+def blocked(parts: Parts) -> Iterator[threading.Event]:
+    """Forwards wait until the block ends; the event says that one does."""
+    entered, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        assert release.wait(TIMEOUT)
+
+    parts.engine.before_forward = wait
+    try:
+        yield entered
+    finally:
+        if parts.engine.before_forward is wait:
+            parts.engine.before_forward = lambda: None
+        release.set()
+
+
+def failing(*times: int) -> Callable[[], None]:
+    """Fails so many times; without end if no number is given."""
+    errors = itertools.repeat(RuntimeError("out of memory"), *times)
+
+    def fail() -> None:
+        for error in errors:
+            raise error
+
+    return fail
+
+
+@contextlib.contextmanager
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Parts]]:
+    """Makes workers that have started and try again at once; none outlives the block."""
+    monkeypatch.setattr(worker_module, "_RETRY_SECONDS", 0.01)
+    made: list[Parts] = []
+
+    def make(start: bool = True, **options: Any) -> Parts:
+        made.append(Parts(**options))
+        if start:
+            made[-1].worker.start()
+        return made[-1]
+
+    yield make
+    for parts in made:
+        parts.worker.close(TIMEOUT)
+        assert parts.ended()
