@@ -92,16 +92,16 @@ PLANS = {
 
 def default_of(device: torch.device) -> Condition:
     """Both at once, as a node with the defaults of its settings does it there."""
-    hold_back = Settings(model="").hold_back(threads_have_priorities(device))
-    return condition_of(device, DEFAULT_SHARE, hold_back, ", the default")
+    paced = Settings(model="").paced(threads_have_priorities(device))
+    return condition_of(device, DEFAULT_SHARE, paced, ", the default")
 
 
-def condition_of(device: torch.device, share: float, hold_back: bool, note: str = "") -> Condition:
+def condition_of(device: torch.device, share: float, paced: bool, note: str = "") -> Condition:
     """Both at once, with a pacing of that share."""
-    name = f"{'held' if hold_back else 'free'}, share {share:g}{note}"
+    name = f"{'held' if paced else 'free'}, share {share:g}{note}"
     # As a node: on a processor only slices that are not held back have a thread of low priority.
-    side = EQUAL if hold_back and threads_have_priorities(device) else PRIORITIES
-    return Condition(name, share=share, hold_back=hold_back, side=side)
+    side = EQUAL if paced and threads_have_priorities(device) else PRIORITIES
+    return Condition(name, share=share, paced=paced, side=side)
 
 
 def conditions_at(
@@ -109,12 +109,12 @@ def conditions_at(
 ) -> list[Condition]:
     """What takes turns at a rate."""
     default = default_of(device)
-    chosen = {(True, LEAST_END), (False, MOST_END), (default.hold_back, default.share)}
+    chosen = {(True, LEAST_END), (False, MOST_END), (default.paced, default.share)}
     if rate.every_share:
         chosen |= {(True, share) for share in held} | {(False, share) for share in free}
     paced = [
-        default if (hold_back, share) == (default.hold_back, default.share) else condition_of(device, share, hold_back)
-        for hold_back, share in sorted(chosen, key=lambda each: (not each[0], each[1]))
+        default if (paced, share) == (default.paced, default.share) else condition_of(device, share, paced)
+        for paced, share in sorted(chosen, key=lambda each: (not each[0], each[1]))
     ]
     return [ALONE, *paced, UNPACED, *([PART] if partition else []), NEITHER, SOLO]
 

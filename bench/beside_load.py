@@ -102,7 +102,7 @@ class Condition:
         chat: whether requests come.
         validation: whether proofs come.
         share: of the pacing; None for no pacing.
-        hold_back: of the pacing.
+        paced: of the pacing.
         side: `PRIORITIES`, `EQUAL` or `PARTITION`.
     """
 
@@ -110,7 +110,7 @@ class Condition:
     chat: bool = True
     validation: bool = True
     share: float | None = None
-    hold_back: bool = True
+    paced: bool = True
     side: str = PRIORITIES
 
 

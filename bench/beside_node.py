@@ -17,7 +17,7 @@ from beside_validation import EqualStreams, Side, difference, distances_alone, r
 from poc_kernels.engines.transformers.batching import Batching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config
 from poc_kernels.protocol import ValidatedBatch
-from poc_kernels.scheduling import Pacing, StreamPartition, Turns
+from poc_kernels.scheduling import Pacing, PriorityLanes, Turns
 
 _STOP_SECONDS = 30.0
 
@@ -55,9 +55,9 @@ class Node:
         self._margins = Margins(model)
         self._turns = SwitchedTurns(Turns(Pacing(), concurrent=True))
         turns: Any = self._turns
-        streams = {PRIORITIES: StreamPartition(model.device), EQUAL: EqualStreams(model.device)}
+        streams = {PRIORITIES: PriorityLanes(model.device), EQUAL: EqualStreams(model.device)}
         if multiprocessors is not None:
-            streams[PARTITION] = StreamPartition(model.device, validation_multiprocessors=multiprocessors)
+            streams[PARTITION] = PriorityLanes(model.device, validation_sms=multiprocessors)
         self.slices: list[float] = []
         self.held: list[float] = []
         self._sides = {
@@ -140,7 +140,7 @@ class Node:
     def switch(self, condition: Condition) -> None:
         pacing = None
         if condition.share is not None:
-            pacing = Pacing(share=condition.share, hold_back=condition.hold_back)
+            pacing = Pacing(share=condition.share, paced=condition.paced)
         self._turns.switch(Turns(pacing, concurrent=True))
         self._side = self._sides[condition.side]
 

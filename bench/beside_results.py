@@ -141,7 +141,7 @@ def _cell(condition: Condition, blocks: list[Block], alone: list[Block], solo: f
         "chat": condition.chat,
         "validation": condition.validation,
         "share": condition.share,
-        "hold_back": condition.hold_back,
+        "paced": condition.paced,
         "blocks": len(blocks),
         "seconds": seconds,
         "done": sum(len(block.requests) for block in blocks),

@@ -38,18 +38,18 @@ class SwitchedTurns:
         return _SwitchedTurn(self, lambda turns: turns.proof(clock), None)
 
     @property
-    def inference_held(self) -> bool:
-        return self._now.inference_held
+    def inference_paused(self) -> bool:
+        return self._now.inference_paused
 
     @property
     def closed(self) -> bool:
         return self._now.closed
 
-    def hold_inference(self) -> None:
-        self._now.hold_inference()
+    def pause_inference(self) -> None:
+        self._now.pause_inference()
 
-    def release_inference(self) -> None:
-        self._now.release_inference()
+    def resume_inference(self) -> None:
+        self._now.resume_inference()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from beside_load import DifferenceError
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.protocol import BatchReport, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch
-from poc_kernels.scheduling import StreamPartition
+from poc_kernels.scheduling import PriorityLanes
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 from poc_kernels.service.worker import ProofWorker
 
@@ -23,7 +23,7 @@ PROOFS = 4
 """Batches of proofs that come again and again."""
 
 
-class EqualStreams(StreamPartition):
+class EqualStreams(PriorityLanes):
     """Validation with the priority of inference: what two threads do that know nothing of each other."""
 
     @property
@@ -61,7 +61,7 @@ class Recorder:
         self.slices.append(seconds)
         self.parts.append(time.monotonic())
 
-    def held_back(self, seconds: float) -> None:
+    def waited(self, seconds: float) -> None:
         self.held.append(seconds)
 
     def validation_ended(self, state: Any, seconds: float) -> None:
@@ -128,7 +128,7 @@ class Side:
         self,
         model: Any,
         turns: Any,
-        streams: StreamPartition,
+        streams: PriorityLanes,
         slices: list[float],
         held: list[float],
         config: PoCConfig,
@@ -149,7 +149,7 @@ class Side:
             drain_seconds=0.0,
             max_queued_nonces=4 * config.batch_size,
             stall_seconds=600.0,
-            most_in_flight=slices_in_flight,
+            max_slices_in_flight=slices_in_flight,
             low_priority=True,  # where the streams have it so
         )
         self._manager.start_round(config, PoCState.VALIDATING)

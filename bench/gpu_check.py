@@ -105,7 +105,7 @@ try:
 except ImportError as error:
     print(f"SKIPPED [1] forwards of a model: {error}")
     raise SystemExit
-from poc_kernels.scheduling import StreamPartition
+from poc_kernels.scheduling import PriorityLanes
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 from poc_kernels.engines.transformers.engine import TransformersEngine
 device = torch.device(sys.argv[1])
@@ -116,7 +116,7 @@ config = transformers.Qwen3Config(
 engine = TransformersEngine(
     transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval(), slice_seconds=1e-4)
 x, square = torch.randn(2, 16, 64, device=device).to(dtype), torch.randn(512, 512, device=device).to(dtype)
-streams = StreamPartition(device)
+streams = PriorityLanes(device)
 for _ in range(MEASURED_FORWARDS + 2):
     with streams.inference():
         product = square @ square

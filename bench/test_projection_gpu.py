@@ -239,7 +239,7 @@ def test_first(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, 
 @pytest.mark.parametrize("rows", SPLIT_ROWS, ids=lambda rows: f"D{SPLIT_SIZE}-M{rows}")
 @torch.inference_mode()
 def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, rows: int) -> None:
-    """What few rows take with K in so many parts, by which BLOCKS_PER_MULTIPROCESSOR is chosen."""
+    """What few rows take with K in so many parts, by which BLOCKS_PER_SM is chosen."""
     if device.type != "cuda" or backends.select(device).name != "triton":
         pytest.skip("parts of K are those of the Triton kernels on a GPU")
     from poc_kernels.kernels.triton import product as triton
@@ -264,7 +264,7 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
         D=SPLIT_SIZE,
         M=rows,
         multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
-        blocks_per_multiprocessor=triton_configs.BLOCKS_PER_MULTIPROCESSOR,
+        blocks_per_multiprocessor=triton_configs.BLOCKS_PER_SM,
         rounds=len(next(iter(seconds.values()))),
         seconds={
             f"op_{bits}": {str(splits): summary(seconds[f"op_{bits} in {splits}"]) for splits in SPLITS}

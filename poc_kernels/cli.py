@@ -119,7 +119,7 @@ def _add_serve(commands: Any) -> None:
     add("--max-proof-tokens", type=int, default=65536, help="most batch_size * seq_len of a round")
     add(
         "--validation-pacing",
-        choices=["auto", "held", "free"],
+        choices=["auto", "paced", "free"],
         default="auto",
         help="while users are served, slices of validation wait for their share, or run beside on priorities alone",
     )
@@ -127,7 +127,7 @@ def _add_serve(commands: Any) -> None:
     add("--validation-wait-seconds", type=float, default=1.0, help="longest that a slice of validation is held back")
     add("--slice-seconds", type=float, default=0.002, help="longest that a slice of validation should take")
     add("--slices-in-flight", type=int, default=2, help="slices that a GPU is given before the first is done")
-    add("--validation-multiprocessors", type=int, help="keep validation to so many of a GPU's multiprocessors")
+    add("--validation-sms", type=int, help="keep validation to so many of a GPU's multiprocessors")
     add("--drain-seconds", type=float, default=5.0, help="requests in flight go on so long when GENERATING begins")
     add("--retry-after-seconds", type=int, default=10, help="Retry-After of 503 while GENERATING")
     add("--stall-seconds", type=float, default=120.0, help="without progress for so long, /health turns 503")

@@ -128,7 +128,7 @@ def logs_as_before():
         (["--validation-wait-seconds", "-1"], "poc-kernels: validation_wait_seconds must be at least 0, got -1.0"),
         (["--slice-seconds", "0"], "poc-kernels: slice_seconds must be positive, got 0.0"),
         (["--slices-in-flight", "0"], "poc-kernels: slices_in_flight must be positive, got 0"),
-        (["--validation-multiprocessors", "0"], "poc-kernels: validation_multiprocessors must be positive, got 0"),
+        (["--validation-sms", "0"], "poc-kernels: validation_sms must be positive, got 0"),
         (["--result-seconds", "0"], "poc-kernels: result_seconds must be positive, got 0.0"),
         (["--kv-memory", "1.5"], "poc-kernels: kv_memory must be in (0, 1), got 1.5"),
         ([], "poc-kernels: "),
@@ -164,7 +164,7 @@ def test_serve_takes_the_settings_of_validation(monkeypatch):
         "validation_wait_seconds": 0.0,
         "slice_seconds": 0.001,
         "slices_in_flight": 3,
-        "validation_multiprocessors": 16,
+        "validation_sms": 16,
     }
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["serve", "--model", "m", *flags]) == 0

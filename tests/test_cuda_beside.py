@@ -20,7 +20,7 @@ from poc_kernels.engines.transformers.batching import Batching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
-from poc_kernels.scheduling import InFlight, Pacing, StreamPartition, Turns
+from poc_kernels.scheduling import InFlight, Pacing, PriorityLanes, Turns
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,7 @@ class Rig:
         self.turns = Turns(pacing, concurrent=True)
         self.engine = TransformersEngine(model, cuda_graphs=cuda_graphs, slice_seconds=3e-4, alone=self.turns.alone)
         self.alone = TransformersEngine(model, cuda_graphs=False, slice_seconds=1e9)
-        self.streams = StreamPartition(model.device)
+        self.streams = PriorityLanes(model.device)
         self.manager = PoCManager(self.engine)
         self.manager.start_round(CONFIG, PoCState.VALIDATING)
         self.router = Router()
@@ -150,7 +150,7 @@ def beside(rig: Rig, requests: int, batches: int) -> tuple[list[list[int]], list
 
 
 def test_priorities() -> None:
-    streams = StreamPartition("cuda")
+    streams = PriorityLanes("cuda")
     assert streams.inference_stream.priority < streams.validation_stream.priority <= 0  # lower is greater
     default = torch.cuda.default_stream()
     assert default not in (streams.inference_stream, streams.validation_stream)
@@ -264,7 +264,7 @@ def test_a_multiprocessor_partition_changes_no_bit() -> None:
     with rig(pacing=Pacing()) as made:
         expected = made.expected(2)
         try:
-            made.streams = StreamPartition("cuda", validation_multiprocessors=count // 4 // 8 * 8)
+            made.streams = PriorityLanes("cuda", validation_sms=count // 4 // 8 * 8)
         except ValueError as error:
             pytest.skip(str(error))
         assert made.validate(2) == expected

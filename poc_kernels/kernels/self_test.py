@@ -91,22 +91,22 @@ def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any
     """Which known answers ``backend`` gets wrong on ``device``; empty if it may be used there.
 
     ``answers`` has the layout of the definition's vectors; the package's own known answers unless given.
-    An exception that the backend raises counts as a wrong answer, unless it `says_nothing`: that is raised.
+    An exception that the backend raises counts as a wrong answer, unless it `is_transient`: that is raised.
     """
     return found_wrong(lambda: _wrong_answers(backend, device, answers or _known_answers()))
 
 
 def found_wrong(check: Callable[[], list[str]]) -> list[str]:
-    """What ``check`` finds wrong with kernels; or the exception that it raises, unless that `says_nothing` of them."""
+    """What ``check`` finds wrong with kernels; or the exception that it raises, unless that `is_transient` of them."""
     try:
         return check()
     except Exception as error:  # whatever it is, such kernels are not to be used
-        if says_nothing(error):
+        if is_transient(error):
             raise
         return [f"{type(error).__name__}: {error}"]
 
 
-def says_nothing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether an exception tells of a condition that passes: no memory left, or a CUDA graph that is being captured.
 
     Triton's are RuntimeErrors with the driver's words; a capture in another thread can make any allocation fail.

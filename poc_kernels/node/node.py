@@ -23,7 +23,7 @@ from ..engines.transformers.config import InferenceLimits
 from ..engines.transformers.engine import TransformersEngine
 from ..engines.transformers.inference import Inference
 from ..protocol import PoCConfig, PoCManager, PoCState, inputs
-from ..scheduling import Pacing, StreamPartition, Turns
+from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
 from ..service.callbacks import CallbackSender
 from ..service.gate import Gate
@@ -80,13 +80,13 @@ class Node:
         if model is None:
             model, tokenizer = load_model(settings)
         self.settings = settings
-        self.streams = StreamPartition(model.device, validation_multiprocessors=settings.validation_multiprocessors)
+        self.streams = PriorityLanes(model.device, validation_sms=settings.validation_sms)
         self.pacing = Pacing(
             share=settings.validation_share,
             max_wait_seconds=settings.validation_wait_seconds,
-            hold_back=settings.hold_back(self.streams.lowers_threads),
+            paced=settings.paced(self.streams.lowers_threads),
         )
-        if self.streams.device.type == "cpu" and not (self.pacing.hold_back or self.streams.lowers_threads):
+        if self.streams.device.type == "cpu" and not (self.pacing.paced or self.streams.lowers_threads):
             logger.warning("validation_pacing is free, but threads have no priorities here: users are not protected")
         self.turns = Turns(self.pacing, concurrent=True)
         # Before anything serves the model: the engine compares itself with it.
@@ -133,8 +133,8 @@ class Node:
             max_queued_nonces=settings.max_queued_nonces,
             result_seconds=settings.result_seconds,
             stall_seconds=settings.stall_seconds,
-            most_in_flight=settings.slices_in_flight,
-            low_priority=not self.pacing.hold_back,
+            max_slices_in_flight=settings.slices_in_flight,
+            low_priority=not self.pacing.paced,
         )
         api.include_router(routes.poc_router(self))
         api.include_router(routes.operation_router(self))
@@ -188,7 +188,7 @@ class Node:
         return {
             **self.worker.queue.status(),
             "share": self.settings.validation_share,
-            "pacing": "held" if self.pacing.hold_back else "free",
+            "pacing": "paced" if self.pacing.paced else "free",
             "slices": None
             if slices is None
             else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},

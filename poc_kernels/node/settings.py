@@ -38,7 +38,7 @@ class Settings:
         validation_wait_seconds: longest that a slice of validation is held back for users.
         slice_seconds: longest that a slice of validation should take.
         slices_in_flight: slices that a GPU is given before the first of them is done.
-        validation_multiprocessors: keep validation to so many multiprocessors of a GPU; None for all.
+        validation_sms: keep validation to so many multiprocessors of a GPU; None for all.
         drain_seconds: how long requests in flight may go on after GENERATING begins, before they are paused.
         retry_after_seconds: Retry-After of 503 while GENERATING.
         stall_seconds: without progress for so long, /health turns 503.
@@ -74,7 +74,7 @@ class Settings:
     validation_wait_seconds: float = 1.0
     slice_seconds: float = 0.002
     slices_in_flight: int = 2
-    validation_multiprocessors: int | None = None
+    validation_sms: int | None = None
     drain_seconds: float = 5.0
     retry_after_seconds: int = 10
     stall_seconds: float = 120.0
@@ -86,8 +86,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype}")
-        if self.validation_pacing not in ("auto", "held", "free"):
-            raise ValueError(f"validation_pacing must be auto, held or free, got {self.validation_pacing}")
+        if self.validation_pacing not in ("auto", "paced", "free"):
+            raise ValueError(f"validation_pacing must be auto, paced or free, got {self.validation_pacing}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65536), got {self.port}")
         for name, value in vars(self).items():
@@ -100,7 +100,7 @@ class Settings:
         positive = (
             "max_new_tokens kv_blocks kv_block_size max_batch_tokens max_in_flight max_body_bytes max_pow_body_bytes "
             "body_seconds max_queued_nonces max_proof_tokens retry_after_seconds stall_seconds callback_nonces "
-            "result_seconds slice_seconds slices_in_flight validation_multiprocessors"
+            "result_seconds slice_seconds slices_in_flight validation_sms"
         )
         for name in positive.split():
             number = getattr(self, name)
@@ -115,6 +115,6 @@ class Settings:
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must not be empty; leave it out for none")
 
-    def hold_back(self, lowers_threads: bool) -> bool:
-        """`Pacing.hold_back` by validation_pacing, on a device with priorities of threads or not."""
-        return self.validation_pacing == "held" or (self.validation_pacing == "auto" and not lowers_threads)
+    def paced(self, lowers_threads: bool) -> bool:
+        """`Pacing.paced` by validation_pacing, on a device with priorities of threads or not."""
+        return self.validation_pacing == "paced" or (self.validation_pacing == "auto" and not lowers_threads)

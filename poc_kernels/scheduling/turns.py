@@ -6,7 +6,7 @@ Inference goes first; while it is idle a proof has the device. Who gives way whi
   is guaranteed to it, and never for longer than a cap.
 - ``concurrent``, as streams of a GPU or threads on cores: a step never waits. A proof does, as above: slices that are
   owed to it run beside steps.
-- ``concurrent`` and not ``hold_back``, where priorities alone protect steps: slices run beside steps all the time, and
+- ``concurrent`` and not ``paced``, where priorities alone protect steps: slices run beside steps all the time, and
   a step waits for one only where they got less than their share, and not for one that takes much longer than slices
   compute: other programs may keep it from the cores.
 """
@@ -37,14 +37,14 @@ class Pacing:
         max_wait_seconds: longest that a slice is held back once the device is free.
         linger_seconds: for so long after a step, requests being in flight, the next step is expected, and a proof that
             is owed nothing does not begin.
-        hold_back: let slices wait while inference computes. False where turns are concurrent and priorities give steps
+        paced: let slices wait while inference computes. False where turns are concurrent and priorities give steps
             what they need: slices run all the time, and share is the least that they get.
     """
 
     share: float = 0.1
     max_wait_seconds: float = 1.0
     linger_seconds: float = 0.005
-    hold_back: bool = True
+    paced: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -157,12 +157,12 @@ class Turns:
     """
 
     def __init__(self, pacing: Pacing | None = _DEFAULT, *, concurrent: bool = False) -> None:
-        if not concurrent and (pacing is None or not pacing.hold_back):
+        if not concurrent and (pacing is None or not pacing.paced):
             raise ValueError(f"pacing must be a Pacing that holds back where concurrent is False, got {pacing}")
         self._pacing = pacing
         self._concurrent = concurrent
         # A step waits for slices that are owed; else they run beside it.
-        self._steps_wait = not concurrent or (pacing is not None and not pacing.hold_back)
+        self._steps_wait = not concurrent or (pacing is not None and not pacing.paced)
         self._condition = threading.Condition()
         self._lines: tuple[deque[Turn], deque[Turn]] = (deque(), deque())
         self._computing: list[Turn | None] = [None, None]
@@ -196,8 +196,8 @@ class Turns:
         return Turn(self, _PROOF, clock=clock)
 
     @property
-    def inference_held(self) -> bool:
-        """Whether inference is held back by `hold_inference`."""
+    def inference_paused(self) -> bool:
+        """Whether inference is held back by `pause_inference`."""
         return self._held
 
     @property
@@ -205,14 +205,14 @@ class Turns:
         """Whether `close` was called."""
         return self._closed
 
-    def hold_inference(self) -> None:
-        """Let no inference step begin until `release_inference`. Returns at once: a step that runs may end."""
+    def pause_inference(self) -> None:
+        """Let no inference step begin until `resume_inference`. Returns at once: a step that runs may end."""
         with self._condition:
             self._held = True
             self._condition.notify_all()
 
-    def release_inference(self) -> None:
-        """Undo `hold_inference`."""
+    def resume_inference(self) -> None:
+        """Undo `pause_inference`."""
         with self._condition:
             self._held = False
             self._condition.notify_all()
@@ -316,7 +316,7 @@ class Turns:
                 return None
             left = self._due_left(now)
             return left + _A_LITTLE_LATER if left > 0 else 0.0
-        if self._held or self._pacing is None or not self._pacing.hold_back or self._is_owed(now):
+        if self._held or self._pacing is None or not self._pacing.paced or self._is_owed(now):
             return 0.0
         capped = turn._since + self._pacing.max_wait_seconds - now
         if self._lines[_INFERENCE] or other is not None:

@@ -40,8 +40,8 @@ class Metrics:
         self._slice_seconds = Histogram(
             "poc_slice_seconds", "Time of a slice of a forward of a round", buckets=_SLICE_BUCKETS, registry=registry
         )
-        self._held_back = Counter(
-            "poc_held_back_seconds", "Time that forwards of a round were held back for users", registry=registry
+        self._waited = Counter(
+            "poc_waited_seconds", "Time that forwards of a round were held back for users", registry=registry
         )
         self._validations = Counter(
             "poc_validations", "Batches to validate that ended, by outcome", ["outcome"], registry=registry
@@ -90,9 +90,9 @@ class Metrics:
         """A slice of a forward ended."""
         self._slice_seconds.observe(seconds)
 
-    def held_back(self, seconds: float) -> None:
+    def waited(self, seconds: float) -> None:
         """A slice had to wait so long for its turn."""
-        self._held_back.inc(seconds)
+        self._waited.inc(seconds)
 
     def validation_ended(self, outcome: JobState, waited_seconds: float | None) -> None:
         """A batch to validate ended; None if none of its forwards had begun."""

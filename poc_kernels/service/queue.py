@@ -273,7 +273,7 @@ class ValidationQueue:
             self._end(job, outcome)
             if job.submitter in self._lines:
                 self._lines.move_to_end(job.submitter)
-        self._settle(job)
+        self._notify(job)
         return True
 
     # ---- the end ----
@@ -285,7 +285,7 @@ class ValidationQueue:
             for job in jobs:
                 self._end(job, RoundEndedError(reason))
         for job in jobs:
-            self._settle(job)
+            self._notify(job)
 
     def close(self, reason: str) -> None:
         """Cancel everything and admit nothing more. Harmless twice: the first reason stays."""
@@ -348,7 +348,7 @@ class ValidationQueue:
 
     # ---- outside of it: others' code runs here ----
 
-    def _settle(self, job: ValidationJob) -> None:
+    def _notify(self, job: ValidationJob) -> None:
         try:
             self._ended(job)
         except Exception:  # an observer's fault is not the submitter's, nor that of whoever computes

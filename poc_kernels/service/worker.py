@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from ..protocol import IllegalTransitionError, PoCManager, PoCState, ProofBatch, RoundEndedError, ValidatedBatch
-from ..scheduling import InFlight, StreamPartition, Turns, TurnsClosed
+from ..scheduling import InFlight, PriorityLanes, Turns, TurnsClosed
 from .queue import ValidationJob, ValidationQueue
 
 if TYPE_CHECKING:  # what they need, a process without a server may lack
@@ -41,7 +41,7 @@ class ProofWorker:
         max_queued_nonces: most nonces waiting to be validated, and most nonces of results that are kept.
         result_seconds: how long results are kept.
         stall_seconds: without progress for so long, `trouble` says so.
-        most_in_flight: slices that a GPU is given before the first of them is done.
+        max_slices_in_flight: slices that a GPU is given before the first of them is done.
         low_priority: compute in a thread of the lowest priority, where threads have priorities: for turns that hold no
             slice back.
     """
@@ -50,7 +50,7 @@ class ProofWorker:
         self,
         manager: PoCManager,
         turns: Turns,
-        streams: StreamPartition,
+        streams: PriorityLanes,
         callbacks: CallbackSender,
         metrics: Metrics,
         *,
@@ -59,7 +59,7 @@ class ProofWorker:
         max_queued_nonces: int,
         stall_seconds: float,
         result_seconds: float = 3600.0,
-        most_in_flight: int = 2,
+        max_slices_in_flight: int = 2,
         low_priority: bool = False,
     ) -> None:
         self._manager = manager
@@ -68,7 +68,7 @@ class ProofWorker:
         # A thread of low priority stands still where inference computes: it pays with what it computed itself.
         self._turn = turns.proof(time.thread_time if self._low_priority else None)
         self._streams = streams
-        self._in_flight = InFlight(manager.engine.device, most_in_flight)
+        self._in_flight = InFlight(manager.engine.device, max_slices_in_flight)
         self._callbacks = callbacks
         self._metrics = metrics
         self._drain = drain
@@ -170,7 +170,7 @@ class ProofWorker:
         except TurnsClosed:
             logger.info("the proof thread ends: the device is closed")
         finally:
-            self._turns.release_inference()
+            self._turns.resume_inference()
             with self._condition:
                 self._closing = True  # whatever ended it: nobody would compute what comes
             self.queue.close("the proof thread ended")
@@ -186,8 +186,8 @@ class ProofWorker:
     def _step(self) -> None:
         generating = self._manager.state == PoCState.GENERATING
         if generating and not self._holding:
-            self._hold_inference()
-        self._release_inference()
+            self._pause_inference()
+        self._resume_inference()
         failed = self._validate_some()
         if self._holding and generating:
             failed = self._generate() or failed
@@ -209,7 +209,7 @@ class ProofWorker:
                 self._drain_end = time.monotonic() + self._drain_seconds
             return self._drain_end - time.monotonic()
 
-    def _hold_inference(self, wait: bool = True) -> None:
+    def _pause_inference(self, wait: bool = True) -> None:
         """Once no request is in flight, or those that are had their time; without ``wait`` only if that is so now.
 
         Not if the phase ends meanwhile.
@@ -220,16 +220,16 @@ class ProofWorker:
             if drained or left <= 0:
                 if not drained:
                     logger.warning("requests in flight are paused until the round's generating phase ends")
-                self._turns.hold_inference()
+                self._turns.pause_inference()
                 self._holding = True
                 return
             if not wait:
                 return
 
-    def _release_inference(self) -> None:
+    def _resume_inference(self) -> None:
         """Once the phase is over for which it is held."""
         if self._holding and self._manager.state != PoCState.GENERATING:
-            self._turns.release_inference()
+            self._turns.resume_inference()
             self._holding = False
             logger.info("inference goes on")
 
@@ -297,7 +297,7 @@ class ProofWorker:
         """The device, for the first slice of a batch; it is given back after the last."""
         asked = time.monotonic()
         with self._turn:
-            self._metrics.held_back(time.monotonic() - asked)
+            self._metrics.waited(time.monotonic() - asked)
             self._progressed = time.monotonic()
             try:
                 yield
@@ -311,14 +311,14 @@ class ProofWorker:
         self._in_flight.mark()
         asked = time.monotonic()
         seconds = self._turn.pause()
-        self._metrics.held_back(time.monotonic() - asked)
+        self._metrics.waited(time.monotonic() - asked)
         self._metrics.slice(seconds)
         self._progressed = time.monotonic()
         if self._closing:
             raise RoundEndedError(_SHUTTING_DOWN)
-        self._release_inference()  # not only after a validation's forward
+        self._resume_inference()  # not only after a validation's forward
         if not self._holding and self._manager.state == PoCState.GENERATING:
-            self._hold_inference(wait=False)  # what is left of a validation's forward is held back no more
+            self._pause_inference(wait=False)  # what is left of a validation's forward is held back no more
 
     def _succeeded(self) -> None:
         self._progressed = time.monotonic()

@@ -252,7 +252,7 @@ def test_the_default_is_that_of_a_node(module):
     m = module("beside")
     cpu, gpu = m.default_of(torch.device("cpu")), m.default_of(torch.device("cuda", 0))
     assert gpu.name == "held, share 0.1, the default"
-    assert cpu.hold_back is (sys.platform != "linux")
+    assert cpu.paced is (sys.platform != "linux")
     assert (cpu.share, gpu.share) == (0.1, 0.1)
 
 

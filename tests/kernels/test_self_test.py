@@ -363,5 +363,5 @@ def test_a_condition_that_passes_is_not_remembered(error, monkeypatch, caplog):
     [ValueError("out of memory"), ImportError("no name capture_begin"), RuntimeError("out of resource: shared memory")],
 )
 def test_other_errors_tell_of_the_backend(error):
-    assert not self_test.says_nothing(error)
-    assert self_test.says_nothing(MemoryError())
+    assert not self_test.is_transient(error)
+    assert self_test.is_transient(MemoryError())

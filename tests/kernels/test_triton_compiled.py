@@ -96,7 +96,7 @@ _SPILLED_UNALIGNED = {"before 3.7": {}, "since 3.7": {80: 64, 89: 104, 90: 128}}
 """The same by compute capability, where the width is no multiple of 16."""
 
 # Warps that must find room on a multiprocessor, by the rows of the tile. A product of few rows is cut up along K until
-# there are BLOCKS_PER_MULTIPROCESSOR blocks of 4 warps for each: with 16 rows all of them run at once, with 32 all but
+# there are BLOCKS_PER_SM blocks of 4 warps for each: with 16 rows all of them run at once, with 32 all but
 # one. Products of many rows need 8: two blocks of 4, of which one draws while the other multiplies, or one of 8.
 _LEAST_WARPS = {"int8": {16: 16, 32: 12}, "fp16": {16: 12}}
 

@@ -140,7 +140,7 @@ def test_a_client_that_leaves_mid_stream(
         next(coming)
         begin(http, state)
         if state == "generate":
-            eventually(lambda: node.turns.inference_held)
+            eventually(lambda: node.turns.inference_paused)
         assert node.gate.in_flight == 1
     eventually(lambda: node.gate.in_flight == 0)
     posted(http, "/stop")

@@ -122,7 +122,7 @@ def test_a_stream_beyond_the_deadline_is_paused_and_finishes_afterwards(
     monkeypatch.setattr(node.inference.model, "forward", slowed(node.inference.model.forward, 0.005))
     with Stream(http, max_tokens=150) as stream:
         begin(http)
-        eventually(lambda: node.turns.inference_held)
+        eventually(lambda: node.turns.inference_paused)
         batching = node.inference._batching
         assert batching is not None
         eventually(lambda: batching._turn.waiting)  # the step that ran has ended

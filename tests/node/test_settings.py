@@ -67,7 +67,7 @@ def test_they_do_not_change() -> None:
 @pytest.mark.parametrize("lowers_threads", [False, True])
 def test_slices_are_held_back_where_nothing_else_protects_users(lowers_threads: bool) -> None:
     chosen = {
-        pacing: Settings(model="m", validation_pacing=pacing).hold_back(lowers_threads)
+        pacing: Settings(model="m", validation_pacing=pacing).paced(lowers_threads)
         for pacing in ("auto", "held", "free")
     }
     assert chosen == {"auto": not lowers_threads, "held": True, "free": False}

@@ -93,9 +93,9 @@ def paced(
     cap: float = 1000.0,
     linger: float = 0.0,
     concurrent: bool = False,
-    hold_back: bool = True,
+    paced: bool = True,
 ) -> Turns:
-    pacing = Pacing(share=share, max_wait_seconds=cap, linger_seconds=linger, hold_back=hold_back)
+    pacing = Pacing(share=share, max_wait_seconds=cap, linger_seconds=linger, paced=paced)
     return Turns(pacing, concurrent=concurrent)
 
 
@@ -223,11 +223,11 @@ def test_holding_lets_a_step_end_and_none_begin(instruments: Instruments) -> Non
     def setup(timeline: Timeline) -> None:
         turns = timeline.turns
         timeline.party("inference", turns.inference(lambda: True), 2, 1)
-        timeline.call(1, turns.hold_inference)
-        timeline.call(1.5, lambda: held.append(turns.inference_held))
+        timeline.call(1, turns.pause_inference)
+        timeline.call(1.5, lambda: held.append(turns.inference_paused))
         timeline.sliced("proof", turns.proof(), 1, 1, 1, at=1)
-        timeline.call(4.5, turns.release_inference)
-        timeline.call(4.75, lambda: held.append(turns.inference_held))
+        timeline.call(4.5, turns.resume_inference)
+        timeline.call(4.75, lambda: held.append(turns.inference_paused))
 
     held: list[bool] = []
     spans = run(instruments, lambda: paced(linger=100.0), setup).spans
@@ -340,7 +340,7 @@ def test_slices_that_are_not_held_back_run_beside_steps_and_nobody_waits(instrum
         timeline.party("proof", timeline.turns.proof(), *[0.5] * 10, at=0.25)
 
     # Slices get more than the share: half of it would be enough.
-    timeline = run(instruments, lambda: paced(0.25, linger=100.0, concurrent=True, hold_back=False), setup)
+    timeline = run(instruments, lambda: paced(0.25, linger=100.0, concurrent=True, paced=False), setup)
     assert timeline.waits == [0] * 15
     assert max(end for *_, end in timeline.spans) == 5.25
 
@@ -352,7 +352,7 @@ def test_a_step_waits_for_a_slice_that_is_owed(instruments: Instruments) -> None
 
     # Slices are taken for 1 s by the first; 9 steps of 1 s beside slices owe as much. However long the second takes, no
     # step waits for it before, and then each for a slice as they were and twice what a step owes.
-    timeline = run(instruments, lambda: paced(cap=1.0, concurrent=True, hold_back=False), setup)
+    timeline = run(instruments, lambda: paced(cap=1.0, concurrent=True, paced=False), setup)
     assert timeline.waits[:9] == [0] * 9
     most = 1 + 2 / 9
     assert timeline.waits[9:] == pytest.approx([most] * 5 + [21 - (9.5 + 5 * (most + 1))], abs=0.001)
@@ -374,7 +374,7 @@ def test_no_step_waits_long_for_a_slice_that_others_keep_from_the_cores(instrume
         timeline.party("inference", timeline.turns.inference(lambda: True), *[0.01] * 500, at=0.5)
         timeline.call(10, timeline.turns.close)
 
-    timeline = run(instruments, lambda: paced(concurrent=True, hold_back=False), setup)
+    timeline = run(instruments, lambda: paced(concurrent=True, paced=False), setup)
     assert len(timeline.waits) == 500
     assert 0.002 < max(timeline.waits) < 0.002 + 2 * 0.01 / 9 + 0.001
 
@@ -503,7 +503,7 @@ def play(turns: Callable[[], Turns], steps: list[float], slices: Iterator[float]
 MODES = {
     "exclusive": {},
     "beside": {"concurrent": True},
-    "starved": {"concurrent": True, "hold_back": False},
+    "starved": {"concurrent": True, "paced": False},
 }
 
 
@@ -639,7 +639,7 @@ def test_times_that_are_none(name: str, value: float) -> None:
 
 
 def test_pacing_is_needed_where_one_computes_at_a_time() -> None:
-    for pacing in (None, Pacing(hold_back=False)):
+    for pacing in (None, Pacing(paced=False)):
         with pytest.raises(ValueError, match="pacing must be a Pacing that holds back where concurrent is False, got"):
             Turns(pacing)
     assert [Pacing(share=share).owed_per_second for share in (0.5, 0.75)] == [1, 3]

@@ -41,12 +41,12 @@ class Watched:
             granted = have[-1]
             if granted is not None and granted is not had:
                 assert line[:1] in ([], [granted]), "not first come first served"
-                assert side is self.sides[1] or not (self._held and self.turns.inference_held), "granted while held"
+                assert side is self.sides[1] or not (self._held and self.turns.inference_paused), "granted while held"
             line[:] = [turn for turn in line if turn.waiting]
         if not self.turns._concurrent:
             assert None in have, "two compute at once"
         self._had = (have[0], have[1])
-        self._held = self.turns.inference_held
+        self._held = self.turns.inference_paused
 
     def compute(self, turn: Turn, times: int = 1, slices: int = 1) -> str:
         """Take the turn so many times, for so many slices each; what ended it."""
@@ -100,8 +100,8 @@ def hold_and_release(world: World, watched: Watched) -> None:
     steps_and_slices(world, watched)
 
     def hold() -> None:
-        watched.turns.hold_inference()
-        watched.turns.release_inference()
+        watched.turns.pause_inference()
+        watched.turns.resume_inference()
 
     world.spawn("hold", hold)
 
@@ -115,7 +115,7 @@ def cancel_a_step(world: World, watched: Watched) -> None:
 
 
 def cancel_a_waiting_step(world: World, watched: Watched) -> None:
-    watched.turns.hold_inference()
+    watched.turns.pause_inference()
     step = watched.inference()
     world.spawn("cancelled", lambda: watched.compute(step))
     world.spawn("cancel", step.cancel)
@@ -132,7 +132,7 @@ def close_all(world: World, watched: Watched) -> None:
     world.spawn("proof", lambda: watched.compute(proof, slices=2))
 
     def hold_and_close() -> None:
-        watched.turns.hold_inference()
+        watched.turns.pause_inference()
         watched.turns.close()
 
     world.spawn("close", hold_and_close)
@@ -225,7 +225,7 @@ class Owing(Turns):
     waits = 0
 
     def __init__(self) -> None:
-        pacing = Pacing(share=0.25, max_wait_seconds=LONG, linger_seconds=0.0, hold_back=False)
+        pacing = Pacing(share=0.25, max_wait_seconds=LONG, linger_seconds=0.0, paced=False)
         super().__init__(pacing, concurrent=True)
         self._owed_seconds = self._due_seconds = LONG
 

@@ -68,8 +68,8 @@ def test_events() -> None:
     metrics.failed("validated")
     metrics.dropped("generated", 7)
     metrics.slice(0.0015)
-    metrics.held_back(0.25)
-    metrics.held_back(0.5)
+    metrics.waited(0.25)
+    metrics.waited(0.5)
     metrics.validation_ended(JobState.DONE, 7.0)
     metrics.validation_ended(JobState.FAILED, 0.0)
     metrics.validation_ended(JobState.CANCELLED, None)
@@ -83,7 +83,7 @@ def test_events() -> None:
     assert told["poc_callback_dropped_nonces_total kind=generated"] == 7
     assert told["poc_slice_seconds_bucket le=0.001"] == 0
     assert told["poc_slice_seconds_bucket le=0.002"] == told["poc_slice_seconds_count"] == 1
-    assert told["poc_held_back_seconds_total"] == 0.75
+    assert told["poc_waited_seconds_total"] == 0.75
     assert [told[f"poc_validations_total outcome={name}"] for name in ("done", "failed", "cancelled")] == [1, 1, 1]
     assert told["poc_validation_wait_seconds_count"] == 2  # the third never began
     assert told["poc_validation_wait_seconds_sum"] == 7.0

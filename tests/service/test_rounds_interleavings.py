@@ -23,7 +23,7 @@ from poc_kernels.protocol import (
     ValidatedBatch,
 )
 from poc_kernels.protocol import round as manager_module
-from poc_kernels.scheduling import StreamPartition, Turns
+from poc_kernels.scheduling import PriorityLanes, Turns
 from poc_kernels.service import queue as queue_module
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.queue import JobState, ValidationJob, ValidationQueue
@@ -36,7 +36,7 @@ _LEGAL = {
     PoCState.STOPPED: set(PoCState),
 }
 BATCH = 2
-PARTITION = StreamPartition("cpu")
+PARTITION = PriorityLanes("cpu")
 """Made here, as it tries a real thread: one made in a scenario would wait with stand-ins for it."""
 
 
@@ -410,7 +410,7 @@ def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, reco
 
         def check() -> None:
             assert steps == 2
-            assert not turns.inference_held
+            assert not turns.inference_paused
             assert manager.status()["total_checked"] % BATCH == 0
             assert not worker._thread.is_alive()
             assert world.now < LONG, "somebody slept until a deadline: a wake-up is missing"

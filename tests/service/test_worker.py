@@ -30,12 +30,12 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Parts]]:
 
 def test_a_round_holds_inference_and_posts_what_is_valid(make: Callable[..., Parts]) -> None:
     parts = make()
-    assert not parts.turns.inference_held
+    assert not parts.turns.inference_paused
     parts.begin()
     parts.checked(40)
-    assert parts.turns.inference_held
+    assert parts.turns.inference_paused
     parts.stop()
-    eventually(lambda: not parts.turns.inference_held)
+    eventually(lambda: not parts.turns.inference_paused)
     result = parts.manager.status()
     assert parts.callbacks.nonces() == result["valid_nonces"]
     assert 0 < result["total_valid"] < result["total_checked"]
@@ -58,7 +58,7 @@ def test_inference_is_let_go_in_every_other_state(make: Callable[..., Parts]) ->
         else:
             parts.manager.set_phase(phase)
             parts.worker.wake()
-        eventually(lambda phase=phase: parts.turns.inference_held == (phase == PoCState.GENERATING))
+        eventually(lambda phase=phase: parts.turns.inference_paused == (phase == PoCState.GENERATING))
 
 
 def test_requests_are_drained_before_the_first_nonce(make: Callable[..., Parts]) -> None:
@@ -72,10 +72,10 @@ def test_requests_are_drained_before_the_first_nonce(make: Callable[..., Parts])
     parts.begin()
     assert asked.wait(TIMEOUT)
     assert parts.engine.shapes == []
-    assert not parts.turns.inference_held
+    assert not parts.turns.inference_paused
     drained.set()
     parts.checked(BATCH)
-    assert parts.turns.inference_held
+    assert parts.turns.inference_paused
 
 
 def test_draining_has_a_deadline(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_draining_has_a_deadline(make: Callable[..., Parts], monkeypatch: pytest
     parts.begin()
     parts.checked(BATCH)
     assert given == pytest.approx([0.1, 0.1, 0.05])
-    assert parts.turns.inference_held
+    assert parts.turns.inference_paused
 
 
 @pytest.mark.parametrize("how", ["stop", "validate"])
@@ -114,7 +114,7 @@ def test_a_phase_that_ends_while_it_drains_computes_nothing(make: Callable[..., 
         parts.worker.wake()
         assert parts.worker.submit(proof(1)).result(TIMEOUT).nonces == [0]
     eventually(lambda: parts.worker._idle)
-    assert not parts.turns.inference_held
+    assert not parts.turns.inference_paused
     assert parts.manager.status()["total_checked"] == 0
 
 
@@ -291,9 +291,9 @@ def test_a_phase_that_ends_while_it_drains_never_holds_users(make: Callable[...,
 
     parts = make(drain=drain, drain_seconds=TIMEOUT)
     held: list[bool] = []
-    parts.engine.before_forward = lambda: held.append(parts.turns.inference_held)
-    hold = parts.turns.hold_inference
-    parts.turns.hold_inference = lambda: held.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
+    parts.engine.before_forward = lambda: held.append(parts.turns.inference_paused)
+    hold = parts.turns.pause_inference
+    parts.turns.pause_inference = lambda: held.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
     parts.begin()
     assert asked.wait(TIMEOUT)
     result = parts.worker.submit(proof(1))

@@ -107,7 +107,7 @@ def test_time_that_users_took_is_counted(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
     told: list[float] = []
-    parts.metrics.held_back = told.append  # type: ignore[method-assign]
+    parts.metrics.waited = told.append  # type: ignore[method-assign]
     tick = threading.Event()
     with parts.turns.inference():
         result = parts.worker.submit(proof(1))
@@ -158,12 +158,12 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
             parts.manager.set_phase(PoCState.GENERATING)
             parts.worker.wake()
             assert parts.worker._drain_end is not None
-            held.append(parts.turns.inference_held)
+            held.append(parts.turns.inference_paused)
             pause()
-            held.append(parts.turns.inference_held)
+            held.append(parts.turns.inference_paused)
             parts.worker._drain_end = 0.0  # their time is over
-            eventually(lambda: pause() or parts.turns.inference_held)
-            held.append(parts.turns.inference_held)
+            eventually(lambda: pause() or parts.turns.inference_paused)
+            held.append(parts.turns.inference_paused)
         return type(parts.engine).forward(parts.engine, x)
 
     parts.engine.forward = forward  # type: ignore[method-assign]

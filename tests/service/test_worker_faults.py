@@ -91,14 +91,14 @@ def test_users_do_not_wait_for_a_forward_of_a_phase_that_is_over(make: Callable[
     def forward(x: Any, pause: Callable[[], None]) -> Any:
         if not seen:
             phase(PoCState.GENERATING)
-            eventually(lambda: pause() or parts.turns.inference_held)
+            eventually(lambda: pause() or parts.turns.inference_paused)
             user = threading.Thread(target=step, daemon=True)
             user.start()
             pause()
             seen.append(stepped.is_set())
             phase(PoCState.VALIDATING)
             eventually(lambda: pause() or stepped.is_set())
-            seen.append(parts.turns.inference_held)
+            seen.append(parts.turns.inference_paused)
             user.join(TIMEOUT)
         return type(parts.engine).forward(parts.engine, x)
 
@@ -213,7 +213,7 @@ def test_close_in_every_condition(make: Callable[..., Parts], monkeypatch: pytes
     condition(name, parts)
     parts.worker.close(TIMEOUT)
     assert parts.ended()
-    assert not parts.turns.inference_held
+    assert not parts.turns.inference_paused
     assert parts.worker.queued_nonces == 0
     parts.worker.close(TIMEOUT)
     assert parts.worker.trouble() == "the proof thread is not running"
@@ -231,7 +231,7 @@ def test_close_while_it_drains(make: Callable[..., Parts]) -> None:
     assert asked.wait(TIMEOUT)
     parts.worker.close(TIMEOUT)
     assert parts.ended()
-    assert not parts.turns.inference_held
+    assert not parts.turns.inference_paused
 
 
 def test_close_does_not_wait_for_a_batch_that_hangs(make: Callable[..., Parts]) -> None:

@@ -18,15 +18,15 @@ LONG = 1000.0
 
 
 MODES: dict[str, dict[str, bool]] = {
-    "exclusive": {"concurrent": False, "hold_back": True},
-    "concurrent": {"concurrent": True, "hold_back": True},
-    "free": {"concurrent": True, "hold_back": False},
+    "exclusive": {"concurrent": False, "paced": True},
+    "concurrent": {"concurrent": True, "paced": True},
+    "free": {"concurrent": True, "paced": False},
 }
 """How steps and slices share a device. A node is concurrent on a GPU and free on a processor."""
 
 
 def turns_of(mode: str = "exclusive", share: float = 0.5, max_wait: float = LONG, linger: float = 0.0) -> Turns:
     """Turns in which nobody waits for time to pass, unless told to."""
-    concurrent, hold_back = MODES[mode].values()
-    pacing = Pacing(share=share, max_wait_seconds=max_wait, linger_seconds=linger, hold_back=hold_back)
+    concurrent, paced = MODES[mode].values()
+    pacing = Pacing(share=share, max_wait_seconds=max_wait, linger_seconds=linger, paced=paced)
     return Turns(pacing, concurrent=concurrent)

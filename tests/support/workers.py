@@ -13,7 +13,7 @@ from served import TIMEOUT, eventually
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
-from poc_kernels.scheduling import StreamPartition, Turns
+from poc_kernels.scheduling import PriorityLanes, Turns
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.metrics import Metrics
 from poc_kernels.service.worker import ProofWorker
@@ -55,7 +55,7 @@ class Parts:
         self.worker = ProofWorker(
             self.manager,
             self.turns,
-            StreamPartition("cpu"),
+            PriorityLanes("cpu"),
             self.callbacks,  # type: ignore[arg-type]
             self.metrics,
             **{**defaults, **options},

@@ -18,7 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from ...scheduling import StreamPartition, Turns, TurnsClosed
+from ...scheduling import PriorityLanes, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
 
 logger = logging.getLogger("poc_kernels")
@@ -130,7 +130,7 @@ class Batching:
         config: ContinuousBatchingConfig,
         router: Router,
         turns: Turns,
-        streams: StreamPartition,
+        streams: PriorityLanes,
     ) -> None:
         self._router = router
         self._turns = turns
@@ -149,7 +149,7 @@ class Batching:
             # As its warmup() does it. Left to CB's thread, the cache comes some time after start() returned.
             with torch.no_grad(), streams.inference():
                 self._manager.batch_processor = self._manager._create_batch_processor()
-            raised = streams.raise_streams(self._manager.batch_processor)  # before it captures anything
+            raised = streams.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -229,7 +229,7 @@ class Batching:
 
     def stalled_for(self) -> float:
         """Seconds since the last progress while requests are in flight; 0 while a step may not begin."""
-        held = self._turns.inference_held and not self._turn.computing
+        held = self._turns.inference_paused and not self._turn.computing
         if self._turn.waiting or held or self._router.in_flight() == 0:
             return 0.0
         return time.monotonic() - self._progress

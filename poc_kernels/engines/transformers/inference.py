@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from transformers import GenerationConfig
 
-from ...scheduling import StreamPartition, Turns
+from ...scheduling import PriorityLanes, Turns
 from . import openai_app
 from .admission import admitted_new_tokens, engine_unavailable
 from .batching import Batching, OnOutput, Router
@@ -50,14 +50,14 @@ class Inference:
         turns: Turns,
         limits: InferenceLimits | None = None,
         temperature: float | None = None,
-        streams: StreamPartition | None = None,
+        streams: PriorityLanes | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.restarts = 0
         self._turns = turns
-        self._streams = streams or StreamPartition(model.device)
+        self._streams = streams or PriorityLanes(model.device)
         self._limits = limits or InferenceLimits()
         self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self._generation_config = generation_config(self.model, self.tokenizer, temperature)

@@ -52,7 +52,7 @@ _FP16_TILES = (Tile(64, 16, 4, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2))
 # Cards whose int8 rate is far below their float16 rate.
 _FP16 = {(10, 3)}
 
-BLOCKS_PER_MULTIPROCESSOR = 4
+BLOCKS_PER_SM = 4
 """How many blocks a product of few tiles is cut into, along K, for each multiprocessor."""
 
 
@@ -85,8 +85,8 @@ def splittable(capability: tuple[int, int]) -> bool:
 def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, multiprocessors: int) -> int:
     """Into how many parts of K to cut each of ``tiles`` tiles, so that there is work for every multiprocessor.
 
-    BLOCKS_PER_MULTIPROCESSOR blocks of the tiles for few rows share a multiprocessor; one or two others fill it.
+    BLOCKS_PER_SM blocks of the tiles for few rows share a multiprocessor; one or two others fill it.
     """
     if not splittable(capability) or (tiles >= multiprocessors and tile[:3] not in _FEW):
         return 1
-    return max(1, min(panels, BLOCKS_PER_MULTIPROCESSOR * multiprocessors // tiles))
+    return max(1, min(panels, BLOCKS_PER_SM * multiprocessors // tiles))

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from poc_kernels.engines.transformers.admission import ENGINE_FAILED
 from poc_kernels.engines.transformers.batching import Batching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
-from poc_kernels.scheduling import StreamPartition, Turns
+from poc_kernels.scheduling import PriorityLanes, Turns
 
 
 def output(request_id: str, status: RequestStatus = RequestStatus.FINISHED, error: str | None = None) -> Any:
@@ -135,7 +135,7 @@ def test_a_request_may_fill_the_cache_and_no_more(tiny_model_dir: Path, block_si
         assert inference.restarts == 0
 
 
-class Streams(StreamPartition):
+class Streams(PriorityLanes):
     """A partition that tells who is inside, and what was given to it."""
 
     inside: ClassVar[set[int]] = set()
@@ -152,7 +152,7 @@ class Streams(StreamPartition):
         finally:
             self.inside.discard(threading.get_ident())
 
-    def raise_streams(self, owner: object) -> int:
+    def prioritise_streams(self, owner: object) -> int:
         self.given.append(owner)
         return 0
 
@@ -224,11 +224,11 @@ def test_no_step_begins_while_inference_is_held(tiny_model_dir: Path) -> None:
         await asyncio.to_thread(eventually, lambda: batched.batching._turn.waiting)
         assert batched.forwards == []
         assert batched.batching.stalled_for() == 0.0
-        batched.turns.release_inference()
+        batched.turns.resume_inference()
         return await asked
 
     try:
-        batched.turns.hold_inference()
+        batched.turns.pause_inference()
         assert len(asyncio.run(ask_while_held()).generated_tokens) == 5
     finally:
         batched.turns.close()
@@ -255,7 +255,7 @@ def test_a_step_waits_for_the_slice_that_runs(tiny_model_dir: Path) -> None:
 
 def test_a_stop_ends_a_step_that_waits(tiny_model_dir: Path) -> None:
     batched = Batched(tiny_model_dir)
-    batched.turns.hold_inference()
+    batched.turns.pause_inference()
     told: list[Any] = []
 
     async def submit() -> None:

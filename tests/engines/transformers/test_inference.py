@@ -134,13 +134,13 @@ def test_a_step_that_hangs_is_a_stall_though_inference_is_held(
         release = fault.hang = threading.Event()
         whole = asking(http.post, CHAT, json=chat())
         assert fault.hanging.wait(TIMEOUT)
-        inference._turns.hold_inference()
+        inference._turns.pause_inference()
         got = asking(inference._turns.proof().__enter__)
         assert whole.result(TIMEOUT).status_code == 503
         got.result(TIMEOUT).end()  # the device is free for proofs
         eventually(lambda: inference.restarts == 1)
         release.set()
-        inference._turns.release_inference()
+        inference._turns.resume_inference()
         assert text_of(http.post(CHAT, json=chat(max_tokens=2)))
 
 
@@ -153,12 +153,12 @@ def test_waiting_for_a_turn_is_no_stall(loaded: tuple[Any, Any], asking: Callabl
             threading.Event().wait(0.5)  # what is tested is that nothing happens in this time
             assert inference.trouble() is None
         text_of(answer.result(TIMEOUT))
-        turns.hold_inference()
+        turns.pause_inference()
         answer = asking(http.post, CHAT, json=chat(max_tokens=2))
         eventually(lambda: inference.in_flight() == 1)
         threading.Event().wait(0.5)
         assert inference.trouble() is None
-        turns.release_inference()
+        turns.resume_inference()
         text_of(answer.result(TIMEOUT))
         assert inference.restarts == 0
 
@@ -216,7 +216,7 @@ def test_stop_leaves_no_thread(
     with serving(inference.build_app()) as url, client(url) as http:
         answers = []
         if condition.startswith("held"):
-            turns.hold_inference()
+            turns.pause_inference()
         if condition == "computing proof":
             proof.__enter__()
         if condition == "dead":

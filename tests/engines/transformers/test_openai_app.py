@@ -237,7 +237,7 @@ def hold_in_step(inference: Inference, monkeypatch: pytest.MonkeyPatch, step: in
 
     def holding_forward(*args: Any, **kwargs: Any) -> Any:
         if next(steps) == step:
-            inference._turns.hold_inference()
+            inference._turns.pause_inference()
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(inference.model, "forward", holding_forward)
@@ -266,12 +266,12 @@ def test_a_client_that_leaves_mid_stream_is_cancelled(
         coming = pieces(events(stream.iter_lines()))  # kept: an iterator that is dropped closes the connection
         next(coming)
         if held:
-            eventually(lambda: turns.inference_held)
+            eventually(lambda: turns.inference_paused)
         assert inference.in_flight() == 1
     try:
         assert inference.wait_idle(TIMEOUT)
     finally:
-        turns.release_inference()
+        turns.resume_inference()
     monkeypatch.undo()
     processor = inference._batching._manager.batch_processor  # type: ignore[union-attr]
     eventually(lambda: not processor.has_pending_requests())
@@ -289,12 +289,12 @@ def test_a_request_whose_handler_is_cancelled_leaves(app: FastAPI, inference: In
             with pytest.raises(asyncio.CancelledError):
                 await asking
 
-    inference._turns.hold_inference()
+    inference._turns.pause_inference()
     try:
         asyncio.run(asyncio.wait_for(ask_and_leave(), TIMEOUT))
         assert inference.wait_idle(TIMEOUT)
     finally:
-        inference._turns.release_inference()
+        inference._turns.resume_inference()
 
 
 def test_held_inference_pauses_and_goes_on_with_the_same_text(
@@ -306,7 +306,7 @@ def test_held_inference_pauses_and_goes_on_with_the_same_text(
     with http.stream("POST", CHAT, json=chat(max_tokens=32, stream=True)) as stream, ThreadPoolExecutor(1) as pool:
         coming = pieces(events(stream.iter_lines()))
         said = [next(coming)]
-        eventually(lambda: turns.inference_held)
+        eventually(lambda: turns.inference_paused)
         with turns.proof():  # the step that ran has ended
             steps = inference._batching._manager.current_batch  # type: ignore[union-attr]
         queued = pool.submit(http.post, CHAT, json=chat(max_tokens=32))
@@ -317,7 +317,7 @@ def test_held_inference_pauses_and_goes_on_with_the_same_text(
         assert not inference.wait_idle(0.05)
         assert inference._batching._manager.current_batch <= steps + 1  # type: ignore[union-attr]
         assert inference.trouble() is None
-        turns.release_inference()
+        turns.resume_inference()
         said += coming
         assert text_of(queued.result(TIMEOUT)) == expected
     assert "".join(said) == expected

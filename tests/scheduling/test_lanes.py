@@ -1,4 +1,4 @@
-"""StreamPartition where there are no streams, streams that others made, and what is in flight, on stand-ins."""
+"""PriorityLanes where there are no streams, streams that others made, and what is in flight, on stand-ins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from poc_kernels.scheduling import InFlight, StreamPartition, streams
+from poc_kernels.scheduling import InFlight, PriorityLanes, streams
 
 CUDA = torch.device("cuda", 0)
 
@@ -22,7 +22,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_on_a_processor_nothing_happens() -> None:
-    partition = StreamPartition("cpu")
+    partition = PriorityLanes("cpu")
     assert partition.device == torch.device("cpu")
     assert partition.inference_stream is partition.validation_stream is None
     partition.begin()
@@ -30,7 +30,7 @@ def test_on_a_processor_nothing_happens() -> None:
     with partition.inference(), partition.validation():
         assert partition.hand_over(x) is x
         assert partition.hand_over(x, to_inference=True) is x
-    assert partition.raise_streams(types.SimpleNamespace()) == 0
+    assert partition.prioritise_streams(types.SimpleNamespace()) == 0
     in_flight = InFlight(torch.device("cpu"), 1)
     for _ in range(5):
         in_flight.mark()
@@ -42,13 +42,13 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="threads have prio
 LOWERED = """
 import os, threading, torch
 from concurrent.futures import ThreadPoolExecutor
-from poc_kernels.scheduling import StreamPartition
+from poc_kernels.scheduling import PriorityLanes
 
 def priority():
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 def lower():
-    lowered = StreamPartition("cpu").lower_thread()
+    lowered = PriorityLanes("cpu").lower_thread()
     before = set(os.listdir("/proc/self/task"))
     torch.set_num_threads(2)
     torch.randn(2**22).add_(1)  # starts OpenMP's own threads
@@ -57,7 +57,7 @@ def lower():
 
 usual = priority()
 with ThreadPoolExecutor(1) as pool:
-    assert StreamPartition("cpu").lowers_threads
+    assert PriorityLanes("cpu").lowers_threads
     print(pool.submit(lower).result())
 assert priority() == usual
 """
@@ -71,7 +71,7 @@ def test_a_thread_of_validation_has_the_lowest_priority_and_so_do_those_it_start
 def test_where_threads_have_no_priorities_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "setpriority", None)
-    partition = StreamPartition("cpu")
+    partition = PriorityLanes("cpu")
     assert not partition.lowers_threads
     assert not partition.lower_thread()
 
@@ -82,20 +82,20 @@ def test_a_system_that_refuses_a_lower_priority_has_none(monkeypatch: pytest.Mon
         raise PermissionError("not here")
 
     monkeypatch.setattr(os, "setpriority", refuse)
-    assert not StreamPartition("cpu").lowers_threads
-    assert not StreamPartition("cpu").lower_thread()
+    assert not PriorityLanes("cpu").lowers_threads
+    assert not PriorityLanes("cpu").lower_thread()
 
 
 def test_errors_inside_go_through() -> None:
-    partition = StreamPartition("cpu")
+    partition = PriorityLanes("cpu")
     for enter in (partition.inference, partition.validation):
         with pytest.raises(KeyError), enter():
             raise KeyError
 
 
 def test_a_processor_has_no_multiprocessors() -> None:
-    with pytest.raises(ValueError, match="validation_multiprocessors needs a CUDA device, got cpu"):
-        StreamPartition("cpu", validation_multiprocessors=4)
+    with pytest.raises(ValueError, match="validation_sms needs a CUDA device, got cpu"):
+        PriorityLanes("cpu", validation_sms=4)
 
 
 @pytest.mark.parametrize("most", [0, -1])
@@ -121,7 +121,7 @@ class Stream:
 
 
 class Device:
-    """What `StreamPartition` and `InFlight` ask of torch.cuda."""
+    """What `PriorityLanes` and `InFlight` ask of torch.cuda."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[Stream] = []
@@ -166,7 +166,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def test_two_streams_of_two_priorities_that_wait_for_what_was_before(cuda: Device) -> None:
-    partition = StreamPartition("cuda")
+    partition = PriorityLanes("cuda")
     assert partition.device == CUDA
     inference, validation = partition.inference_stream, partition.validation_stream
     assert cuda.made == [inference, validation]
@@ -188,13 +188,13 @@ def test_the_range_of_priorities_is_asked_for(cuda: Device, monkeypatch: pytest.
 
     make.priority_range = lambda: (0, -5)  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.cuda, "Stream", make)
-    StreamPartition("cuda:0")
+    PriorityLanes("cuda:0")
     assert [stream.options["priority"] for stream in cuda.made] == [-5, 0]
 
 
 @pytest.mark.parametrize("to_inference", [False, True])
 def test_a_tensor_is_handed_over(cuda: Device, to_inference: bool) -> None:
-    partition = StreamPartition("cuda")
+    partition = PriorityLanes("cuda")
     taker = partition.inference_stream if to_inference else partition.validation_stream
     taker.waited.clear()
     recorded: list[Any] = []
@@ -208,15 +208,13 @@ def test_a_tensor_is_handed_over(cuda: Device, to_inference: bool) -> None:
 
 @pytest.mark.parametrize("count", [0, 8, 100, -1])
 def test_more_multiprocessors_than_there_are(cuda: Device, count: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"validation_multiprocessors must be in \[1, 8\) on this device, got {count}"
-    ):
-        StreamPartition("cuda", validation_multiprocessors=count)
+    with pytest.raises(ValueError, match=rf"validation_sms must be in \[1, 8\) on this device, got {count}"):
+        PriorityLanes("cuda", validation_sms=count)
 
 
 def test_a_torch_without_green_contexts(cuda: Device) -> None:
     with pytest.raises(ValueError, match="needs a torch with green contexts"):
-        StreamPartition("cuda", validation_multiprocessors=2)
+        PriorityLanes("cuda", validation_sms=2)
 
 
 def test_a_driver_without_green_contexts(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +223,7 @@ def test_a_driver_without_green_contexts(cuda: Device, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
     with pytest.raises(ValueError, match="green contexts, which fail here: driver too old"):
-        StreamPartition("cuda", validation_multiprocessors=2)
+        PriorityLanes("cuda", validation_sms=2)
 
 
 def test_a_green_context_has_validation_s_stream(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +235,7 @@ def test_a_green_context_has_validation_s_stream(cuda: Device, monkeypatch: pyte
         return types.SimpleNamespace(Stream=lambda: green)
 
     monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
-    partition = StreamPartition("cuda", validation_multiprocessors=2)
+    partition = PriorityLanes("cuda", validation_sms=2)
     assert asked == [(2, 0)]
     assert partition.validation_stream is green
     assert cuda.made == [partition.inference_stream]
@@ -264,7 +262,7 @@ Held.__module__, Foreign.__module__ = "stack.batching.inner", "elsewhere.batchin
 
 
 def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
-    partition = StreamPartition("cuda")
+    partition = PriorityLanes("cuda")
     foreign = Foreign(stream=Stream("foreign"))
     inner = Held(stream=Stream("inner"))
     compute = Stream("compute")
@@ -279,7 +277,7 @@ def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
     )
     inner.owner = owner  # a cycle
     owner.again = inner
-    assert partition.raise_streams(owner) == 6
+    assert partition.prioritise_streams(owner) == 6
     high = partition.inference_stream
     assert owner.compute is owner.compute_again[0] is high
     others = [owner.pairs[0], owner.pairs[1]["copy"], inner.stream, owner.several[1][0]]
@@ -290,7 +288,7 @@ def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
 
 
 def test_a_stack_without_streams(cuda: Device) -> None:
-    assert StreamPartition("cuda").raise_streams(Held(a=[], b={})) == 0
+    assert PriorityLanes("cuda").prioritise_streams(Held(a=[], b={})) == 0
 
 
 # ---- in flight ----

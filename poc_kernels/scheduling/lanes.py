@@ -20,7 +20,7 @@ from torch import Tensor
 _LOWEST_PRIORITY = 19
 
 
-class StreamPartition:
+class PriorityLanes:
     """The two streams of a device, and how tensors pass between them. A processor has none: see `lower_thread`.
 
     A priority decides whose blocks a free multiprocessor takes next; blocks that run are not interrupted. Graphs keep
@@ -28,32 +28,32 @@ class StreamPartition:
 
     Args:
         device: where both run.
-        validation_multiprocessors: keep validation to so many multiprocessors (a CUDA green context), besides; what
+        validation_sms: keep validation to so many multiprocessors (a CUDA green context), besides; what
             torch and the driver make of the number is theirs to round.
 
     Raises:
-        ValueError: validation_multiprocessors is not between 1 and what the device has, or nothing here can do it.
+        ValueError: validation_sms is not between 1 and what the device has, or nothing here can do it.
     """
 
-    def __init__(self, device: torch.device | str, *, validation_multiprocessors: int | None = None) -> None:
+    def __init__(self, device: torch.device | str, *, validation_sms: int | None = None) -> None:
         self.device = torch.device(device)
         self._inference: Any = None
         self._validation: Any = None
         self._green_context: Any = None
         self._lowers_threads = threads_have_priorities(self.device)
         if self.device.type != "cuda":
-            if validation_multiprocessors is not None:
-                raise ValueError(f"validation_multiprocessors needs a CUDA device, got {self.device}")
+            if validation_sms is not None:
+                raise ValueError(f"validation_sms needs a CUDA device, got {self.device}")
             return
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         least, greatest = _priority_range()
         with torch.cuda.device(self.device):
             self._inference = torch.cuda.Stream(self.device, priority=greatest)  # type: ignore[no-untyped-call]
-            if validation_multiprocessors is None:
+            if validation_sms is None:
                 self._validation = torch.cuda.Stream(self.device, priority=least)  # type: ignore[no-untyped-call]
             else:
-                self._green_context, self._validation = _green_stream(self.device, validation_multiprocessors)
+                self._green_context, self._validation = _green_stream(self.device, validation_sms)
         self.begin()
 
     @property
@@ -127,7 +127,7 @@ class StreamPartition:
             tensor.record_stream(stream)
         return tensor
 
-    def raise_streams(self, owner: object) -> int:
+    def prioritise_streams(self, owner: object) -> int:
         """Replace every stream that ``owner`` keeps in an attribute, and what it owns keeps, by one of high priority.
 
         For a stack that makes its own streams of priority 0. The first is replaced by the stream of inference, each
@@ -208,15 +208,15 @@ def _priority_range() -> tuple[int, int]:
 def _green_stream(device: torch.device, multiprocessors: int) -> tuple[Any, Any]:
     there = torch.cuda.get_device_properties(device).multi_processor_count
     if not 1 <= multiprocessors < there:
-        raise ValueError(f"validation_multiprocessors must be in [1, {there}) on this device, got {multiprocessors}")
+        raise ValueError(f"validation_sms must be in [1, {there}) on this device, got {multiprocessors}")
     make = getattr(torch.cuda, "GreenContext", None)
     if make is None:
-        raise ValueError("validation_multiprocessors needs a torch with green contexts (2.9 on), this one has none")
+        raise ValueError("validation_sms needs a torch with green contexts (2.9 on), this one has none")
     try:
         context = make.create(num_sms=multiprocessors, device_id=device.index)
         return context, context.Stream()
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"validation_multiprocessors needs green contexts, which fail here: {error}") from error
+        raise ValueError(f"validation_sms needs green contexts, which fail here: {error}") from error
 
 
 def _replace_streams(owner: Any, replace: Callable[[Any], Any], package: str, seen: set[int]) -> int:
