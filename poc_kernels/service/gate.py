@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..engines.transformers.admission import AdmissionError
+from .errors import AdmissionError
 
 USER_PREFIX = "/v1/"
 POC_PREFIX = "/api/v1/pow"

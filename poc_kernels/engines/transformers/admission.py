@@ -1,47 +1,14 @@
-"""What a request may ask of continuous batching, and how a refusal reads: an OpenAI error object."""
+"""What a request may ask of continuous batching."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from ...service.errors import AdmissionError
 
 RETRY_AFTER = {"Retry-After": "1"}
 ENGINE_FAILED = "the engine failed while it served this request; it is being rebuilt, try again"
-
-
-class AdmissionError(Exception):
-    """A request that is refused, with the answer that its client gets.
-
-    Args:
-        status: HTTP status.
-        message: what is wrong, for the client.
-        param: the field of the body that is wrong, if one is.
-        code: OpenAI's short name of the error, if it has one.
-        kind: OpenAI's type of the error; from the status if not given.
-        headers: headers of the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        *,
-        kind: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, dict[str, str | None]]:
-        """The OpenAI error object."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def engine_unavailable(reason: str) -> AdmissionError:

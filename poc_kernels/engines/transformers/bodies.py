@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .admission import AdmissionError
+from ...service.errors import AdmissionError
 
 logger = logging.getLogger("poc_kernels")
 

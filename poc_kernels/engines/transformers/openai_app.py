@@ -27,7 +27,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, GenerationState, _StreamError
 
-from .admission import ENGINE_FAILED, AdmissionError, engine_unavailable
+from ...service.errors import AdmissionError
+from .admission import ENGINE_FAILED, engine_unavailable
 from .bodies import ChatBody, CompletionBody, ResponseBody, check_encodable, cleaned
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from poc_kernels.engines.transformers import bodies
-from poc_kernels.engines.transformers.admission import AdmissionError
 from poc_kernels.engines.transformers.bodies import ChatBody, CompletionBody, ResponseBody, cleaned
+from poc_kernels.service.errors import AdmissionError
 
 USER = {"role": "user", "content": "hello"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

@@ -1,0 +1,40 @@
+"""How the refusal of a user's request reads: an OpenAI error object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class AdmissionError(Exception):
+    """A request that is refused, with the answer that its client gets.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong, for the client.
+        param: the field of the body that is wrong, if one is.
+        code: OpenAI's short name of the error, if it has one.
+        kind: OpenAI's type of the error; from the status if not given.
+        headers: headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        *,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The OpenAI error object."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
