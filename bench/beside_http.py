@@ -28,7 +28,7 @@ from poc_kernels.protocol import ProofBatch
 _SERVE = """
 import json, sys
 from poc_kernels.node.logs import configure
-from poc_kernels.node.node import serve
+from poc_kernels.node.server import serve
 from poc_kernels.node.settings import Settings
 configure("warning", "text")
 serve(Settings(**json.loads(sys.argv[1])))

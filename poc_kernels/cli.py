@@ -146,7 +146,7 @@ def serve(chosen: argparse.Namespace) -> int:
     values = {key: value for key, value in vars(chosen).items() if key not in ("command", "log_level", "log_format")}
     try:
         from .node import logs
-        from .node.node import serve as serve_node
+        from .node.server import serve as serve_node
         from .node.settings import CALLBACK_KEY_VARIABLE, TOKEN_VARIABLE, Settings
     except ModuleNotFoundError as error:
         print(f"poc-kernels: serving needs {_library(error)}: pip install 'poc-kernels[serve]'", file=sys.stderr)

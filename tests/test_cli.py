@@ -143,7 +143,7 @@ def test_serve_says_why_it_does_not_start(capsys, monkeypatch, tmp_path, argumen
 @pytest.mark.usefixtures("logs_as_before")
 def test_serve_takes_settings_and_secrets(monkeypatch):
     served = []
-    monkeypatch.setattr("poc_kernels.node.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
     monkeypatch.setenv("POC_KERNELS_TOKEN", "secret")
     monkeypatch.setenv("POC_KERNELS_CALLBACK_KEY", "key")
     assert cli.main(["serve", "--model", "m", "--random-projection", "--no-cuda-graphs", "--port", "0"]) == 0
@@ -156,7 +156,7 @@ def test_serve_takes_settings_and_secrets(monkeypatch):
 @pytest.mark.usefixtures("logs_as_before")
 def test_serve_takes_the_settings_of_validation(monkeypatch):
     served = []
-    monkeypatch.setattr("poc_kernels.node.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
     given = {
         "max_queued_nonces": 5000,
         "result_seconds": 60.5,
@@ -173,7 +173,7 @@ def test_serve_takes_the_settings_of_validation(monkeypatch):
 
 def test_serve_s_defaults_are_the_settings_(monkeypatch):
     served = []
-    monkeypatch.setattr("poc_kernels.node.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
     monkeypatch.setattr("poc_kernels.node.logs.configure", lambda *_: None)
     for variable in ("POC_KERNELS_TOKEN", "POC_KERNELS_CALLBACK_KEY"):
         monkeypatch.delenv(variable, raising=False)

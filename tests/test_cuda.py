@@ -34,7 +34,7 @@ from poc_kernels import (
     seed_tensor,
 )
 from poc_kernels.kernels import self_test
-from poc_kernels.protocol import inputs
+from poc_kernels.protocol import inputs, permutations
 
 pytestmark = [
     pytest.mark.gpu,
@@ -435,8 +435,8 @@ def test_inputs_have_the_bits_of_the_cpu(seq_len, dim, dtype):
 
 
 def test_permutations_are_those_of_the_cpu():
-    drawn = inputs.permutations("block", "key", [3, 1], 50_021, GPU)
-    assert torch.equal(drawn.cpu(), inputs.permutations("block", "key", [3, 1], 50_021))
+    drawn = permutations("block", "key", [3, 1], 50_021, GPU)
+    assert torch.equal(drawn.cpu(), permutations("block", "key", [3, 1], 50_021))
 
 
 def test_triton_draws_where_it_is_installed():

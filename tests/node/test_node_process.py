@@ -23,7 +23,8 @@ from nodes import POW, begin, checked, claim, posted, settings, status
 from served import CHAT, NAME, TIMEOUT, chat, client, eventually
 
 import poc_kernels
-from poc_kernels.node.node import Node, serve
+from poc_kernels.node.node import Node
+from poc_kernels.node.server import serve
 
 pytest_plugins = ["node_fixtures"]
 

@@ -12,6 +12,7 @@ import torch
 from helpers import CPU, DTYPES, PASSING_ERRORS, assert_same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_engine import SmallEngine
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
@@ -19,7 +20,9 @@ from triton_compiled import CAPABILITIES, compile_for
 
 from poc_kernels import backends
 from poc_kernels.protocol import (
+    DistanceProver,
     inputs,
+    permutations,
     triton_inputs,
 )
 
@@ -215,28 +218,22 @@ def test_seeds_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, devic
     local.return_value.unsqueeze.return_value.to.assert_called_once_with(device, non_blocking=True)
 
 
-@pytest.mark.parametrize("projections", [True, False])
-def test_a_node_on_a_gpu_has_its_kernels_compiled_before_it_serves(monkeypatch, projections):
-    """Those of the projection too where rounds do not take it unless they say so: one may."""
-    pytest.importorskip("transformers")
-    node = pytest.importorskip("poc_kernels.node.node")
+def test_kernels_of_a_gpu_are_compiled_before_they_are_wanted(monkeypatch):
+    """Those of the projection too, whether or not a round has asked for it yet."""
     device, calls = torch.device("cuda", 0), mock.Mock()
     monkeypatch.setattr(inputs, "normal", calls.normal)
     monkeypatch.setattr(inputs, "hash32", calls.hash32)
     monkeypatch.setattr(backends, "warmup", calls.warmup)
-    stub = mock.Mock()
-    stub.engine.device, stub.engine.dtype, stub.engine.hidden_size = device, torch.bfloat16, 64
-    stub.settings.random_projection = projections
-    node.Node._compile_kernels(stub)
-    wanted = [
+    prover = DistanceProver(SmallEngine(hidden_size=64, dtype=torch.bfloat16))
+    prover.compile_kernels()
+    assert not calls.mock_calls
+    prover.engine.device = device
+    prover.compile_kernels()
+    assert calls.mock_calls == [
         mock.call.normal([0], 1, device, torch.bfloat16),
         mock.call.hash32([0], 0, 1, device),
         mock.call.warmup(device, 64, dtype=torch.bfloat16),
     ]
-    assert calls.mock_calls == wanted
-    stub.engine.device = CPU
-    node.Node._compile_kernels(stub)
-    assert calls.mock_calls == wanted
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -262,12 +259,12 @@ def test_a_cpu_gets_torch_s_operators():
 @interpreted
 def test_the_public_functions_draw_by_the_kernels(monkeypatch):
     expected = inputs.nonce_inputs("block", "key", [1, 2], 5, 13, dtype=torch.bfloat16)
-    order = inputs.permutations("block", "key", [1, 2], 1000)
+    order = permutations("block", "key", [1, 2], 1000)
     monkeypatch.setattr(inputs, "_kernels", lambda device: triton_inputs)
     monkeypatch.setattr(inputs, "_plain_normal", None)
     monkeypatch.setattr(inputs, "_plain_hash32", None)
     assert_same_bits(inputs.nonce_inputs("block", "key", [1, 2], 5, 13, dtype=torch.bfloat16), expected)
-    assert_same_bits(inputs.permutations("block", "key", [1, 2], 1000), order)
+    assert_same_bits(permutations("block", "key", [1, 2], 1000), order)
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------

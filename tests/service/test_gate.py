@@ -12,7 +12,7 @@ import pytest
 from served import TIMEOUT
 
 from poc_kernels.service import gate as gate_module
-from poc_kernels.service.gate import Gate
+from poc_kernels.service.gate import Gate, GateRules, under
 
 USER, POW, OTHER = "/v1/chat/completions", "/api/v1/pow/validate", "/health"
 CLOSED = ("generating", "not now", 7)
@@ -97,7 +97,8 @@ class Echo:
 def gate(app: Any, **changes: Any) -> Gate:
     defaults = {"closed": lambda: None, "refused": lambda reason: None, "max_in_flight": 2, "max_body_bytes": 10}
     others = {"max_pow_body_bytes": 2000, "body_seconds": TIMEOUT, "token": None}
-    return Gate(app, **{**defaults, **others, **changes})
+    rules = changes.pop("rules", GateRules(is_user=under("/v1/")))
+    return Gate(app, rules, **{**defaults, **others, **changes})
 
 
 def speak(*clients: Client) -> None:
@@ -249,7 +250,7 @@ def test_a_user_that_leaves_ends_the_work_unless_the_answer_has_begun(begun: boo
 
 
 def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_LARGE", 8)
+    monkeypatch.setattr(gate_module, "_MAX_PLACES", 8)
 
     async def run() -> None:
         release = asyncio.Event()
@@ -278,7 +279,7 @@ def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_so_many_large_bodies_at_once_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_LARGE", 2)
+    monkeypatch.setattr(gate_module, "_MAX_PLACES", 2)
 
     async def run() -> None:
         release = asyncio.Event()

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from poc_kernels.engines.transformers.engine import TransformersEngine, _Captured, _masks_as_outside_a_capture
-from poc_kernels.protocol import PoCConfig, PoCManager, ProofBatch
+from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, ProofBatch
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 
 SMALL = {
@@ -119,7 +119,7 @@ def test_a_forward_leaves_the_served_model_as_it_was(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_distance_does_not_depend_on_the_batch(dtype, projection):
-    manager = PoCManager(TransformersEngine(make(CONFIGS["qwen3"], dtype)))
+    manager = PoCManager(DistanceProver(TransformersEngine(make(CONFIGS["qwen3"], dtype))))
     manager.start_round(PoCConfig("block", 1, "key", 1.4, batch_size=8, seq_len=24, use_random_projection=projection))
     known = {}
     for _ in range(2):
@@ -133,7 +133,7 @@ def test_a_distance_does_not_depend_on_the_batch(dtype, projection):
 
 def test_phases_1_to_5_against_float64():
     model = make(CONFIGS["qwen3"])
-    manager = PoCManager(TransformersEngine(model))
+    manager = PoCManager(DistanceProver(TransformersEngine(model)))
     manager.start_round(PoCConfig("block", 1, "key", 1.4, batch_size=4, seq_len=12))
     computed = manager.run_batch()
     wide = make(CONFIGS["qwen3"]).double()

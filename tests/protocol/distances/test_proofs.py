@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from poc_kernels.protocol import ProofBatch, probability_honest, validate_distances
-from poc_kernels.protocol.distances.proofs import HONEST_INVALID_RATE
+from poc_kernels.protocol.honesty import HONEST_INVALID_RATE
 
 
 def batch(nonces=(1, 2, 3), dist=(1.0, 1.1, 1.2), **changes):
