@@ -257,7 +257,7 @@ def working(rounds: Instruments, monkeypatch: pytest.MonkeyPatch) -> Instruments
 class Unsent:
     """Where callbacks would go."""
 
-    def generated(self, *_: Any) -> None:
+    def generated(self, *_: Any, **__: Any) -> None:
         pass
 
     validated = generated

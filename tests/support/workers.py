@@ -29,7 +29,7 @@ class Posted:
     def __init__(self) -> None:
         self.batches: list[tuple[str, str, dict[str, Any]]] = []
 
-    def generated(self, url: str, batch: dict[str, Any]) -> None:
+    def generated(self, url: str, batch: dict[str, Any], *, per_nonce: tuple[str, ...]) -> None:
         self.batches.append(("generated", url, batch))
 
     def validated(self, url: str, batch: dict[str, Any]) -> None:
