@@ -45,6 +45,9 @@ def posted_under(*prefixes: str) -> Callable[[Scope], bool]:
     return lambda scope: scope.get("method") == "POST" and scope["path"].startswith(prefixes)
 
 
+_TAKES_BODY = posted_under(*_BODY_ROUTES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateRules:
     """What a gate has to know of the app behind it.
@@ -57,15 +60,15 @@ class GateRules:
     """
 
     is_user: Callable[[Scope], bool]
-    takes_body: Callable[[Scope], bool] = posted_under(*_BODY_ROUTES)
+    takes_body: Callable[[Scope], bool] = _TAKES_BODY
     ends_streams: bool = False
 
 
 class Refuse(Protocol):
-    """Answers a request with a refusal."""
+    """Answers a request with a refusal: an error, or the close of a websocket."""
 
     def __call__(
-        self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
+        self, scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
     ) -> Awaitable[None]:
         """Send the answer."""
         ...
@@ -99,14 +102,16 @@ class Gate:
         token: str | None,
     ) -> None:
         def refuse_user(
-            send: Send, status: int, code: str, message: str, retry_after: int | None = None
+            scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
         ) -> Awaitable[None]:
             refused(code)
+            if scope["type"] == "websocket":
+                return send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": message})
             kind = "rate_limit_error" if status == 429 else None
             return _answer(send, status, AdmissionError(status, message, code=code, kind=kind).body(), retry_after)
 
         def refuse_other(
-            send: Send, status: int, code: str, message: str, retry_after: int | None = None
+            scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
         ) -> Awaitable[None]:
             refused(code)
             return _answer(send, status, {"detail": message}, retry_after)
@@ -152,7 +157,7 @@ class Shut:
             await self._app(scope, receive, send)
         else:
             code, message, seconds = closed
-            await _refuse(scope, send, self._refuse, 503, code, message, seconds)
+            await self._refuse(scope, send, 503, code, message, seconds)
 
 
 class InFlight:
@@ -169,7 +174,7 @@ class InFlight:
             self.count += admitted
         if not admitted:
             message = f"at most {self._max} requests are served at once"
-            await _refuse(scope, send, self._refuse, 429, "overloaded", message, 1)
+            await self._refuse(scope, send, 429, "overloaded", message, 1)
             return
         try:
             await self._app(scope, receive, send)
@@ -198,7 +203,7 @@ class Places:
             message = (
                 f"at most {_MAX_PLACES} requests are served at once, of one client no more than it leaves to others"
             )
-            await self._refuse(send, 429, "overloaded", message, 1)
+            await self._refuse(scope, send, 429, "overloaded", message, 1)
             return
         self._taken[client] += 1
         try:
@@ -252,7 +257,7 @@ class Body:
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
             except asyncio.TimeoutError:
-                await self._refuse(send, 408, "body_too_slow", f"the body must come within {self._seconds:g} s")
+                await self._refuse(scope, send, 408, "body_too_slow", f"the body must come within {self._seconds:g} s")
                 return None
             if message["type"] == "http.disconnect":
                 return None
@@ -261,7 +266,7 @@ class Body:
             more = message.get("more_body", False)
         if max(size, received) > limit:
             got = f"got {size}" if size > limit else "got more"
-            await self._refuse(send, 413, "body_too_large", f"the body must have at most {limit} bytes, {got}")
+            await self._refuse(scope, send, 413, "body_too_large", f"the body must have at most {limit} bytes, {got}")
             return None
         return b"".join(parts)
 
@@ -344,15 +349,6 @@ def _play_back(body: bytes, then: Receive) -> Receive:
         return await then()
 
     return receive
-
-
-async def _refuse(
-    scope: Scope, send: Send, refuse: Refuse, status: int, code: str, message: str, retry_after: int
-) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": message})
-    else:
-        await refuse(send, status, code, message, retry_after)
 
 
 async def _answer(

@@ -6,6 +6,7 @@ Nothing long runs on the event loop: bodies are read into their models, and larg
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -89,15 +90,28 @@ def _body(model: type[BaseModel]) -> Any:
 
 
 def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
+    """Return the body as ``model``; errors are those that FastAPI gives."""
+    if not body:
+        raise _invalid(("body",), "missing", "Field required", None)
+    content: Any = body
+    if content_type == "application/json" or content_type.endswith("+json"):
+        try:
+            content = json.loads(body)
+        except json.JSONDecodeError as error:
+            raise _invalid(("body", error.pos), "json_invalid", "JSON decode error", {}) from error
+        except Exception as error:  # too deep, too long a number, no text: whatever it holds
+            raise HTTPException(400, "There was an error parsing the body") from error
     try:
-        if content_type != "application/json" and not content_type.endswith("+json"):
-            return model.model_validate(content_type)  # which fails: it is no object
-        return model.model_validate_json(body)
+        return model.model_validate(content)
     except ValidationError as error:
         details = error.errors(include_url=False)[:_MAX_DETAILS]
         raise RequestValidationError(
             [{**detail, "loc": ("body", *detail["loc"]), "input": _shown(detail["input"])} for detail in details]
         ) from error
+
+
+def _invalid(loc: tuple[Any, ...], kind: str, message: str, value: object) -> RequestValidationError:
+    return RequestValidationError([{"loc": loc, "type": kind, "msg": message, "input": value}])
 
 
 def _takes(model: type[BaseModel]) -> dict[str, Any]:
@@ -158,32 +172,32 @@ def poc_router(service: RoundService) -> APIRouter:
     def begun(body: RoundBody, state: PoCState) -> Response:
         return changed(lambda: service.begin(body.model_dump(), state))
 
-    def phase(path: str, openapi_extra: dict[str, Any] | None = None) -> Any:
-        return router.post(path, response_model=PhaseAnswer, responses=_ERRORS, openapi_extra=openapi_extra)
+    phase: dict[str, Any] = {"response_model": PhaseAnswer, "responses": _ERRORS}
+    begin: dict[str, Any] = {**phase, "openapi_extra": _takes(RoundBody)}
 
     round_body, proof_body = _body(RoundBody), _body(wire.ProofBody)
 
-    @phase("/init", _takes(RoundBody))
+    @router.post("/init", **begin)
     def init(body: RoundBody = round_body) -> Response:
         """Begin a round; no phase runs yet."""
         return begun(body, PoCState.IDLE)
 
-    @phase("/init/generate", _takes(RoundBody))
+    @router.post("/init/generate", **begin)
     def init_generate(body: RoundBody = round_body) -> Response:
         """Begin a round and look for nonces in the background. Users get 503 meanwhile."""
         return begun(body, PoCState.GENERATING)
 
-    @phase("/init/validate", _takes(RoundBody))
+    @router.post("/init/validate", **begin)
     def init_validate(body: RoundBody = round_body) -> Response:
         """Begin a round and validate the proofs that come. Users are served meanwhile."""
         return begun(body, PoCState.VALIDATING)
 
-    @phase("/phase/generate")
+    @router.post("/phase/generate", **phase)
     def phase_generate() -> Response:
         """Look for nonces in the round that was begun."""
         return changed(lambda: manager.set_phase(PoCState.GENERATING))
 
-    @phase("/phase/validate")
+    @router.post("/phase/validate", **phase)
     def phase_validate() -> Response:
         """Validate proofs in the round that was begun."""
         return changed(lambda: manager.set_phase(PoCState.VALIDATING))
@@ -253,7 +267,7 @@ def poc_router(service: RoundService) -> APIRouter:
         """Return state and progress of the round."""
         return JSONResponse(service.status())
 
-    @phase("/stop")
+    @router.post("/stop", **phase)
     def stop() -> Response:
         """End the round."""
         return changed(manager.stop_round)

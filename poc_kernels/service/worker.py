@@ -223,7 +223,7 @@ class ProofWorker:
             return True
         self._succeeded()
         if config.callback_url is not None and len(valid) > 0:
-            self._callbacks.generated(config.callback_url, valid.to_dict(), per_nonce=("nonces", "dist"))
+            self._callbacks.generated(config.callback_url, valid.to_dict(), per_nonce=self._form.per_nonce)
         return False
 
     def _validate_some(self) -> bool:

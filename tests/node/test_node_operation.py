@@ -152,7 +152,7 @@ def test_a_dead_proof_thread_is_seen(model_dir: Path, monkeypatch: pytest.Monkey
         begin(http, "validate")
         assert http.post(f"{POW}/validate", json=claim([1])).status_code == 409
         with pytest.raises(RuntimeError):
-            node.service.worker.submit(ProofBatch("k", ROUND["block_hash"], ROUND["block_height"], [1], []))
+            node.service.enqueue(ProofBatch("k", ROUND["block_hash"], ROUND["block_height"], [1], []), "this process")
 
 
 def test_nothing_begins_while_the_node_shuts_down(model_dir: Path) -> None:

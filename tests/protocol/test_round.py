@@ -344,7 +344,7 @@ class Ticks:
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
-    whole, m = PoCManager(DistanceProver(SmallEngine()), slice_seconds=1e9), manager()
+    whole, m = PoCManager(DistanceProver(SmallEngine(), slice_seconds=1e9)), manager()
     for each in (whole, m):
         each.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
     whole.run_batch()  # which was timed
@@ -352,15 +352,16 @@ def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
     whole.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
     pauses = []
     expected = [whole.run_batch(lambda: pauses.append(1)).dist for _ in range(2)]
-    assert len(pauses) == 2 * (1 + 1 + projection + 1 + 1 + 1)
+    assert len(pauses) == 2 * (1 + 1 + 2 * projection + 1 + 1 + 1)
     pauses.clear()
     assert [m.run_batch(lambda: pauses.append(1)).dist for _ in range(2)] == expected
-    # Inputs and permutations row by row, projections 256 of the 360 positions, twice in the forward, the logits.
-    assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
+    # Inputs and permutations row by row, projections 256 of the 360 positions and of the last 60, twice in the forward,
+    # the logits.
+    assert len(pauses) == 2 * (60 + 60 + 3 * projection + 1 + 1 + 1)
     pauses.clear()
     *_, verdict = m.validation(claim(range(120)), lambda: pauses.append(1))
     assert verdict.dist == [*expected[0], *expected[1]]
-    assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
+    assert len(pauses) == 2 * (60 + 60 + 3 * projection + 1 + 1 + 1)
 
 
 @pytest.mark.parametrize("change", ["stop", "validate"])
@@ -494,7 +495,7 @@ def test_what_does_not_fit_the_engine():
     with pytest.raises(TypeError, match="config must be a PoCConfig, got dict"):
         m.start_round({})
     with pytest.raises(ValueError, match=r"engine must have a hidden size in \[1, 65536\], got 65537"):
-        PoCManager(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
+        DistanceProver(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
     with pytest.raises(ValueError, match="node_id and node_count must be set to generate"):
         m.start_round(config(node_id=UNSET, node_count=UNSET))
     assert m.state == PoCState.IDLE

@@ -272,10 +272,9 @@ def test_who_waits_cannot_cancel() -> None:
 def test_cancel_ends_what_it_is_told_to_and_nothing_else() -> None:
     ended: list[ValidationJob] = []
     queue = ValidationQueue(200, ended=ended.append)
-    another = PoCConfig("block", 1, "key", r_target=1.4, batch_size=FORWARD)
-    assert another == ROUND
+    another = Round(ROUND.config)
     jobs = [put(queue, 10, submitter) for submitter in "abab"]
-    left = put(queue, 6, "b", config=another)
+    left = put(queue, 6, "b", of=another)
     compute(queue)
     running = queue.next()
     assert running is jobs[1]
