@@ -23,7 +23,7 @@ from poc_kernels.kernels import Backend, native
 pytest.register_assert_rewrite(
     *(path.stem for path in (Path(__file__).parent / "support").glob("*.py") if path.stem not in sys.modules)
 )
-pytest_plugins = ["fixtures"]
+pytest_plugins = ["shared_fixtures"]  # "fixtures" is the name of a plugin of pytest's own
 
 # The reference is many small operators: more threads make it slower, much slower on a busy machine. Tests of threads
 # say how many they take.
