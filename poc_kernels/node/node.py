@@ -88,7 +88,7 @@ class Node:
         )
         if self.streams.device.type == "cpu" and not (self.pacing.paced or self.streams.lowers_threads):
             logger.warning("validation_pacing is free, but threads have no priorities here: users are not protected")
-        self.turns = Turns(self.pacing, concurrent=True)
+        self.turns = Turns(self.pacing)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(
             model,
