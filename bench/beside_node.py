@@ -53,7 +53,7 @@ class Node:
         config = round_config(served.case, projection)
         self._batches = distances_alone(model, config)
         self._margins = Margins(model)
-        self._turns = SwitchedTurns(Turns(Pacing(), concurrent=True))
+        self._turns = SwitchedTurns(Turns(Pacing()))
         turns: Any = self._turns
         streams = {PRIORITIES: PriorityLanes(model.device), EQUAL: EqualStreams(model.device)}
         if multiprocessors is not None:
@@ -141,7 +141,7 @@ class Node:
         pacing = None
         if condition.share is not None:
             pacing = Pacing(share=condition.share, paced=condition.paced)
-        self._turns.switch(Turns(pacing, concurrent=True))
+        self._turns.switch(Turns(pacing))
         self._side = self._sides[condition.side]
 
     def begin(self, request: Request, ended: Callable[[Request], None]) -> None:

@@ -64,7 +64,7 @@ class Rig:
         )
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16).eval()
-        self.turns = Turns(pacing, concurrent=True)
+        self.turns = Turns(pacing)
         self.engine = TransformersEngine(model, cuda_graphs=cuda_graphs, slice_seconds=3e-4, alone=self.turns.alone)
         self.alone = TransformersEngine(model, cuda_graphs=False, slice_seconds=1e9)
         self.streams = PriorityLanes(model.device)

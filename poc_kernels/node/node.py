@@ -74,7 +74,7 @@ class Node:
         )
         if lanes.device.type == "cpu" and not (pacing.paced or lanes.lowers_threads):
             logger.warning("validation_pacing is free, but threads have no priorities here: users are not protected")
-        self.turns = Turns(pacing, concurrent=True)
+        self.turns = Turns(pacing)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(
             model,

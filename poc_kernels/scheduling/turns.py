@@ -1,14 +1,14 @@
 """Turns: who computes on the device now. Inference takes it for one step, a proof for one slice.
 
-Inference goes first; while it is idle a proof has the device. Who gives way while it computes step after step:
+A step and a slice may run at once: on two streams of a GPU, or in two threads on cores. While inference is idle a
+proof has the device. Who waits while inference computes step after step is said by `Turns.pacing`:
 
-- One at a time: a step waits for the slice that runs. A proof waits on the host, but for the share of the device that
-  is guaranteed to it, and never for longer than a cap.
-- ``concurrent``, as streams of a GPU or threads on cores: a step never waits. A proof does, as above: slices that are
-  owed to it run beside steps.
-- ``concurrent`` and not ``paced``, where priorities alone protect steps: slices run beside steps all the time, and
-  a step waits for one only where they got less than their share, and not for one that takes much longer than slices
-  compute: other programs may keep it from the cores.
+- Paced: a step never waits. A proof does, except for the share of the device that is guaranteed to it, and at most
+  until a cap: slices that are owed to it run beside steps.
+- Free, where priorities alone protect steps: slices run beside steps all the time. A step waits for one only where
+  slices got less than their share, and not for one that takes much longer than slices compute: other programs may
+  keep it from the cores.
+- None: nobody waits for the other side.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class TurnsClosed(RuntimeError):  # noqa: N818 (a state, not a fault)
 
 @dataclass(frozen=True, kw_only=True)
 class Pacing:
-    """How far proofs are held back while inference computes.
+    """How steps and slices wait for each other while inference computes.
 
     Args:
         share: of the device's time, guaranteed to proofs that wait while inference computes step after step, in
             (0, 1): more makes validation faster and users' tokens later. Slices run for share / (1 - share) of the
-            time of steps, between them or, where turns are concurrent, beside them: held back, from 0.5 on always.
-        max_wait_seconds: longest that a slice is held back once the device is free.
+            time of steps; paced, from 0.5 on all the time.
+        max_wait_seconds: longest that a slice waits while no other slice runs.
         linger_seconds: for so long after a step, requests being in flight, the next step is expected, and a proof that
             is owed nothing does not begin.
-        paced: let slices wait while inference computes. False where turns are concurrent and priorities give steps
-            what they need: slices run all the time, and share is the least that they get.
+        paced: let slices wait while inference computes. False where priorities give steps what they need: slices run
+            all the time, and a step waits where they got less than their share.
     """
 
     share: float = 0.1
@@ -144,25 +144,14 @@ _A_LITTLE_LATER = 5e-5
 
 
 class Turns:
-    """A lock with two sides, first come first served within a side.
+    """Who computes on a device: one step of inference and one slice of a proof at once, each side in order of arrival.
 
     Args:
-        pacing: how far proofs are held back; None for not at all, and nothing is guaranteed to them: that takes a
-            device that is ``concurrent``.
-        concurrent: a step and a slice may run at once, on streams of two priorities or on cores; else one waits for the
-            other.
-
-    Raises:
-        ValueError: neither concurrent nor held back, so that inference would wait for ever.
+        pacing: how proofs are paced; None: neither side ever waits for the other, and proofs are guaranteed nothing.
     """
 
-    def __init__(self, pacing: Pacing | None = _DEFAULT, *, concurrent: bool = False) -> None:
-        if not concurrent and (pacing is None or not pacing.paced):
-            raise ValueError(f"pacing must be a Pacing that holds back where concurrent is False, got {pacing}")
+    def __init__(self, pacing: Pacing | None = _DEFAULT) -> None:
         self._pacing = pacing
-        self._concurrent = concurrent
-        # A step waits for slices that are owed; else they run beside it.
-        self._steps_wait = not concurrent or (pacing is not None and not pacing.paced)
         self._condition = threading.Condition()
         self._lines: tuple[deque[Turn], deque[Turn]] = (deque(), deque())
         self._computing: list[Turn | None] = [None, None]
@@ -194,6 +183,25 @@ class Turns:
                 not count. `time.monotonic` by default.
         """
         return Turn(self, _PROOF, clock=clock)
+
+    @property
+    def pacing(self) -> Pacing | None:
+        """How proofs are paced. It can be set at any time, from any thread: whoever waits looks again at once.
+
+        A new pacing begins with nothing owed: a debt that was run up at a large share would make users wait long after
+        the share was lowered. A step that runs owes to the new pacing from then on, a slice that runs is charged to it
+        in full, and who waits has waited since it came. The measured lengths of steps and slices are kept. Priorities
+        of threads and streams do not change.
+        """
+        return self._pacing
+
+    @pacing.setter
+    def pacing(self, pacing: Pacing | None) -> None:
+        with self._condition:
+            self._pacing = pacing
+            self._owed_seconds = self._due_seconds = 0.0
+            self._counted_until = time.monotonic()
+            self._condition.notify_all()
 
     @property
     def inference_paused(self) -> bool:
@@ -250,6 +258,11 @@ class Turns:
         if self._closed:
             raise TurnsClosed("no more turns: they were closed")
 
+    @property
+    def _steps_wait(self) -> bool:
+        """Whether steps wait for slices that are owed, rather than slices for steps."""
+        return self._pacing is not None and not self._pacing.paced
+
     def _proof_wants(self) -> bool:
         return bool(self._lines[_PROOF]) or self._computing[_PROOF] is not None
 
@@ -305,8 +318,6 @@ class Turns:
         if self._computing[turn._side] is not None or self._lines[turn._side][0] is not turn:
             return None
         other = self._computing[1 - turn._side]
-        if other is not None and not self._concurrent:
-            return None
         if turn._side == _INFERENCE:
             if self._held or self._alone:
                 return None

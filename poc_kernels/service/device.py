@@ -113,7 +113,7 @@ class TurnsDevice:
     @property
     def pacing(self) -> str:
         """Whether slices wait for their share ("paced") or run on priorities alone ("free")."""
-        pacing = self._turns._pacing
+        pacing = self._turns.pacing
         return "paced" if pacing is not None and pacing.paced else "free"
 
     @contextlib.contextmanager

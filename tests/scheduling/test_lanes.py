@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from poc_kernels.scheduling import InFlight, PriorityLanes, streams
+from poc_kernels.scheduling import InFlight, PriorityLanes, lanes
 
 CUDA = torch.device("cuda", 0)
 
@@ -324,4 +324,4 @@ def test_never_more_than_the_most_in_flight(cuda: Device, monkeypatch: pytest.Mo
 
 def test_the_priorities_of_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", object)
-    assert streams._priority_range() == (0, -1)
+    assert lanes._priority_range() == (0, -1)

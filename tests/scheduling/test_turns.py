@@ -92,107 +92,96 @@ def paced(
     share: float = 0.1,
     cap: float = 1000.0,
     linger: float = 0.0,
-    concurrent: bool = False,
     paced: bool = True,
 ) -> Turns:
-    pacing = Pacing(share=share, max_wait_seconds=cap, linger_seconds=linger, paced=paced)
-    return Turns(pacing, concurrent=concurrent)
+    return Turns(Pacing(share=share, max_wait_seconds=cap, linger_seconds=linger, paced=paced))
 
 
-# ---- one device ----
+def begins(timeline: Timeline, name: str = "proof") -> list[float]:
+    """When each step or slice of that name began."""
+    return [began for each, began, _ in timeline.spans if each == name]
 
 
-def test_inference_goes_first_and_each_side_in_order(instruments: Instruments) -> None:
+# ---- two sides ----
+
+
+def test_each_side_computes_in_order_and_both_at_once(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         proof, inference = timeline.turns.proof, timeline.turns.inference
         timeline.party("first", proof(), 10)
         timeline.party("proof 1", proof(), 1, at=1)
         timeline.party("proof 2", proof(), 1, at=2)
-        timeline.party("inference 1", inference(), 1, at=3)
+        timeline.party("inference 1", inference(), 2, at=3)
         timeline.party("inference 2", inference(), 1, at=4)
 
     assert run(instruments, paced, setup).spans == [
+        ("inference 1", 3, 5),
+        ("inference 2", 5, 6),
         ("first", 0, 10),
-        ("inference 1", 10, 11),
-        ("inference 2", 11, 12),
-        ("proof 1", 12, 13),
-        ("proof 2", 13, 14),
+        ("proof 1", 10, 11),
+        ("proof 2", 11, 12),
     ]
 
 
-def test_a_slice_gives_way_to_a_step_that_waits_and_is_not_owed(instruments: Instruments) -> None:
+def test_a_slice_that_is_not_owed_waits_for_a_step_that_runs(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.sliced("proof", timeline.turns.proof(), 2, 2, 2)
-        timeline.party("inference", timeline.turns.inference(), 1, at=1)
+        timeline.party("inference", timeline.turns.inference(), 2, at=1)
 
     assert run(instruments, paced, setup).spans == [
         ("proof", 0, 2),
-        ("inference", 2, 3),
+        ("inference", 1, 3),
         ("proof", 3, 5),
         ("proof", 5, 7),
     ]
 
 
-@pytest.mark.parametrize("concurrent", [False, True])
-def test_a_pause_goes_behind_who_waits(instruments: Instruments, concurrent: bool) -> None:
+def test_a_pause_goes_behind_who_waits(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.sliced("a", timeline.turns.proof(), 1, 1)
         timeline.sliced("b", timeline.turns.proof(), 1, 1, at=0.5)
 
-    timeline = run(instruments, lambda: paced(concurrent=concurrent), setup)
-    assert timeline.spans == [("a", 0, 1), ("b", 1, 2), ("a", 2, 3), ("b", 3, 4)]
+    assert run(instruments, paced, setup).spans == [("a", 0, 1), ("b", 1, 2), ("a", 2, 3), ("b", 3, 4)]
 
 
-def test_a_proof_is_held_back_no_longer_than_the_cap(instruments: Instruments) -> None:
+def test_a_proof_waits_no_longer_than_the_cap(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("first", timeline.turns.proof(), 1)
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 20)
         timeline.party("proof", timeline.turns.proof(), 2, at=1.5)
 
-    timeline = run(instruments, lambda: paced(cap=5.0), setup)
-    assert [span for span in timeline.spans if span[0] == "proof"] == [("proof", 7, 9)]  # the step that ran from 6 ends
+    assert begins(run(instruments, lambda: paced(cap=5.0), setup)) == [6.5]
 
 
-def test_the_first_slice_is_owed_after_a_step(instruments: Instruments) -> None:
-    def setup(timeline: Timeline) -> None:
-        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 5)
-        timeline.party("proof", timeline.turns.proof(), 1, at=0.5)
-
-    spans = run(instruments, lambda: paced(linger=100.0), setup).spans
-    assert [name for name, *_ in spans] == ["inference", "proof"] + ["inference"] * 4
-
-
-def test_a_cap_of_nothing_takes_turns(instruments: Instruments) -> None:
+def test_a_cap_of_nothing_never_lets_a_slice_wait(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 3)
         timeline.sliced("proof", timeline.turns.proof(), *[1] * 3, at=0.5)
 
-    # The least latency for proofs: whatever waits when a step ends goes first.
-    timeline = run(instruments, lambda: paced(cap=0.0), setup)
-    assert [name for name, *_ in timeline.spans] == ["inference"] + ["proof"] * 3 + ["inference"] * 2
+    assert begins(run(instruments, lambda: paced(cap=0.0), setup)) == [0.5, 1.5, 2.5]
 
 
-@pytest.mark.parametrize(("busy", "cancelled", "begins"), [(True, False, 2.25), (False, False, 2.0), (True, True, 2.0)])
+@pytest.mark.parametrize(("busy", "cancelled", "begin"), [(True, False, 2.25), (False, False, 2.0), (True, True, 2.0)])
 def test_the_next_step_is_expected_for_a_while(
-    instruments: Instruments, busy: bool, cancelled: bool, begins: float
+    instruments: Instruments, busy: bool, cancelled: bool, begin: float
 ) -> None:
     def setup(timeline: Timeline) -> None:
         turn = timeline.turns.inference(lambda: busy)
         timeline.party("first", timeline.turns.proof(), 1)
-        timeline.party("inference", turn, 1, at=0.5)
+        timeline.party("inference", turn, 1, at=1)
         timeline.party("proof", timeline.turns.proof(), 1, at=1.5)
         if cancelled:
             timeline.call(1.75, turn.cancel)
 
     spans = run(instruments, lambda: paced(linger=0.25), setup).spans
-    assert spans == [("first", 0, 1), ("inference", 1, 2), ("proof", begins, begins + 1)]
+    assert spans == [("first", 0, 1), ("inference", 1, 2), ("proof", begin, begin + 1)]
 
 
 def test_a_step_that_comes_while_it_is_expected_goes_first(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         turn = timeline.turns.inference(lambda: True)
         timeline.party("first", timeline.turns.proof(), 1)
-        timeline.party("inference", turn, 1, at=0.5)
+        timeline.party("inference", turn, 1, at=1)
         timeline.party("next", turn, 1, at=2.125)
         timeline.party("proof", timeline.turns.proof(), 1, at=1.5)
 
@@ -202,50 +191,52 @@ def test_a_step_that_comes_while_it_is_expected_goes_first(instruments: Instrume
 
 def test_an_owed_slice_does_not_wait_for_a_step_that_is_expected(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
-        timeline.sliced("proof", timeline.turns.proof(), 1, 1)
-        timeline.party("inference", timeline.turns.inference(lambda: True), 2, at=0.5)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 5, 1)
+        timeline.party("inference", timeline.turns.inference(lambda: True), 4, at=1.5)
 
-    # A share of 1/2: the step of 2 s owes more than the slice of 1 s.
-    spans = run(instruments, lambda: paced(share=0.5, linger=100.0), setup).spans
-    assert spans == [("proof", 0, 1), ("inference", 1, 3), ("proof", 3, 4)]
+    # The step owes 2.7 s at a share of 0.4, more than slices take: the last one begins once the second has ended.
+    assert begins(run(instruments, lambda: paced(share=0.4, linger=100.0), setup)) == [0, 1, 6]
 
 
 def test_slices_while_inference_is_idle_are_not_charged(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.sliced("proof", timeline.turns.proof(), *[1] * 10, *[1] * 3)
-        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 4, at=9.5)
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 6, at=9.5)
 
-    spans = run(instruments, lambda: paced(share=0.5, linger=100.0), setup).spans
-    assert [name for name, *_ in spans[10:]] == ["inference", "proof"] * 3 + ["inference"]
+    # A slice of 1 s for every 1.5 s of steps.
+    timeline = run(instruments, lambda: paced(share=0.4, linger=100.0), setup)
+    assert begins(timeline)[10:] == pytest.approx([11, 12.5, 14], abs=1e-3)
 
 
-def test_holding_lets_a_step_end_and_none_begin(instruments: Instruments) -> None:
+def test_pausing_lets_a_step_end_and_none_begin(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         turns = timeline.turns
         timeline.party("inference", turns.inference(lambda: True), 2, 1)
         timeline.call(1, turns.pause_inference)
-        timeline.call(1.5, lambda: held.append(turns.inference_paused))
-        timeline.sliced("proof", turns.proof(), 1, 1, 1, at=1)
+        timeline.call(1.5, lambda: seen.append(turns.inference_paused))
+        timeline.sliced("proof", turns.proof(), 1, 1, 1, at=1.25)
         timeline.call(4.5, turns.resume_inference)
-        timeline.call(4.75, lambda: held.append(turns.inference_paused))
+        timeline.call(4.75, lambda: seen.append(turns.inference_paused))
 
-    held: list[bool] = []
-    spans = run(instruments, lambda: paced(linger=100.0), setup).spans
-    assert spans == [("inference", 0, 2), ("proof", 2, 3), ("proof", 3, 4), ("proof", 4, 5), ("inference", 5, 6)]
-    assert held == [True, False]
+    seen: list[bool] = []
+    timeline = run(instruments, lambda: paced(linger=100.0), setup)
+    assert begins(timeline, "inference") == [0, 4.5]
+    assert begins(timeline) == [1.25, 2.25, 3.25]
+    assert seen == [True, False]
 
 
 def test_closing_wakes_waiters_and_lets_who_computes_end(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.sliced("proof", timeline.turns.proof(), 2, 1)
         timeline.party("other", timeline.turns.proof(), 1, at=0.5)
-        timeline.party("inference", timeline.turns.inference(), 1, at=0.5)
+        timeline.party("inference", timeline.turns.inference(), 1.25, at=0.5)
+        timeline.party("other inference", timeline.turns.inference(), 1, at=0.75)
         timeline.call(1, timeline.turns.close)
         timeline.party("late", timeline.turns.inference(), 1, at=3)
 
     timeline = run(instruments, paced, setup)
-    assert timeline.spans == [("proof", 0, 2)]
-    assert timeline.closed == ["other", "inference", "proof", "late"]
+    assert timeline.spans == [("inference", 0.5, 1.75), ("proof", 0, 2)]
+    assert timeline.closed == ["other", "other inference", "proof", "late"]
     assert timeline.turns.closed
 
 
@@ -253,14 +244,14 @@ def test_cancelling_wakes_the_waiter_alone(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         turns = timeline.turns
         cancelled = turns.inference()
-        timeline.party("proof", turns.proof(), 2)
+        timeline.party("first", turns.inference(), 2)
         timeline.party("cancelled", cancelled, 1, at=0.5)
         timeline.party("other", turns.inference(), 1, at=0.75)
         timeline.call(1, cancelled.cancel)
         timeline.party("again", cancelled, 1, at=5)
 
     timeline = run(instruments, paced, setup)
-    assert timeline.spans == [("proof", 0, 2), ("other", 2, 3)]
+    assert timeline.spans == [("first", 0, 2), ("other", 2, 3)]
     assert timeline.closed == ["cancelled", "again"]
 
 
@@ -269,38 +260,37 @@ def test_a_turn_that_hangs_can_be_ended_by_another_thread(instruments: Instrumen
         turns = timeline.turns
         hanging = turns.inference()
         timeline.party("hanging", hanging, 10)
-        timeline.party("following", turns.proof(), 12, at=0.5)
+        timeline.party("following", turns.inference(), 12, at=0.5)
         timeline.call(2, hanging.end)
         timeline.call(2, hanging.end)
-        timeline.party("third", turns.proof(), 1, at=3)
+        timeline.party("third", turns.inference(), 1, at=3)
 
     # Its own late end, at 10, takes nothing from who computes then.
     spans = run(instruments, paced, setup).spans
     assert spans == [("hanging", 0, 10), ("following", 2, 14), ("third", 14, 15)]
 
 
-# ---- two streams ----
+# ---- paced ----
 
 
-def test_where_both_compute_at_once_a_step_never_waits(instruments: Instruments) -> None:
+def test_a_paced_step_never_waits(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("proof", timeline.turns.proof(), 10)
         timeline.party("inference", timeline.turns.inference(), 1, 1, 1, at=1)
 
-    timeline = run(instruments, lambda: paced(concurrent=True, cap=0.0), setup)
+    timeline = run(instruments, lambda: paced(cap=0.0), setup)
     assert timeline.waits == [0, 0, 0, 0]
 
 
-def test_where_both_compute_at_once_slices_are_held_back_all_the_same(instruments: Instruments) -> None:
+def test_paced_slices_wait_until_a_step_owes_them(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("inference", timeline.turns.inference(), 40)
         timeline.sliced("proof", timeline.turns.proof(), 1, 1, 1, 1, 1, at=1)
 
-    timeline = run(instruments, lambda: paced(concurrent=True), setup)
-    begins = [began for name, began, _ in timeline.spans if name == "proof"]
+    timeline = run(instruments, lambda: paced(), setup)
     # The first is taken for 1 ms, which the step owes 9 ms after the proof came; then a slice of 1 s is owed every 9 s.
     # When the step is over, there is nothing to wait for.
-    assert begins == pytest.approx([1.009, 19, 28, 37, 40], abs=1e-3)
+    assert begins(timeline) == pytest.approx([1.009, 19, 28, 37, 40], abs=1e-3)
 
 
 def test_what_a_step_owed_before_a_proof_came_is_not_counted(instruments: Instruments) -> None:
@@ -308,8 +298,8 @@ def test_what_a_step_owed_before_a_proof_came_is_not_counted(instruments: Instru
         timeline.party("inference", timeline.turns.inference(), 1000, 1)
         timeline.sliced("proof", timeline.turns.proof(), 1, 1, at=900)
 
-    timeline = run(instruments, lambda: paced(concurrent=True), setup)
-    assert [began for name, began, _ in timeline.spans if name == "proof"] == pytest.approx([900.009, 918], abs=1e-3)
+    timeline = run(instruments, lambda: paced(), setup)
+    assert begins(timeline) == pytest.approx([900.009, 918], abs=1e-3)
 
 
 def test_half_the_device_is_a_slice_always(instruments: Instruments) -> None:
@@ -317,30 +307,32 @@ def test_half_the_device_is_a_slice_always(instruments: Instruments) -> None:
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 30)
         timeline.sliced("proof", timeline.turns.proof(), *[0.7] * 20, at=0.5)
 
-    timeline = run(instruments, lambda: paced(0.5, linger=100.0, concurrent=True), setup)
+    timeline = run(instruments, lambda: paced(0.5, linger=100.0), setup)
     proofs = [span for span in timeline.spans if span[0] == "proof"]
     assert proofs[0][1] == 0.5
     assert all(before[2] == after[1] for before, after in itertools.pairwise(proofs))
     assert timeline.waits[1:] == [0] * 29
 
 
-def test_where_both_compute_at_once_the_cap_ends_within_a_step(instruments: Instruments) -> None:
+def test_the_cap_ends_within_a_step(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("inference", timeline.turns.inference(), 100)
         timeline.sliced("proof", timeline.turns.proof(), 1, 1, at=2)
 
-    timeline = run(instruments, lambda: paced(0.001, concurrent=True, cap=5.0), setup)
-    begins = [began for name, began, _ in timeline.spans if name == "proof"]
-    assert begins == pytest.approx([3, 9], abs=1e-2)
+    timeline = run(instruments, lambda: paced(0.001, cap=5.0), setup)
+    assert begins(timeline) == pytest.approx([3, 9], abs=1e-2)
 
 
-def test_slices_that_are_not_held_back_run_beside_steps_and_nobody_waits(instruments: Instruments) -> None:
+# ---- free, and without pacing ----
+
+
+def test_free_slices_run_while_steps_do_and_nobody_waits(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 5)
         timeline.party("proof", timeline.turns.proof(), *[0.5] * 10, at=0.25)
 
     # Slices get more than the share: half of it would be enough.
-    timeline = run(instruments, lambda: paced(0.25, linger=100.0, concurrent=True, paced=False), setup)
+    timeline = run(instruments, lambda: paced(0.25, linger=100.0, paced=False), setup)
     assert timeline.waits == [0] * 15
     assert max(end for *_, end in timeline.spans) == 5.25
 
@@ -352,7 +344,7 @@ def test_a_step_waits_for_a_slice_that_is_owed(instruments: Instruments) -> None
 
     # Slices are taken for 1 s by the first; 9 steps of 1 s beside slices owe as much. However long the second takes, no
     # step waits for it before, and then each for a slice as they were and twice what a step owes.
-    timeline = run(instruments, lambda: paced(cap=1.0, concurrent=True, paced=False), setup)
+    timeline = run(instruments, lambda: paced(cap=1.0, paced=False), setup)
     assert timeline.waits[:9] == [0] * 9
     most = 1 + 2 / 9
     assert timeline.waits[9:] == pytest.approx([most] * 5 + [21 - (9.5 + 5 * (most + 1))], abs=0.001)
@@ -374,7 +366,7 @@ def test_no_step_waits_long_for_a_slice_that_others_keep_from_the_cores(instrume
         timeline.party("inference", timeline.turns.inference(lambda: True), *[0.01] * 500, at=0.5)
         timeline.call(10, timeline.turns.close)
 
-    timeline = run(instruments, lambda: paced(concurrent=True, paced=False), setup)
+    timeline = run(instruments, lambda: paced(paced=False), setup)
     assert len(timeline.waits) == 500
     assert 0.002 < max(timeline.waits) < 0.002 + 2 * 0.01 / 9 + 0.001
 
@@ -384,7 +376,7 @@ def test_without_pacing_nobody_waits_for_the_other_side(instruments: Instruments
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 5)
         timeline.party("proof", timeline.turns.proof(), *[1] * 5, at=0.5)
 
-    timeline = run(instruments, lambda: Turns(None, concurrent=True), setup)
+    timeline = run(instruments, lambda: Turns(None), setup)
     assert timeline.waits == [0] * 10
     assert max(end for *_, end in timeline.spans) == 5.5
 
@@ -405,7 +397,7 @@ def test_alone_waits_for_the_step_that_runs_and_lets_none_begin(instruments: Ins
         timeline.party("inference", turns.inference(lambda: True), *[1] * 50)
         timeline.world.spawn("proof", prove)
 
-    spans = run(instruments, lambda: Turns(None, concurrent=True), setup).spans
+    spans = run(instruments, lambda: Turns(None), setup).spans
     # However inference follows step on step: one step of it, and no more, is waited for.
     assert inside == [1, 4]
     assert spans[:3] == [("inference", 0, 1), ("inference", 4, 5), ("inference", 5, 6)]
@@ -426,8 +418,92 @@ def test_who_waits_to_be_alone_is_woken_by_the_end(instruments: Instruments) -> 
         timeline.world.spawn("proof", prove)
         timeline.call(2, timeline.turns.close)
 
-    run(instruments, lambda: Turns(None, concurrent=True), setup)
+    run(instruments, lambda: Turns(None), setup)
     assert ended == [2]
+
+
+# ---- a pacing that changes ----
+
+
+def change(timeline: Timeline, at: float, pacing: Pacing | None) -> None:
+    """Set the pacing at that time."""
+    timeline.call(at, lambda: setattr(timeline.turns, "pacing", pacing))
+
+
+def like(share: float = 0.1, cap: float = 1000.0, free: bool = False) -> Pacing:
+    return Pacing(share=share, max_wait_seconds=cap, linger_seconds=0.0, paced=not free)
+
+
+@pytest.mark.parametrize(
+    ("pacing", "begin"),
+    [
+        (None, 5),
+        (like(free=True), 5),
+        (like(0.5), 5),
+        (like(cap=2.0), 5),  # it has waited for longer
+        (like(cap=4.0), 6),  # since it came, not since the pacing changed
+        (like(0.25), 8),  # the step owes 1 s in the 3 s from then on
+    ],
+)
+def test_a_proof_that_waits_looks_again(instruments: Instruments, pacing: Pacing | None, begin: float) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("first", timeline.turns.proof(), 1)
+        timeline.party("inference", timeline.turns.inference(), 100, at=1)
+        timeline.party("proof", timeline.turns.proof(), 1, at=2)
+        change(timeline, 5, pacing)
+
+    timeline = run(instruments, lambda: paced(0.001), setup)
+    assert begins(timeline) == pytest.approx([begin], abs=1e-3)
+    assert timeline.turns.pacing is pacing
+
+
+@pytest.mark.parametrize(("pacing", "later"), [(None, 0), (like(), 0), (like(free=True), 1 + 2 / 9)])
+def test_a_step_that_waits_looks_again(instruments: Instruments, pacing: Pacing | None, later: float) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 20, at=0.5)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 30)
+        change(timeline, 10, pacing)
+
+    # From 9.5 on a step would wait for the slice that runs, which nine steps owe. Nothing is owed under the new pacing
+    # until nine more steps have run.
+    waits = run(instruments, lambda: paced(paced=False), setup).waits
+    assert waits == pytest.approx([0] * 9 + [0.5] + [0] * 8 + [later] * 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("old", [None, like(0.001), like(0.5), like(0.9), like(0.1, free=True)])
+def test_nothing_is_owed_under_a_new_pacing(instruments: Instruments, old: Pacing | None) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.sliced("proof", timeline.turns.proof(), 1, 5, 1)
+        timeline.party("inference", timeline.turns.inference(), 100, at=1.5)
+        change(timeline, 5, like(0.25))
+
+    # Slices take 1.25 s, which the step owes 3.75 s after the change, whatever it owed before.
+    assert begins(run(instruments, lambda: Turns(old), setup)) == pytest.approx([0, 1, 8.75], abs=1e-3)
+
+
+def test_a_slice_that_runs_is_charged_to_the_new_pacing(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(), 100)
+        timeline.sliced("proof", timeline.turns.proof(), 6, 1, at=1)
+        change(timeline, 4, like(0.25))
+
+    # From 4 on the step owes 1 s in 3 s: at 40 the 6 s of the slice that ran then, and those of the next.
+    assert begins(run(instruments, lambda: Turns(None), setup)) == pytest.approx([1, 40], abs=1e-3)
+
+
+def test_from_paced_to_free_and_back(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 40)
+        timeline.party("proof", timeline.turns.proof(), *[0.75] * 40, at=0.5)
+        change(timeline, 10, like(free=True))
+        change(timeline, 20, like())
+
+    timeline = run(instruments, paced, setup)
+    assert begins(timeline, "inference") == list(range(40))
+    # Paced again, the step owes after 20 what the slice took that ran then, and the next.
+    assert begins(timeline)[:17] == pytest.approx(
+        [0.509, *itertools.islice(itertools.count(10, 0.75), 14), 33.5, 40], abs=1e-3
+    )
 
 
 # ---- the guaranteed share ----
@@ -461,8 +537,14 @@ class Device:
         return self.computed["proof"]
 
 
-def play(turns: Callable[[], Turns], steps: list[float], slices: Iterator[float], starves: bool = False) -> Device:
-    """Step after step, beside slices without end."""
+def play(
+    turns: Callable[[], Turns],
+    steps: list[float],
+    slices: Iterator[float],
+    starves: bool = False,
+    then: Pacing | None = None,
+) -> Device:
+    """Step after step, beside slices without end; with ``then``, it is the pacing of the second half of the steps."""
     made: list[Device] = []
 
     def setup(timeline: Timeline) -> None:
@@ -471,13 +553,18 @@ def play(turns: Callable[[], Turns], steps: list[float], slices: Iterator[float]
 
         def infer() -> None:
             turn = timeline.turns.inference(lambda: True)
-            for seconds in steps:
+            before = dict(device.computed)
+            for place, seconds in enumerate(steps):
+                if then is not None and place == len(steps) // 2:
+                    timeline.turns.pacing = then
+                    before = dict(device.computed)
                 asked = timeline.world.now
                 with turn:
                     timeline.waits.append(timeline.world.now - asked)
                     device.step(seconds)
                 rate = timeline.turns._pacing.owed_per_second
-                device.behind.append(device.computed["inference"] * rate - device.computed["proof"])
+                inference, proof = (device.computed[side] - before[side] for side in ("inference", "proof"))
+                device.behind.append(inference * rate - proof)
             timeline.turns.close()
 
         def prove() -> None:
@@ -500,11 +587,7 @@ def play(turns: Callable[[], Turns], steps: list[float], slices: Iterator[float]
     return made[0]
 
 
-MODES = {
-    "exclusive": {},
-    "beside": {"concurrent": True},
-    "starved": {"concurrent": True, "paced": False},
-}
+MODES = {"paced": True, "starved": False}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -520,7 +603,7 @@ def test_the_share_is_kept_while_both_sides_want_the_device(
     source = random.Random(seed)
     steps = [source.uniform(0.01, 0.02) for _ in range(300)]
     slices = iter(lambda: source.uniform(slice_seconds, 2 * slice_seconds), None)
-    device = play(lambda: paced(share, linger=0.005, **MODES[mode]), steps, slices, starves=mode == "starved")
+    device = play(lambda: paced(share, linger=0.005, paced=MODES[mode]), steps, slices, starves=mode == "starved")
     rate, longest_slice, longest_step = share / (1 - share), 2 * slice_seconds, max(steps)
     # At every time, but for a slice that is not owed yet or is under way, and what is not paid at one go.
     assert max(device.behind) <= 2 * longest_slice + 2 * longest_step * rate + 1e-9
@@ -528,10 +611,27 @@ def test_the_share_is_kept_while_both_sides_want_the_device(
     if mode != "starved":
         assert min(device.behind) >= -3 * longest_slice
     # What is owed is paid at one go, after the slice that runs.
-    if mode == "beside":
+    if mode == "paced":
         assert max(device.timeline.waits) == 0
     else:
         assert max(device.timeline.waits) <= 2 * longest_slice + 2 * longest_step * rate + 0.002
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("first", "then"), [(0.05, 0.4), (0.4, 0.05), (0.9, 0.1), (0.1, 0.1)])
+def test_a_new_share_is_kept_from_then_on(mode: str, first: float, then: float) -> None:
+    source = random.Random(1)
+    steps = [source.uniform(0.01, 0.02) for _ in range(600)]
+    slices = iter(lambda: source.uniform(0.005, 0.01), None)
+    pacing = Pacing(share=then, max_wait_seconds=1000.0, paced=MODES[mode])
+    device = play(lambda: paced(first, linger=0.005, paced=MODES[mode]), steps, slices, mode == "starved", pacing)
+    rate, behind = then / (1 - then), device.behind[300:]
+    # One slice more than above: the one that ran when it changed.
+    assert max(behind) <= 3 * 0.01 + 2 * max(steps) * rate + 1e-9
+    if mode != "starved":
+        assert min(behind) >= -3 * 0.01
+    waits = device.timeline.waits[300:]
+    assert max(waits) <= (0 if mode == "paced" else 2 * 0.01 + 2 * max(steps) * rate + 0.002)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -539,7 +639,7 @@ def test_the_share_is_kept_while_both_sides_want_the_device(
 @pytest.mark.parametrize(("every", "long_step"), [(10, 0.3), (16, 0.5), (30, 1.0)])
 def test_what_long_steps_owe_is_paid_and_not_at_one_go(mode: str, share: float, every: int, long_step: float) -> None:
     steps = [long_step if place % every == every - 1 else 0.01 for place in range(20 * every)]
-    device = play(lambda: paced(share, **MODES[mode]), steps, itertools.repeat(0.002), starves=mode == "starved")
+    device = play(lambda: paced(share, paced=MODES[mode]), steps, itertools.repeat(0.002), starves=mode == "starved")
     rate = share / (1 - share)
     assert device.computed["proof"] >= 0.95 * rate * sum(steps) - long_step * rate
     # The next token waits for little of what a long step owes.
@@ -550,26 +650,25 @@ def test_what_long_steps_owe_is_paid_and_not_at_one_go(mode: str, share: float, 
 # ---- threads, errors ----
 
 
-def test_real_threads_compute_one_at_a_time_and_none_starves() -> None:
+def test_real_threads_of_a_side_compute_one_at_a_time_and_none_starves() -> None:
     turns = Turns(Pacing(max_wait_seconds=0.001))
-    inside = most = 0
+    inside, most = [0, 0], [0, 0]
 
-    def work(make: Callable[[], Turn]) -> None:
-        nonlocal inside, most
-        turn = make()
+    def work(side: int) -> None:
+        turn = turns.proof() if side else turns.inference()
         for _ in range(100):
             with turn:
-                inside += 1
-                most = max(most, inside)
-                inside -= 1
+                inside[side] += 1
+                most[side] = max(most[side], inside[side])
+                inside[side] -= 1
 
-    threads = [threading.Thread(target=work, args=(make,), daemon=True) for make in (turns.inference, turns.proof) * 2]
+    threads = [threading.Thread(target=work, args=(side,), daemon=True) for side in (0, 1) * 2]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(TIMEOUT)
     assert not any(thread.is_alive() for thread in threads)
-    assert (most, inside) == (1, 0)
+    assert (most, inside) == ([1, 1], [0, 0])
 
 
 @pytest.mark.parametrize("greedy", ["inference", "proof"])
@@ -638,8 +737,5 @@ def test_times_that_are_none(name: str, value: float) -> None:
         Pacing(**{name: value})
 
 
-def test_pacing_is_needed_where_one_computes_at_a_time() -> None:
-    for pacing in (None, Pacing(paced=False)):
-        with pytest.raises(ValueError, match="pacing must be a Pacing that holds back where concurrent is False, got"):
-            Turns(pacing)
+def test_seconds_owed_are_those_of_the_share() -> None:
     assert [Pacing(share=share).owed_per_second for share in (0.5, 0.75)] == [1, 3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from interleaving import Instruments, World, explore
+from interleaving import Event, Instruments, World, explore
 from scenarios import LONG, MODES, THOROUGH, Record, turns_of
 
 from poc_kernels.scheduling import Pacing, Turn, Turns, TurnsClosed
@@ -40,11 +40,10 @@ class Watched:
             line += [turn for turn in side if turn.waiting and turn not in line]
             granted = have[-1]
             if granted is not None and granted is not had:
+                assert had is None, "two compute at once"
                 assert line[:1] in ([], [granted]), "not first come first served"
                 assert side is self.sides[1] or not (self._held and self.turns.inference_paused), "granted while held"
             line[:] = [turn for turn in line if turn.waiting]
-        if not self.turns._concurrent:
-            assert None in have, "two compute at once"
         self._had = (have[0], have[1])
         self._held = self.turns.inference_paused
 
@@ -85,6 +84,10 @@ def _once_each(world: World, watched: Watched, steps: int, proofs: int) -> None:
 
 def several_steps_and_a_proof(world: World, watched: Watched) -> None:
     _once_each(world, watched, 3 if THOROUGH else 2, 1)
+
+
+def three_steps(world: World, watched: Watched) -> None:
+    _once_each(world, watched, 3, 0)
 
 
 def a_step_and_several_proofs(world: World, watched: Watched) -> None:
@@ -171,8 +174,62 @@ def alone(world: World, watched: Watched) -> None:
     world.spawn("proof", prove)
 
 
+def change_pacing(world: World, watched: Watched) -> None:
+    steps_and_slices(world, watched)
+    paced = watched.turns.pacing
+
+    def change() -> None:
+        watched.turns.pacing = None
+        watched.turns.pacing = paced
+
+    world.spawn("change", change)
+
+
+def free_a_proof(world: World, watched: Watched) -> None:
+    """Paced, the proof would wait for a step that waits for the proof."""
+    step, proof = watched.inference(), watched.proof()
+    proved = Event(world)
+
+    def infer() -> None:
+        with step:
+            proved.wait()
+
+    def prove() -> None:
+        watched.compute(proof, slices=2)
+        proved.set()
+
+    def free() -> None:
+        watched.turns.pacing = None
+
+    world.spawn("inference", infer)
+    world.spawn("proof", prove)
+    world.spawn("free", free)
+
+
+def free_a_step(world: World, watched: Watched) -> None:
+    """Where slices are owed, the step would wait for a slice that waits for the step."""
+    step, proof = watched.inference(), watched.proof()
+    stepped = Event(world)
+
+    def infer() -> None:
+        watched.compute(step, times=2)
+        stepped.set()
+
+    def prove() -> None:
+        with proof:
+            stepped.wait()
+
+    def free() -> None:
+        watched.turns.pacing = None
+
+    world.spawn("inference", infer)
+    world.spawn("proof", prove)
+    world.spawn("free", free)
+
+
 ALL = [
     steps_and_slices,
+    three_steps,
     several_steps_and_a_proof,
     a_step_and_several_proofs,
     two_proofs_with_slices,
@@ -183,6 +240,9 @@ ALL = [
     close_all,
     end_from_outside,
     alone,
+    change_pacing,
+    free_a_proof,
+    free_a_step,
 ]
 
 
@@ -198,7 +258,7 @@ def explored(instruments: Instruments, parties: Parties, turns: Callable[[], Tur
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("parties", ALL, ids=lambda parties: parties.__name__)
 def test_turns(instruments: Instruments, record_property: Record, parties: Parties, mode: str) -> None:
-    record_property("interleavings", explored(instruments, parties, lambda: turns_of(mode, share=0.25)))
+    record_property("interleavings", explored(instruments, parties, lambda: turns_of(mode)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -225,8 +285,7 @@ class Owing(Turns):
     waits = 0
 
     def __init__(self) -> None:
-        pacing = Pacing(share=0.25, max_wait_seconds=LONG, linger_seconds=0.0, paced=False)
-        super().__init__(pacing, concurrent=True)
+        super().__init__(Pacing(share=0.25, max_wait_seconds=LONG, linger_seconds=0.0, paced=False))
         self._owed_seconds = self._due_seconds = LONG
 
     def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
@@ -242,7 +301,7 @@ def test_free_turns_whose_steps_wait_for_slices(
 ) -> None:
     monkeypatch.setattr(Owing, "waits", 0)
     record_property("interleavings", explored(instruments, parties, Owing))
-    if parties not in (two_proofs_with_slices, cancel_a_waiting_step):  # one side alone
+    if parties not in (three_steps, two_proofs_with_slices, cancel_a_waiting_step):  # one side alone
         assert Owing.waits > 0
 
 
@@ -259,6 +318,24 @@ class OwingInSilence(Owing):
 def test_a_slice_that_ends_in_silence_is_found(instruments: Instruments) -> None:
     with pytest.raises(AssertionError, match=r"nothing can wake|a wake-up is missing"):
         explored(instruments, steps_and_slices, OwingInSilence)
+
+
+class OwingInSilentPacing(Owing):
+    """Does not tell a step that waits for a slice that the pacing has changed."""
+
+    @property
+    def pacing(self) -> Pacing | None:
+        return self._pacing
+
+    @pacing.setter
+    def pacing(self, pacing: Pacing | None) -> None:
+        with self._condition:
+            self._pacing = pacing
+
+
+def test_a_pacing_that_changes_in_silence_is_found_by_a_step(instruments: Instruments) -> None:
+    with pytest.raises(AssertionError, match="a wake-up is missing"):
+        explored(instruments, free_a_step, OwingInSilentPacing)
 
 
 class SilentEnd(Turns):
@@ -278,13 +355,26 @@ class SilentCancel(Turns):
             turn._cancelled = True
 
 
+class SilentPacing(Turns):
+    """Tells nobody that the pacing has changed."""
+
+    @property
+    def pacing(self) -> Pacing | None:
+        return self._pacing
+
+    @pacing.setter
+    def pacing(self, pacing: Pacing | None) -> None:
+        with self._condition:
+            self._pacing = pacing
+
+
 class LooksBeforeTheLock(Turns):
     """Looks whether the device is free in one critical section, and takes it in another."""
 
     def _take(self, turn: Turn) -> None:
         while True:
             with self._condition:
-                free = not any(self._computing)
+                free = self._computing[turn._side] is None
                 if not free:
                     self._condition.wait()
             if free:
@@ -322,11 +412,12 @@ class DeafToHolding(Turns):
     [
         (SilentEnd, steps_and_slices, "nothing can wake|a wake-up is missing"),
         (SilentCancel, cancel_a_waiting_step, "nothing can wake|a wake-up is missing"),
-        (LooksBeforeTheLock, steps_and_slices, "two compute at once"),
-        (LastComeFirstServed, several_steps_and_a_proof, "not first come first served"),
+        (SilentPacing, free_a_proof, "a wake-up is missing"),
+        (LooksBeforeTheLock, several_steps_and_a_proof, "two compute at once"),
+        (LastComeFirstServed, three_steps, "not first come first served"),
         (DeafToHolding, hold_and_release, "granted while held"),
     ],
 )
 def test_broken_turns_are_found(instruments: Instruments, broken: type[Turns], parties: Parties, found: str) -> None:
     with pytest.raises(AssertionError, match=found):
-        explored(instruments, parties, lambda: broken(Pacing(share=0.5, max_wait_seconds=LONG, linger_seconds=0.0)))
+        explored(instruments, parties, lambda: broken(Pacing(share=0.25, max_wait_seconds=LONG, linger_seconds=0.0)))

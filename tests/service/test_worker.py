@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from served import TIMEOUT, eventually
-from workers import BATCH, Parts, alone, blocked, proof, workers
+from workers import BATCH, PATIENT, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
-from poc_kernels.scheduling import Pacing, Turns
+from poc_kernels.scheduling import Turns
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.queue import QueueFullError
 
@@ -133,13 +133,14 @@ def test_verdicts(make: Callable[..., Parts]) -> None:
     assert b"poc_frauds_total 1.0" in parts.metrics.text()
 
 
-def test_proofs_and_inference_take_turns(make: Callable[..., Parts]) -> None:
-    parts = make(turns=Turns(Pacing(share=1e-6, max_wait_seconds=3600.0)))  # no step, however long, owes a slice
+def test_proofs_wait_for_steps_that_owe_nothing(make: Callable[..., Parts]) -> None:
+    parts = make(turns=Turns(PATIENT))
     order: list[str] = []
     inference = parts.turns.inference()
 
     def step() -> None:
         with inference:
+            eventually(lambda: parts.worker._turn.waiting)
             order.append("inference")
 
     with ThreadPoolExecutor(1) as pool:
@@ -148,7 +149,7 @@ def test_proofs_and_inference_take_turns(make: Callable[..., Parts]) -> None:
             order.append("proof")
             if len(order) in (1, 3):
                 pool.submit(step)
-                eventually(lambda: inference.waiting)
+                eventually(lambda: inference.computing)
 
         parts.engine.before_forward = before_forward
         parts.begin(PoCState.VALIDATING)
@@ -157,7 +158,7 @@ def test_proofs_and_inference_take_turns(make: Callable[..., Parts]) -> None:
 
 
 def test_no_proof_runs_while_inference_has_the_device(make: Callable[..., Parts]) -> None:
-    parts = make()
+    parts = make(turns=Turns(PATIENT))
     parts.begin(PoCState.VALIDATING)
     with parts.turns.inference():
         result = parts.submit(proof(1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from served import TIMEOUT, eventually
-from workers import BATCH, Parts, alone, blocked, config, failing, proof, workers
+from workers import BATCH, PATIENT, Parts, alone, blocked, config, failing, proof, workers
 
 from poc_kernels.protocol import PoCState, RoundEndedError
 from poc_kernels.scheduling import Turns
@@ -73,9 +73,8 @@ def test_a_failed_job_is_forgotten_when_there_is_nothing_to_do(make: Callable[..
     assert parts.worker.trouble() is None
 
 
-@pytest.mark.parametrize("concurrent", [False, True])
-def test_users_do_not_wait_for_a_forward_of_a_phase_that_is_over(make: Callable[..., Parts], concurrent: bool) -> None:
-    parts = make(turns=Turns(concurrent=concurrent))
+def test_users_do_not_wait_for_a_forward_of_a_phase_that_is_over(make: Callable[..., Parts]) -> None:
+    parts = make()
     parts.begin(PoCState.VALIDATING)
     stepped = threading.Event()
     seen: list[bool] = []
@@ -125,7 +124,7 @@ def test_trouble(make: Callable[..., Parts]) -> None:
 
 
 def test_to_be_held_back_is_no_stall(make: Callable[..., Parts]) -> None:
-    parts = make(stall_seconds=30.0)
+    parts = make(turns=Turns(PATIENT), stall_seconds=30.0)
     parts.begin(PoCState.VALIDATING)
     with parts.turns.inference():
         result = parts.submit(proof(1))

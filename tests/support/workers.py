@@ -14,13 +14,15 @@ from served import TIMEOUT, eventually
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch
-from poc_kernels.scheduling import PriorityLanes, Turns
+from poc_kernels.scheduling import Pacing, PriorityLanes, Turns
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.device import TurnsDevice
 from poc_kernels.service.metrics import Metrics
 from poc_kernels.service.worker import ProofWorker
 
 BATCH = 4
+PATIENT = Pacing(share=1e-6, max_wait_seconds=3600.0)
+"""No step, however long, owes a slice: while one runs, proofs wait."""
 
 
 class Posted:

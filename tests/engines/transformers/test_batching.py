@@ -235,12 +235,12 @@ def test_no_step_begins_while_inference_is_held(tiny_model_dir: Path) -> None:
         assert batched.batching.stop(TIMEOUT)
 
 
-def test_a_step_waits_for_the_slice_that_runs(tiny_model_dir: Path) -> None:
+def test_a_step_waits_for_its_turn(tiny_model_dir: Path) -> None:
     batched = Batched(tiny_model_dir)
     proof = batched.turns.proof()
 
     async def ask_beside_a_slice() -> Any:
-        with proof:
+        with proof, batched.turns.alone():
             asked = asyncio.create_task(batched.ask())
             await asyncio.to_thread(eventually, lambda: batched.batching._turn.waiting)
             assert batched.forwards == []

@@ -147,7 +147,7 @@ def test_a_step_that_hangs_is_a_stall_though_inference_is_held(
 def test_waiting_for_a_turn_is_no_stall(loaded: tuple[Any, Any], asking: Callable[..., Future[Any]]) -> None:
     with started(*loaded, stall_seconds=0.2) as inference, serving(inference.build_app()) as url, client(url) as http:
         turns = inference._turns
-        with turns.proof():
+        with turns.proof(), turns.alone():
             answer = asking(http.post, CHAT, json=chat(max_tokens=2))
             eventually(lambda: inference.in_flight() == 1)
             threading.Event().wait(0.5)  # what is tested is that nothing happens in this time

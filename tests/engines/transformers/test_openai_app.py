@@ -307,7 +307,7 @@ def test_held_inference_pauses_and_goes_on_with_the_same_text(
         coming = pieces(events(stream.iter_lines()))
         said = [next(coming)]
         eventually(lambda: turns.inference_paused)
-        with turns.proof():  # the step that ran has ended
+        with turns.proof(), turns.alone():  # the step that ran has ended
             steps = inference._batching._manager.current_batch  # type: ignore[union-attr]
         queued = pool.submit(http.post, CHAT, json=chat(max_tokens=32))
         eventually(lambda: inference.in_flight() == 2)
