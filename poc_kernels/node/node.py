@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import uvicorn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import backends
+from ..engines.transformers import openai_app
 from ..engines.transformers.config import InferenceLimits
 from ..engines.transformers.engine import TransformersEngine
 from ..engines.transformers.inference import Inference
+from ..engines.transformers.load import load_model
 from ..protocol import PoCConfig, PoCManager, PoCState, inputs
 from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
@@ -40,31 +41,6 @@ _KEEP_ALIVE_SECONDS = 75
 """How long an idle connection is kept: longer than clients keep theirs, or a request meets a connection that closes."""
 
 
-def load_model(settings: Settings) -> tuple[Any, Any]:
-    """The model, in eval mode on its device, and its tokenizer.
-
-    Raises:
-        OSError, ValueError: what transformers raises where there is no such model, or no such device or dtype.
-    """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError of a torch without CUDA
-        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model must be a directory, or an id on the Hugging Face hub, of a model with a tokenizer, "
-            f"got {settings.model!r}: {error}"
-        ) from error
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    return model.to(torch.device(device)).eval(), tokenizer
-
-
 class Node:
     """Everything of a node but the socket: `start` it, serve ``app``, `close` it.
 
@@ -78,7 +54,7 @@ class Node:
 
     def __init__(self, settings: Settings, model: Any = None, tokenizer: Any = None) -> None:
         if model is None:
-            model, tokenizer = load_model(settings)
+            model, tokenizer = load_model(settings.model, settings.device, settings.dtype)
         self.settings = settings
         self.streams = PriorityLanes(model.device, validation_sms=settings.validation_sms)
         self.pacing = Pacing(
@@ -101,17 +77,17 @@ class Node:
         self.manager = PoCManager(self.engine, self.metrics.batch, slice_seconds=settings.slice_seconds)
         limits = InferenceLimits(
             max_new_tokens=settings.max_new_tokens,
-            cb_block_size=settings.kv_block_size,
-            cb_num_blocks=settings.kv_blocks,
-            cb_max_batch_tokens=settings.max_batch_tokens,
-            cb_max_memory_percent=settings.kv_memory,
+            kv_block_size=settings.kv_block_size,
+            kv_blocks=settings.kv_blocks,
+            max_batch_tokens=settings.max_batch_tokens,
+            kv_memory=settings.kv_memory,
             stall_seconds=settings.stall_seconds,
         )
         name = settings.served_name or settings.model
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, self.streams)
         key = None if settings.callback_key is None else settings.callback_key.encode()
         self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
-        api = self.inference.build_app()
+        api = openai_app.build(self.inference)
         self.gate = Gate(
             api,
             closed=self._closed_to_users,
