@@ -70,7 +70,8 @@ def test_the_model_s_own_logits(model):
     engine = TransformersEngine(model)
     x = random_inputs(engine)
     with torch.inference_mode():
-        expected = model(inputs_embeds=x, use_cache=False).logits[:, -1]
+        # Of the last positions alone: a product of more rows need not have the same bits on every CPU.
+        expected = model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits[:, -1]
     hidden = engine.forward(x)
     assert hidden.shape == x.shape
     assert engine.vocab_size == 300
