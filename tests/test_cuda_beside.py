@@ -16,7 +16,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.batching import ContinuousBatching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, PoCState, ProofBatch
@@ -72,8 +72,8 @@ class Rig:
         self.manager.start_round(CONFIG, PoCState.VALIDATING)
         self.router = Router()
         self._sampling = generation_config(model, _NoTokenizer(), 0)
-        limits = InferenceLimits(cb_num_blocks=256, cb_block_size=32, cb_max_batch_tokens=512)
-        self.batching = Batching(
+        limits = InferenceLimits(kv_blocks=256, kv_block_size=32, max_batch_tokens=512)
+        self.batching = ContinuousBatching(
             model, self._sampling, batching_config(limits, "cuda"), self.router, self.turns, self.streams
         )
 

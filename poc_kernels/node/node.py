@@ -6,12 +6,11 @@ import logging
 import time
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from ..engines.transformers import openai_app
 from ..engines.transformers.config import InferenceLimits
 from ..engines.transformers.engine import TransformersEngine
 from ..engines.transformers.inference import Inference
+from ..engines.transformers.load import load_model
 from ..protocol import DistanceProver
 from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
@@ -24,31 +23,6 @@ logger = logging.getLogger("poc_kernels")
 
 _MAX_LOGITS = 2**26
 """Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
-
-
-def load_model(settings: Settings) -> tuple[Any, Any]:
-    """The model, in eval mode on its device, and its tokenizer.
-
-    Raises:
-        OSError, ValueError: what transformers raises where there is no such model, or no such device or dtype.
-    """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError of a torch without CUDA
-        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model must be a directory, or an id on the Hugging Face hub, of a model with a tokenizer, "
-            f"got {settings.model!r}: {error}"
-        ) from error
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    return model.to(torch.device(device)).eval(), tokenizer
 
 
 class Node:
@@ -64,7 +38,7 @@ class Node:
 
     def __init__(self, settings: Settings, model: Any = None, tokenizer: Any = None) -> None:
         if model is None:
-            model, tokenizer = load_model(settings)
+            model, tokenizer = load_model(settings.model, settings.device, settings.dtype)
         self.settings = settings
         lanes = self._lanes = PriorityLanes(model.device, validation_sms=settings.validation_sms)
         pacing = Pacing(
@@ -86,10 +60,10 @@ class Node:
         self._prover = DistanceProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)
         limits = InferenceLimits(
             max_new_tokens=settings.max_new_tokens,
-            cb_block_size=settings.kv_block_size,
-            cb_num_blocks=settings.kv_blocks,
-            cb_max_batch_tokens=settings.max_batch_tokens,
-            cb_max_memory_percent=settings.kv_memory,
+            kv_block_size=settings.kv_block_size,
+            kv_blocks=settings.kv_blocks,
+            max_batch_tokens=settings.max_batch_tokens,
+            kv_memory=settings.kv_memory,
             stall_seconds=settings.stall_seconds,
         )
         name = settings.served_name or settings.model
@@ -102,7 +76,7 @@ class Node:
             low_priority=not pacing.paced,
         )
         self.service = RoundService(self._prover, device, settings, troubles=[self.inference.trouble])
-        self.api = self.inference.build_app()
+        self.api = openai_app.build(self.inference)
         self.api.include_router(routes.poc_router(self.service))
         self.api.include_router(routes.operation_router(self.service))
         routes.handle_invalid_bodies(self.api)

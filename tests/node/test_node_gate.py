@@ -100,7 +100,7 @@ def test_a_stream_is_drained_before_the_first_nonce(
     forward = node.engine.forward
 
     def watched(*arguments: Any) -> torch.Tensor:
-        in_flight.append(node.inference.in_flight())
+        in_flight.append(node.inference._router.in_flight())
         return forward(*arguments)
 
     monkeypatch.setattr(node.engine, "forward", watched)
@@ -131,7 +131,7 @@ def test_a_stream_beyond_the_deadline_is_paused_and_finishes_afterwards(
         checked(http, first + 100)
         assert batching._manager.current_batch == before
         assert 0 < len(stream.text) < 150
-        assert node.app.in_flight == node.inference.in_flight() == 1
+        assert node.app.in_flight == node.inference._router.in_flight() == 1
         assert http.get("/health").status_code == 200
         posted(http, path)
         assert stream.result() == expected
