@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# What mdformat wraps; the reports in bench/results are written by programs.
+DOCS := *.md .github docs bench/README.md
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc poc_kernels -type f -not -name '*.pyc')
 DEVICE ?= cpu
 MODEL ?=
@@ -41,11 +43,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mdformat --check $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mdformat $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 bench: bench-projection bench-round
