@@ -53,6 +53,21 @@ format: $(VENV)/installed-dev
 	$(BIN)/mdformat $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
+# A wheel for dist/ with the oldest manylinux tag that this compiler allows, tried in an environment of its own, with
+# no compiler in PATH. Nothing is grafted into it: the native core finds the OpenMP that torch has loaded.
+.PHONY: wheel
+WHEEL_ENV := build/wheel-env
+wheel: $(VENV)/installed-dev
+	rm -rf build/wheel $(WHEEL_ENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
+	! $(BIN)/python -m zipfile --list build/wheel/repaired/*.whl | grep '\.libs/'
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip install --quiet '$(TORCH)' numpy
+	PATH="$(abspath $(WHEEL_ENV)/bin)" python -m pip install --quiet --only-binary :all: build/wheel/repaired/*.whl
+	PATH="$(abspath $(WHEEL_ENV)/bin)" poc-kernels verify
+	mkdir -p dist && cp build/wheel/repaired/*.whl dist/
+
 bench: bench-projection bench-round
 
 bench-projection: $(VENV)/installed-dev
