@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# What mdformat wraps; the reports in bench/results are written by programs.
+DOCS := *.md .github docs bench/README.md
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc poc_kernels -type f -not -name '*.pyc')
 DEVICE ?= cpu
 MODEL ?=
@@ -41,12 +43,30 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mdformat --check $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mdformat $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+# A wheel for dist/ with the oldest manylinux tag that this compiler allows, tried in an environment of its own, with
+# no compiler in PATH. Nothing is grafted into it: the native core finds the OpenMP that torch has loaded.
+.PHONY: wheel
+WHEEL_ENV := build/wheel-env
+wheel: $(VENV)/installed-dev
+	rm -rf build/wheel $(WHEEL_ENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
+	! $(BIN)/python -m zipfile --list build/wheel/repaired/*.whl | grep '\.libs/'
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip install --quiet '$(TORCH)' numpy
+	PATH="$(abspath $(WHEEL_ENV)/bin)" python -m pip install --quiet --only-binary :all: build/wheel/repaired/*.whl
+	PATH="$(abspath $(WHEEL_ENV)/bin)" poc-kernels verify
+	mkdir -p dist && cp build/wheel/repaired/*.whl dist/
 
 bench: bench-projection bench-round
 
