@@ -28,7 +28,7 @@ from nodes import (
     slowed,
     status,
 )
-from served import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
+from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
 
 from poc_kernels.node.node import Node
 from poc_kernels.service.callbacks import verify

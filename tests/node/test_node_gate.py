@@ -13,7 +13,8 @@ import openai
 import pytest
 import torch
 from nodes import Alone, Blocked, begin, checked, claim, posted, slowed, status
-from served import CHAT, NAME, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
+from served import NAME
+from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
 
 from poc_kernels.node.node import Node
 

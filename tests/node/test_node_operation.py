@@ -22,7 +22,7 @@ from nodes import (
     running,
     status,
 )
-from served import TIMEOUT, chat, error_of, eventually, text_of
+from web import TIMEOUT, chat, error_of, eventually, text_of
 
 from poc_kernels.node.node import Node
 from poc_kernels.protocol import ProofBatch

@@ -21,7 +21,7 @@ from nodes import (
     posted,
     running,
 )
-from served import TIMEOUT, error_of
+from web import TIMEOUT, error_of
 
 from poc_kernels.node.node import Node
 

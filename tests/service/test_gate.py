@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from served import TIMEOUT
+from web import TIMEOUT
 
 from poc_kernels.service import gate as gate_module
 from poc_kernels.service.gate import Gate, GateRules, under

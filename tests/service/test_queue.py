@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import TIMEOUT
+from web import TIMEOUT
 
 from poc_kernels.protocol import PoCConfig, Round, RoundEndedError, ValidatedBatch, Validation
 from poc_kernels.service import queue as validation_queue

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError

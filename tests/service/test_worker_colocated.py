@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, failing, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError

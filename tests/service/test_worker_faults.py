@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, config, failing, proof, workers
 
 from poc_kernels.protocol import PoCState, RoundEndedError

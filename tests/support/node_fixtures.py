@@ -21,7 +21,7 @@ from nodes import (
     status,
 )
 from prometheus_client.parser import text_string_to_metric_families
-from served import eventually
+from web import eventually
 
 from poc_kernels.node.node import Node
 

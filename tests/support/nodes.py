@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from served import NAME, TIMEOUT, client, eventually, load, serving
+from served import NAME, load
+from web import TIMEOUT, client, eventually, serving
 
 from poc_kernels.demo import model as demo_model
 from poc_kernels.engines.transformers.engine import TransformersEngine

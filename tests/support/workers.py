@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch

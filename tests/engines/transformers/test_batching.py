@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from served import TIMEOUT, client, error_of, eventually, load, serving, started
+from served import load, started
+from web import TIMEOUT, client, error_of, eventually, serving
 from transformers import Qwen3ForCausalLM
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from served import CHAT, NAME, TIMEOUT, chat, client, error_of, events, eventually, load, serving, started, text_of
+from served import NAME, load, started
+from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, serving, text_of
 
 from poc_kernels.engines.transformers import inference as inference_module
 from poc_kernels.engines.transformers import openai_app

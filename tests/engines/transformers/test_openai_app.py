@@ -16,21 +16,8 @@ import openai
 import pytest
 import torch
 from fastapi import FastAPI
-from served import (
-    CHAT,
-    NAME,
-    TIMEOUT,
-    chat,
-    client,
-    error_of,
-    events,
-    eventually,
-    load,
-    pieces,
-    serving,
-    started,
-    text_of,
-)
+from served import NAME, load, started
+from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 
 from poc_kernels.engines.transformers import handlers, openai_app
