@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from web import TIMEOUT, eventually
 from small_engine import SmallEngine
+from web import TIMEOUT, eventually
 
 from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch
 from poc_kernels.scheduling import Pacing, PriorityLanes, Turns

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from served import load, started
-from web import TIMEOUT, client, error_of, eventually, serving
 from transformers import Qwen3ForCausalLM
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from web import TIMEOUT, client, error_of, eventually, serving
 
 from poc_kernels.engines.transformers import openai_app
 from poc_kernels.engines.transformers.admission import ENGINE_FAILED

@@ -17,8 +17,8 @@ import pytest
 import torch
 from fastapi import FastAPI
 from served import NAME, load, started
-from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
 
 from poc_kernels.engines.transformers import handlers, openai_app
 from poc_kernels.engines.transformers.inference import Inference
