@@ -6,6 +6,7 @@ Nothing long runs on the event loop: bodies are read into their models, and larg
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Awaitable, Callable
@@ -71,6 +72,7 @@ class WaitingAnswer(BaseModel):
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A value that a round does not take, or no round was begun"},
     409: {"description": "The state does not allow it"},
+    422: {"description": "The body is no JSON, or of wrong types"},
     503: {"description": "The server is shutting down, or the batch could not be computed"},
 }
 _WAITING: dict[int | str, dict[str, Any]] = {202: {"description": "No verdict yet", "model": WaitingAnswer}}
@@ -93,14 +95,16 @@ def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
     """Return the body as ``model``; errors are those that FastAPI gives."""
     if not body:
         raise _invalid(("body",), "missing", "Field required", None)
-    content: Any = body
-    if content_type == "application/json" or content_type.endswith("+json"):
-        try:
-            content = json.loads(body)
-        except json.JSONDecodeError as error:
-            raise _invalid(("body", error.pos), "json_invalid", "JSON decode error", {}) from error
-        except Exception as error:  # too deep, too long a number, no text: whatever it holds
-            raise HTTPException(400, "There was an error parsing the body") from error
+    is_json = content_type == "application/json" or content_type.endswith("+json")
+    with contextlib.suppress(ValidationError):
+        if is_json:
+            return model.model_validate_json(body)  # holds the interpreter for a fifth of the time of json.loads
+    try:
+        content: Any = json.loads(body) if is_json else body
+    except json.JSONDecodeError as error:
+        raise _invalid(("body", error.pos), "json_invalid", "JSON decode error", {}) from error
+    except Exception as error:  # too deep, too long a number, no text: whatever it holds
+        raise HTTPException(400, "There was an error parsing the body") from error
     try:
         return model.model_validate(content)
     except ValidationError as error:
