@@ -193,15 +193,15 @@ def test_turns_are_switched_between_blocks_and_waits_are_timed(module):
     switched = module("beside_turns").SwitchedTurns(first)
     step, proof = switched.inference(lambda: True), switched.proof()
     with step:
-        assert first._computing[0] is not None
+        assert first._steps.computing is not None
         switched.switch(second)
-    assert first._computing[0] is None
+    assert first._steps.computing is None
     with proof:
-        assert second._computing[1] is not None
+        assert second._slices.computing is not None
         assert proof.computing
         assert proof.pause() >= 0
     with step:
-        assert second._computing[0] is not None
+        assert second._steps.computing is not None
     assert len(switched.waits) == 2
     assert all(wait >= 0 for wait in switched.waits)
     switched.close()

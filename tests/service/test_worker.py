@@ -162,7 +162,7 @@ def test_no_proof_runs_while_inference_has_the_device(make: Callable[..., Parts]
     parts.begin(PoCState.VALIDATING)
     with parts.turns.inference():
         result = parts.submit(proof(1))
-        eventually(lambda: parts.turns._lines[1])  # it waits for its turn
+        eventually(lambda: parts.device.waiting)
         assert parts.engine.shapes == []
         assert not result.done()
     assert result.result(TIMEOUT).nonces == [0]
