@@ -88,9 +88,9 @@ def project(
         coefficient=coefficient,
         activation_bits=activation_bits,
         threads=threads or torch.get_num_threads(),
-        tile_rows=tiling.rows,
-        tile_columns=tiling.columns,
-        tile_k=tiling.k,
+        block_rows=tiling.rows,
+        panel_columns=tiling.columns,
+        panel_k=tiling.k,
     )
     workspace = torch.empty(projection.workspace_bytes(instruction_set), dtype=torch.uint8, device=x.device)
     projection.run(instruction_set, workspace.data_ptr())

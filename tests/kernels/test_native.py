@@ -88,7 +88,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 @pytest.mark.skipif(not MISSING, reason="this processor has every instruction set of this build")
 def test_an_instruction_set_that_the_processor_lacks_is_refused():
-    with pytest.raises(ValueError, match=f"this processor lacks the instructions of {MISSING[0]}"):
+    with pytest.raises(ValueError, match=f"this CPU lacks the instructions of {MISSING[0]}"):
         native.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set=MISSING[0])
 
 
