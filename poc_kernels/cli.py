@@ -61,7 +61,7 @@ def verify() -> int:
         for backend in backends.backends():
             reason, wrong, untried = None, [], None
             try:
-                reason = backend.unavailable(device)
+                reason = backends.unavailable(backend, device)
                 wrong = [] if reason else backends.verdict(backend, device)
             except (ValueError, RuntimeError, MemoryError) as error:
                 untried = str(error)

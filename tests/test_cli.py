@@ -37,7 +37,7 @@ def test_verify_fails_when_a_backend_gives_a_wrong_answer(capsys, monkeypatch):
     broken = kernels.Backend("broken", wrong, reference.entries, lambda device: None)
     absent = kernels.Backend("absent", wrong, reference.entries, lambda device: "it is not there")
     monkeypatch.setattr(backends, "backends", lambda: (absent, broken))
-    monkeypatch.setattr(backends, "_verdicts", {})
+    monkeypatch.setattr(kernels.trial, "verdicts", {})
     monkeypatch.setattr(backends, "_selected", {})
     assert cli.main(["verify"]) == 1
     output = capsys.readouterr().out

@@ -26,8 +26,9 @@ def touched(*arguments, **options):
 torch.cuda._lazy_init = torch.cuda.init = torch.cuda.device_count = torch.cuda.is_available = touched
 import poc_kernels
 from poc_kernels import backends
+from poc_kernels.kernels import trial
 assert not torch.cuda.is_initialized()
-assert not backends._selected and not backends._verdicts, "importing the package chose a backend"
+assert not backends._selected and not trial.verdicts, "importing the package chose a backend"
 print("imported")
 """
 

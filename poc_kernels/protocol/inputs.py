@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,10 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..kernels import self_test
-
-logger = logging.getLogger("poc_kernels")
+from ..kernels import trial
 
 _C1 = 0xCC9E2D51 - 2**32
 _C2 = 0x1B873593
@@ -136,14 +132,11 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    backends.refuse_capture(device, "what draws inputs")
     name = "poc_kernels.protocol.triton_inputs"
-    wrong = self_test.found_wrong(lambda: _wrong_draws(importlib.import_module(name), device))
-    if wrong:
-        text = "; ".join(wrong)
-        logger.error("poc_kernels draws inputs on %s with plain torch: its Triton kernels fail (%s)", device, text)
-        return None
-    return importlib.import_module(name)
+    wrong = trial.verdict(
+        "draw of inputs by Triton", device, lambda: _wrong_draws(importlib.import_module(name), device)
+    )
+    return None if wrong else importlib.import_module(name)
 
 
 def _wrong_draws(kernels: ModuleType, device: torch.device) -> list[str]:

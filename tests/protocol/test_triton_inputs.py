@@ -19,6 +19,7 @@ import triton.language as tl
 from triton_compiled import CAPABILITIES, compile_for
 
 from poc_kernels import backends
+from poc_kernels.kernels import trial
 from poc_kernels.protocol import (
     DistanceProver,
     inputs,
@@ -156,8 +157,10 @@ def test_the_kernels_pass_their_check():
 @pytest.fixture
 def fresh_kernels():
     inputs._kernels.cache_clear()
+    trial.verdicts.clear()
     yield
     inputs._kernels.cache_clear()
+    trial.verdicts.clear()
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -167,7 +170,8 @@ def test_a_gpu_gets_kernels_that_pass(monkeypatch, caplog, wrong):
     with caplog.at_level(logging.ERROR, logger="poc_kernels"):
         chosen = inputs._kernels(torch.device("cuda", 0))
     assert chosen is (None if wrong else triton_inputs)
-    assert ("its Triton kernels fail (hashes)" in caplog.text) == bool(wrong)
+    said = "draw of inputs by Triton gives wrong answers on cuda:0 and will not be used there: hashes"
+    assert (said in caplog.text) == bool(wrong)
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -187,7 +191,7 @@ def test_a_triton_that_cannot_be_imported_is_reported_and_not_used(monkeypatch, 
 
     monkeypatch.setattr(inputs.importlib, "import_module", broken)
     assert inputs._kernels(torch.device("cuda", 0)) is None
-    assert "its Triton kernels fail (OSError: libcuda.so.1 is too short)" in caplog.text
+    assert "will not be used there: OSError: libcuda.so.1 is too short" in caplog.text
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -203,7 +207,7 @@ def test_a_first_draw_while_a_graph_is_captured_is_refused_and_not_remembered(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(inputs, "_wrong_draws", lambda *_: [])
-    with pytest.raises(RuntimeError, match="what draws inputs on cuda:0 cannot be chosen while a CUDA graph"):
+    with pytest.raises(RuntimeError, match="draw of inputs by Triton on cuda:0 cannot be chosen while a CUDA graph"):
         inputs._kernels(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert inputs._kernels(torch.device("cuda", 0)) is triton_inputs

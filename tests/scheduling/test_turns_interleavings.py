@@ -42,7 +42,9 @@ class Watched:
             if granted is not None and granted is not had:
                 assert had is None, "two compute at once"
                 assert waiting[:1] in ([], [granted]), "not first come first served"
-                assert side is self.sides[1] or not (self._paused and self.turns.inference_paused), "granted while paused"
+                assert side is self.sides[1] or not (self._paused and self.turns.inference_paused), (
+                    "granted while paused"
+                )
             waiting[:] = [turn for turn in waiting if turn.waiting]
         self._had = (have[0], have[1])
         self._paused = self.turns.inference_paused

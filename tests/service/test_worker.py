@@ -140,7 +140,7 @@ def test_proofs_wait_for_steps_that_owe_nothing(make: Callable[..., Parts]) -> N
 
     def step() -> None:
         with inference:
-            eventually(lambda: parts.worker._turn.waiting)
+            eventually(lambda: parts.device.waiting)
             order.append("inference")
 
     with ThreadPoolExecutor(1) as pool:
