@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, requested
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -119,8 +119,7 @@ def test_projections_go_around_the_model(dtype):
 
     def projected(rows, domain):
         seed = torch.tensor(seed_from_block_hash("block"))
-        options = {"std": 0.01, "activation_bits": 16}
-        return _reference(rows, seed, domain, **options)
+        return project(rows, seed, requested(rows, domain=domain))
 
     x = nonce_inputs("block", "key", range(5), 6, engine.hidden_size, dtype=dtype)
     x = projected(x.view(30, -1), 0).view_as(x)
@@ -132,22 +131,6 @@ def test_projections_go_around_the_model(dtype):
     off = PoCManager(DistanceProver(engine))
     off.start_round(config())
     assert off.run_batch().dist != computed
-
-
-def _reference(rows, seed, domain, std, activation_bits):
-    from poc_kernels.definition import coefficient
-
-    return project(
-        rows,
-        seed,
-        domain=domain,
-        coefficient=coefficient(std),
-        activation_bits=activation_bits,
-        row_mask=None,
-        column_start=0,
-        columns=rows.shape[1],
-        residual=True,
-    )
 
 
 def test_a_new_round_changes_the_seed_of_the_projections_in_place():
