@@ -83,13 +83,9 @@ class Node:
         self.app = Gate(
             self.api,
             GateRules(is_user=under("/v1/")),
+            settings,
             closed=self.service.refuses_users,
             refused=self.service.metrics.refused,
-            max_in_flight=settings.max_in_flight,
-            max_body_bytes=settings.max_body_bytes,
-            max_pow_body_bytes=settings.max_pow_body_bytes,
-            body_seconds=settings.body_seconds,
-            token=settings.token,
         )
         watch = self.service.metrics.watch
         watch("poc_inference_in_flight", "Users' requests being served", lambda: self.app.in_flight)

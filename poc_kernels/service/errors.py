@@ -13,7 +13,6 @@ class AdmissionError(Exception):
         message: what is wrong, for the client.
         param: the field of the body that is wrong, if one is.
         code: OpenAI's short name of the error, if it has one.
-        kind: OpenAI's type of the error; from the status if not given.
         headers: headers of the answer.
     """
 
@@ -24,7 +23,6 @@ class AdmissionError(Exception):
         param: str | None = None,
         code: str | None = None,
         *,
-        kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
@@ -32,9 +30,11 @@ class AdmissionError(Exception):
         self.message = message
         self.param = param
         self.code = code
-        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The OpenAI error object."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        """Return the OpenAI error object; its type is that of the status."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

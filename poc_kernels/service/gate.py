@@ -10,16 +10,15 @@ import asyncio
 import collections
 import contextlib
 import hmac
-import json
-import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import AdmissionError
+from .settings import ServiceSettings
 
 POC_PREFIX = "/api/v1/pow"
 _BODY_ROUTES = (f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
@@ -64,26 +63,23 @@ class GateRules:
     ends_streams: bool = False
 
 
-class Refuse(Protocol):
-    """Answers a request with a refusal: an error, or the close of a websocket."""
+class RefusedError(AdmissionError):
+    """Raised by a wrapper, before the app is called, to refuse a request: `Gate` answers. ``code`` is the reason."""
 
-    def __call__(
-        self, scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
-    ) -> Awaitable[None]:
-        """Send the answer."""
-        ...
+    code: str
 
 
 class Gate:
     """Refuses what cannot be served now, and counts what is being served.
 
-    Users get 503 with Retry-After while ``closed`` gives a reason, and 429 above ``max_in_flight``. Bodies are read
-    here, to their bound and in ``body_seconds``: larger ones get 413, slower ones 408. With a token, the PoC routes
-    answer 401 to requests without it.
+    Users get 503 with Retry-After while ``closed`` gives a reason, and 429 above max_in_flight. Bodies are read here,
+    to their bound and in body_seconds: larger ones get 413, slower ones 408. With a token, the PoC routes answer 401 to
+    requests without it.
 
     Args:
         app: what is behind the gate.
         rules: what has to be known of it.
+        settings: bounds, and the token.
         closed: asked for each user's request, before and after its body is read.
         refused: told the reason of each refusal.
     """
@@ -92,41 +88,24 @@ class Gate:
         self,
         app: ASGIApp,
         rules: GateRules,
+        settings: ServiceSettings,
         *,
         closed: Closed,
         refused: Callable[[str], None],
-        max_in_flight: int,
-        max_body_bytes: int,
-        max_pow_body_bytes: int,
-        body_seconds: float,
-        token: str | None,
     ) -> None:
-        def refuse_user(
-            scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
-        ) -> Awaitable[None]:
-            refused(code)
-            if scope["type"] == "websocket":
-                return send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": message})
-            kind = "rate_limit_error" if status == 429 else None
-            return _answer(send, status, AdmissionError(status, message, code=code, kind=kind).body(), retry_after)
-
-        def refuse_other(
-            scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
-        ) -> Awaitable[None]:
-            refused(code)
-            return _answer(send, status, {"detail": message}, retry_after)
-
         def limit_of_other(scope: Scope) -> int:
-            return max_pow_body_bytes if rules.takes_body(scope) else min(max_pow_body_bytes, _MAX_SMALL_BODY)
+            limit = settings.max_pow_body_bytes
+            return limit if rules.takes_body(scope) else min(limit, _MAX_SMALL_BODY)
 
         self._app = app
         self._is_user = rules.is_user
+        self._refused = refused
         served = Departure(app if rules.ends_streams else DoneEvent(app))
-        body = Body(Shut(served, closed, refuse_user), lambda scope: max_body_bytes, body_seconds, refuse_user)
-        self._users = InFlight(body, max_in_flight, refuse_user)
-        self._shut_users = Shut(self._users, closed, refuse_user)
-        others = Places(Body(app, limit_of_other, body_seconds, refuse_other), rules.takes_body, refuse_other)
-        self._others = others if token is None else Token(others, token, refused)
+        body = Body(Shut(served, closed), lambda scope: settings.max_body_bytes, settings.body_seconds)
+        self._users = InFlight(body, settings.max_in_flight)
+        self._shut_users = Shut(self._users, closed)
+        others = Places(Body(app, limit_of_other, settings.body_seconds), rules.takes_body)
+        self._others = others if settings.token is None else Token(others, settings.token)
 
     @property
     def in_flight(self) -> int:
@@ -135,52 +114,48 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: the ASGI interface."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif self._is_user(scope):
-            await self._shut_users(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._others(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+        user = scope["type"] != "lifespan" and self._is_user(scope)
+        others = self._others if scope["type"] == "http" else self._app
+        try:
+            await (self._shut_users if user else others)(scope, receive, send)
+        except RefusedError as refusal:
+            self._refused(refusal.code)
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": refusal.message})
+                return
+            content = refusal.body() if user else {"detail": refusal.message}
+            await JSONResponse(content, refusal.status, refusal.headers)(scope, receive, send)
 
 
 class Shut:
     """Refuses users while ``closed`` gives a reason."""
 
-    def __init__(self, app: ASGIApp, closed: Closed, refuse: Refuse) -> None:
-        self._app, self._closed, self._refuse = app, closed, refuse
+    def __init__(self, app: ASGIApp, closed: Closed) -> None:
+        self._app, self._closed = app, closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         closed = self._closed()
-        if closed is None:
-            await self._app(scope, receive, send)
-        else:
+        if closed is not None:
             code, message, seconds = closed
-            await self._refuse(scope, send, 503, code, message, seconds)
+            raise RefusedError(503, message, code=code, headers={"Retry-After": str(seconds)})
+        await self._app(scope, receive, send)
 
 
 class InFlight:
     """Counts requests, and refuses those above a maximum."""
 
-    def __init__(self, app: ASGIApp, max_in_flight: int, refuse: Refuse) -> None:
-        self._app, self._max, self._refuse = app, max_in_flight, refuse
-        self._lock = threading.Lock()
+    def __init__(self, app: ASGIApp, max_in_flight: int) -> None:
+        self._app, self._max = app, max_in_flight
         self.count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._lock:
-            admitted = self.count < self._max
-            self.count += admitted
-        if not admitted:
-            message = f"at most {self._max} requests are served at once"
-            await self._refuse(scope, send, 429, "overloaded", message, 1)
-            return
+        if self.count >= self._max:
+            raise _overloaded(f"at most {self._max} requests are served at once")
+        self.count += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            with self._lock:
-                self.count -= 1
+            self.count -= 1
 
 
 class Places:
@@ -189,8 +164,8 @@ class Places:
     Other routes, including /stop and /health, are answered however many proofs wait.
     """
 
-    def __init__(self, app: ASGIApp, takes_body: Callable[[Scope], bool], refuse: Refuse) -> None:
-        self._app, self._takes_body, self._refuse = app, takes_body, refuse
+    def __init__(self, app: ASGIApp, takes_body: Callable[[Scope], bool]) -> None:
+        self._app, self._takes_body = app, takes_body
         self._taken: collections.Counter[str] = collections.Counter()  # by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,11 +175,9 @@ class Places:
         client = (scope.get("client") or ("",))[0]
         left, own = _MAX_PLACES - self._taken.total() - 1, self._taken[client]
         if left < 0 or (own > 0 and own + 1 > left):
-            message = (
+            raise _overloaded(
                 f"at most {_MAX_PLACES} requests are served at once, of one client no more than it leaves to others"
             )
-            await self._refuse(scope, send, 429, "overloaded", message, 1)
-            return
         self._taken[client] += 1
         try:
             await self._app(scope, receive, send)
@@ -217,36 +190,36 @@ class Places:
 class Token:
     """Answers 401 on the PoC routes unless a request has the bearer token."""
 
-    def __init__(self, app: ASGIApp, token: str, refused: Callable[[str], None]) -> None:
-        self._app, self._token, self._refused = app, token.encode(), refused
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._token = app, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        authorized = scheme.lower() == b"bearer" and hmac.compare_digest(given, self._token)
-        if authorized or not scope["path"].startswith(POC_PREFIX):
-            await self._app(scope, receive, send)
-            return
-        self._refused("token")
-        content = {"detail": "the PoC routes ask for the node's bearer token"}
-        await _answer(send, 401, content, headers=[(b"www-authenticate", b"Bearer")])
+        if scope["path"].startswith(POC_PREFIX):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._token):
+                message = "the PoC routes ask for the node's bearer token"
+                raise RefusedError(401, message, code="token", headers={"WWW-Authenticate": "Bearer"})
+        await self._app(scope, receive, send)
 
 
 class Body:
     """Reads the whole body before the app is called: refuses one that is too large or too slow."""
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], seconds: float, refuse: Refuse) -> None:
-        self._app, self._limit_of, self._seconds, self._refuse = app, limit_of, seconds, refuse
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], seconds: float) -> None:
+        self._app, self._limit_of, self._seconds = app, limit_of, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await self._read(scope, receive, send)
+        body = await self._read(scope, receive)
         if body is not None:
             await self._app(scope, _play_back(body, receive), send)
 
-    async def _read(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
-        """Return the body; None if it was refused, or if the client went away."""
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Return the body; None if the client went away."""
+        # Where a body is refused, the rest of it is unread: the connection cannot be used again.
+        close = {"Connection": "close"}
         limit = self._limit_of(scope)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(declared[:20]) if declared.isdigit() else 0
@@ -257,8 +230,8 @@ class Body:
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
             except asyncio.TimeoutError:
-                await self._refuse(scope, send, 408, "body_too_slow", f"the body must come within {self._seconds:g} s")
-                return None
+                text = f"the body must come within {self._seconds:g} s"
+                raise RefusedError(408, text, code="body_too_slow", headers=close) from None
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
@@ -266,8 +239,8 @@ class Body:
             more = message.get("more_body", False)
         if max(size, received) > limit:
             got = f"got {size}" if size > limit else "got more"
-            await self._refuse(scope, send, 413, "body_too_large", f"the body must have at most {limit} bytes, {got}")
-            return None
+            text = f"the body must have at most {limit} bytes, {got}"
+            raise RefusedError(413, text, code="body_too_large", headers=close)
         return b"".join(parts)
 
 
@@ -351,21 +324,5 @@ def _play_back(body: bytes, then: Receive) -> Receive:
     return receive
 
 
-async def _answer(
-    send: Send,
-    status: int,
-    content: dict[str, Any],
-    retry_after: int | None = None,
-    headers: list[tuple[bytes, bytes]] | None = None,
-) -> None:
-    body = json.dumps(content).encode()
-    start = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        # The request's body may be unread: the connection cannot be used again.
-        *([(b"connection", b"close")] if status in (408, 413) else []),
-        *([(b"retry-after", str(retry_after).encode())] if retry_after is not None else []),
-        *(headers or []),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body})
+def _overloaded(message: str) -> RefusedError:
+    return RefusedError(429, message, code="overloaded", headers={"Retry-After": "1"})

@@ -12,6 +12,7 @@ from web import TIMEOUT
 
 from poc_kernels.service import gate as gate_module
 from poc_kernels.service.gate import Gate, GateRules, under
+from poc_kernels.service.settings import ServiceSettings
 
 USER, POW, OTHER = "/v1/chat/completions", "/api/v1/pow/validate", "/health"
 CLOSED = ("generating", "not now", 7)
@@ -94,10 +95,11 @@ class Echo:
 
 
 def gate(app: Any, **changes: Any) -> Gate:
-    defaults = {"closed": lambda: None, "refused": lambda reason: None, "max_in_flight": 2, "max_body_bytes": 10}
-    others = {"max_pow_body_bytes": 2000, "body_seconds": TIMEOUT, "token": None}
+    asks = {"closed": lambda: None, "refused": lambda reason: None}
+    asks = {name: changes.pop(name, default) for name, default in asks.items()}
     rules = changes.pop("rules", GateRules(is_user=under("/v1/")))
-    return Gate(app, rules, **{**defaults, **others, **changes})
+    defaults = {"max_in_flight": 2, "max_body_bytes": 10, "max_pow_body_bytes": 2000, "body_seconds": TIMEOUT}
+    return Gate(app, rules, ServiceSettings(**{**defaults, **changes}), **asks)
 
 
 def speak(*clients: Client) -> None:
@@ -491,10 +493,15 @@ def test_routes_that_compute_outside_v1_are_counted_and_have_the_bound_of_users_
     large = Client(front, "/invocations", [b"x" * 11])
     speak(large)
     assert (large.status, large.error["code"]) == (413, "body_too_large")
-    full = gate(Echo(), rules=GateRules(is_user=computes), max_in_flight=0)
-    refused = Client(full, "/invocations")
-    speak(refused)
-    assert refused.status == 429
+
+    async def meanwhile(body: bytes) -> bytes:
+        await refused.speak()
+        return body
+
+    full = gate(Echo(meanwhile), rules=GateRules(is_user=computes), max_in_flight=1)
+    served, refused = Client(full, "/invocations"), Client(full, "/invocations")
+    speak(served)
+    assert (served.status, refused.status) == (200, 429)
 
 
 @pytest.mark.parametrize("ends_streams", [True, False])

@@ -71,17 +71,12 @@ class TinyNode:
         self.api.include_router(routes.poc_router(self.service))
         self.api.include_router(routes.operation_router(self.service))
         routes.handle_invalid_bodies(self.api)
-        chosen = self.service.settings
         self.app = Gate(
             self.api,
             GateRules(is_user=is_user, ends_streams=True),
+            self.service.settings,
             closed=self.service.refuses_users,
             refused=self.service.metrics.refused,
-            max_in_flight=chosen.max_in_flight,
-            max_body_bytes=chosen.max_body_bytes,
-            max_pow_body_bytes=chosen.max_pow_body_bytes,
-            body_seconds=chosen.body_seconds,
-            token=chosen.token,
         )
 
     def _drain(self, seconds: float) -> bool:
