@@ -24,27 +24,22 @@ class Engine(Protocol):
     @property
     def hidden_size(self) -> int:
         """Features of an input embedding, and of a hidden state."""
-        ...
 
     @property
     def vocab_size(self) -> int:
         """Columns of the logits."""
-        ...
 
     @property
     def max_positions(self) -> int:
         """Longest sequence that the model takes."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of input embeddings and hidden states: float32, bfloat16 or float16."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where input embeddings are taken, and hidden states given."""
-        ...
 
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
         """Last hidden states [batch, seq_len, hidden_size], after the final norm, of input embeddings of that shape.
@@ -53,8 +48,6 @@ class Engine(Protocol):
         as often as it likes between its kernels, on the same thread and stream, so that validation can make room for
         users (`poc_kernels.scheduling.SlicedForward`); bits must not depend on it.
         """
-        ...
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [rows, vocab_size] of hidden states [rows, hidden_size], with all that the model does to logits."""
-        ...

@@ -29,16 +29,13 @@ class Prover(Protocol):
     @property
     def form(self) -> ProofForm:
         """The proof form."""
-        ...
 
     @property
     def slices(self) -> Slices | None:
         """The slices of its forward; None where they are not measured yet, or are not cut here."""
-        ...
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if it cannot prove a round of this configuration."""
-        ...
 
     def prove(self, config: PoCConfig, public_key: str, nonces: Sequence[int], pause: Pause = never) -> Outcomes:
         """Compute the outcomes of one forward.
@@ -49,4 +46,3 @@ class Prover(Protocol):
             nonces: 1 to batch_size.
             pause: called between two slices of the work; what it raises ends the work and comes through.
         """
-        ...

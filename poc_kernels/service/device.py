@@ -27,7 +27,6 @@ class Device(Protocol):
 
     def lane(self) -> AbstractContextManager[None]:
         """Return what the proofs' thread runs in: a stream, a priority."""
-        ...
 
     def take(self) -> float:
         """Wait until a first slice may begin; return the seconds waited.
@@ -35,7 +34,6 @@ class Device(Protocol):
         Raises:
             TurnsClosed: there is no device any more, or `cancel` was called.
         """
-        ...
 
     def pause(self) -> SliceTimes:
         """End a slice and wait until the next may begin.
@@ -43,37 +41,29 @@ class Device(Protocol):
         Raises:
             TurnsClosed: as `take`; the device is given back.
         """
-        ...
 
     def give_back(self) -> float:
         """End the last slice; return its seconds, 0 if there was none."""
-        ...
 
     def cancel(self) -> None:
         """Let the proofs' thread never have the device again: its `take` or `pause` raises TurnsClosed."""
-        ...
 
     @property
     def waiting(self) -> bool:
         """Whether the proofs' thread waits for the device now."""
-        ...
 
     @property
     def pacing(self) -> str:
         """How slices share the device, for the status: "paced" or "free"."""
-        ...
 
     def drain_users(self, timeout_seconds: float) -> bool:
         """Wait until no user's request is in flight; return whether none is."""
-        ...
 
     def pause_users(self) -> None:
         """Let users' requests in flight compute nothing until `resume_users`."""
-        ...
 
     def resume_users(self) -> None:
         """Undo `pause_users`. Idempotent."""
-        ...
 
 
 class TurnsDevice:
