@@ -51,10 +51,7 @@ class Node:
         self.turns = Turns(pacing)
         # Before anything serves the model: the engine compares itself with it.
         self.engine = TransformersEngine(
-            model,
-            cuda_graphs=settings.cuda_graphs,
-            slice_seconds=settings.slice_seconds,
-            alone=self.turns.alone,
+            model, cuda_graphs=settings.cuda_graphs, slice_seconds=settings.slice_seconds, alone=self.turns.alone
         )
         lanes.begin()  # what the engine and the model were made of is there
         self._prover = DistanceProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)

@@ -1,15 +1,7 @@
 """A round of PoC 2.0 (``docs/protocol.md``): its states, nonces, proofs and verdicts. No server in it."""
 
 from .config import UNSET, PoCConfig
-from .distances import (
-    DistanceProver,
-    ProofBatch,
-    ValidatedBatch,
-    distances,
-    permutations,
-    target,
-    validate_distances,
-)
+from .distances import DistanceProver, ProofBatch, ValidatedBatch, distances, permutations, target, validate_distances
 from .engine import Engine
 from .form import ProofForm
 from .honesty import probability_honest

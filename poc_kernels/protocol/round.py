@@ -85,10 +85,7 @@ class PoCManager:
     """
 
     def __init__(
-        self,
-        prover: Prover,
-        observer: Callable[[BatchReport], None] | None = None,
-        max_listed: int = 100_000,
+        self, prover: Prover, observer: Callable[[BatchReport], None] | None = None, max_listed: int = 100_000
     ) -> None:
         self.prover = prover
         self._form = prover.form
@@ -319,13 +316,7 @@ class PoCManager:
         return next(verdict for verdict in self.validation(proof) if verdict is not None)
 
     def _prove(
-        self,
-        current: Round,
-        public_key: str,
-        nonces: list[int],
-        phase: str,
-        pause: Pause,
-        check: Callable[[], None],
+        self, current: Round, public_key: str, nonces: list[int], phase: str, pause: Pause, check: Callable[[], None]
     ) -> list[Any]:
         def pause_and_check() -> None:
             pause()

@@ -182,14 +182,7 @@ class ValidationQueue:
 
     # ---- for submitters ----
 
-    def put(
-        self,
-        forwards: Validation,
-        *,
-        nonces: int,
-        submitter: str,
-        keep: bool = False,
-    ) -> ValidationJob:
+    def put(self, forwards: Validation, *, nonces: int, submitter: str, keep: bool = False) -> ValidationJob:
         """Queue a batch; the arguments are those of `ValidationJob`.
 
         Raises:

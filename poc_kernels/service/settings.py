@@ -170,9 +170,7 @@ class ServiceSettings:
         one_of("auto", "paced", "free"),
     )
     validation_share: float = setting(
-        0.1,
-        "fraction of the device's time guaranteed to validation while users are served",
-        FRACTION,
+        0.1, "fraction of the device's time guaranteed to validation while users are served", FRACTION
     )
     validation_wait_seconds: float = setting(
         1.0, "maximum number of seconds that a slice of validation waits for users", NOT_NEGATIVE
@@ -182,17 +180,13 @@ class ServiceSettings:
     )
     retry_after_seconds: int = setting(10, "seconds in the Retry-After of a 503 while GENERATING", POSITIVE)
     stall_seconds: float = setting(
-        120.0,
-        "seconds without progress after which /health answers 503 and batching is restarted",
-        POSITIVE,
+        120.0, "seconds without progress after which /health answers 503 and batching is restarted", POSITIVE
     )
     shutdown_seconds: float = setting(
         10.0, "seconds for which SIGTERM waits for requests in flight and for callbacks", NOT_NEGATIVE
     )
     callback_nonces: int = setting(
-        100_000,
-        "maximum number of undelivered nonces kept for callbacks; the oldest are dropped first",
-        POSITIVE,
+        100_000, "maximum number of undelivered nonces kept for callbacks; the oldest are dropped first", POSITIVE
     )
     token: str | None = setting(None, "bearer token that the routes under /api/v1/pow then ask for", secret=True)
     callback_key: str | None = setting(None, "key that callbacks are then signed with", secret=True)

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import (
-    MAX_NONCE,
-    check_distinct,
-    check_float,
-    check_int,
-    check_ints,
-    check_list,
-    check_text,
-)
+from ..checks import MAX_NONCE, check_distinct, check_float, check_int, check_ints, check_list, check_text
 from ..config import UNSET
 from ..honesty import probability_honest
 
