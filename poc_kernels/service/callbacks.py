@@ -13,7 +13,7 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -51,7 +51,7 @@ def verify(body: bytes, signature: str, key: bytes) -> bool:
 
 
 class CallbackObserver(Protocol):
-    """Learns what becomes of callbacks, from any thread, with no lock held; kind is "generated" or "validated"."""
+    """Learns what becomes of callbacks, from any thread, while no lock is taken; kind is "generated" or "validated"."""
 
     def delivered(self, kind: str, nonces: int) -> None:
         """Note that a post with this many nonces was accepted."""
@@ -83,10 +83,6 @@ class CallbackSender:
             at random. A Retry-After is respected, up to max_retry_seconds.
         timeout_seconds: how long a receiver may take over one post.
         observer: learns of every post, every failure and every dropped delivery.
-
-    Raises:
-        TypeError: key is not bytes.
-        ValueError: key is empty, or a number is out of its range.
     """
 
     def __init__(
@@ -101,22 +97,6 @@ class CallbackSender:
         timeout_seconds: float = 10.0,
         observer: CallbackObserver | None = None,
     ) -> None:
-        if key is not None and not isinstance(key, bytes):
-            raise TypeError(f"key must be bytes or None, got {type(key).__name__}")
-        if key == b"":
-            raise ValueError("key must be None or at least one byte, got none")
-        for name, count in (("max_nonces", max_nonces), ("max_nonces_per_post", max_nonces_per_post)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if not flush_seconds >= 0:
-            raise ValueError(f"flush_seconds must be at least 0, got {flush_seconds}")
-        if not 0 < first_retry_seconds <= max_retry_seconds:
-            raise ValueError(
-                "first_retry_seconds must be positive and at most max_retry_seconds, "
-                f"got {first_retry_seconds} and {max_retry_seconds}"
-            )
-        if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
         self._key = key
         self._max_nonces_per_post = max_nonces_per_post
         self._flush_seconds = flush_seconds
@@ -124,7 +104,7 @@ class CallbackSender:
         self._timeout_seconds = timeout_seconds
         self._observer = observer
 
-        self._lock = threading.Lock()  # held for moments only, never while anything waits
+        self._lock = threading.Lock()  # taken for moments only, never while anything waits
         self._all_sent = threading.Condition(self._lock)
         self._destinations: dict[str, Destination] = {}  # by URL; only those with deliveries
         self._outbox = Outbox(max_nonces)
@@ -160,7 +140,7 @@ class CallbackSender:
             self._thread = threading.Thread(target=self._run, args=(loop,), name="poc-callbacks", daemon=True)
             self._loop = loop
             for destination in self._destinations.values():
-                loop.call_soon_threadsafe(self._spawn, destination)
+                self._soon(self._spawn, destination)
             self._thread.start()
 
     def generated(self, url: str, body: Mapping[str, Any], *, per_nonce: tuple[str, ...]) -> None:
@@ -175,7 +155,7 @@ class CallbackSender:
                 name is "nonces".
 
         Raises:
-            TypeError, ValueError: url is not a str, or body and per_nonce do not fit (see `Delivery`).
+            TypeError, ValueError: body and per_nonce do not fit (see `Delivery`).
         """
         self._add(GENERATED, url, Delivery(body, per_nonce))
 
@@ -224,7 +204,7 @@ class CallbackSender:
                 for destination in self._destinations.values():  # a receiver may be back: try now
                     destination.retry.reset()
                     destination.refusals.reset()
-                    self._wake(destination)
+                    self._soon(destination.wake.set)
                 if self._thread is not None:
                     self._all_sent.wait_for(lambda: not self._destinations, max(0.0, deadline - time.monotonic()))
                 self._closed = True
@@ -233,46 +213,41 @@ class CallbackSender:
                 self._outbox.clear()
                 for _, deliveries in unsent:
                     self._count_dropped(deliveries)
-                if self._loop is not None:
-                    self._loop.call_soon_threadsafe(self._stop.set)
-                    self._loop = None
+                self._soon(self._stop.set)
+                self._loop = None
             if self._thread is not None:
                 self._thread.join(_STOP_SECONDS)
         for destination, deliveries in unsent:
             self._report_dropped("callbacks not delivered before the deadline", destination, deliveries)
 
     def _add(self, kind: str, url: str, delivery: Delivery) -> None:
-        if not isinstance(url, str):
-            raise TypeError(f"url must be a str, got {type(url).__name__}")
         url = f"{url.rstrip('/')}/{kind}"
         with self._lock:
             delivery.arrival = self._arrivals
             delivery.due = time.monotonic() + (self._flush_seconds if kind == GENERATED else 0.0)
             self._arrivals += 1
-            destination = self._destinations.get(url)
-            if destination is not None:
-                self._wake(destination)
-            else:
-                destination = Destination(kind, url, self._retry_seconds)
-                if not self._closed:
-                    self._destinations[url] = destination
-                    if self._loop is not None:
-                        self._loop.call_soon_threadsafe(self._spawn, destination)
-            destination.add(delivery)
+            destination = self._destinations.get(url) or Destination(kind, url, self._retry_seconds)
             if self._closed:
                 self._count_dropped([delivery])
                 dropped = {destination: [delivery]}
             else:
+                if url in self._destinations:
+                    self._soon(destination.wake.set)
+                else:
+                    self._destinations[url] = destination
+                    self._soon(self._spawn, destination)
+                destination.add(delivery)
                 self._outbox.add(destination, delivery)
                 dropped = self._drop_excess()
         for dropped_from, deliveries in dropped.items():
             self._report_dropped("callback dropped", dropped_from, deliveries)
 
-    # Called with the lock held.
+    # Called under the lock.
 
-    def _wake(self, destination: Destination) -> None:
+    def _soon(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Have something called on the thread, unless it is not started or about to end."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(destination.wake.set)
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     def _drop_excess(self) -> dict[Destination, list[Delivery]]:
         dropped = self._outbox.drop_excess()
@@ -288,7 +263,7 @@ class CallbackSender:
     def _forget_if_empty(self, destination: Destination) -> None:
         """Forget a destination without deliveries, which ends its task; the next delivery makes a new one."""
         if destination.empty and self._destinations.pop(destination.url, None) is not None:
-            self._wake(destination)
+            self._soon(destination.wake.set)
             if not self._destinations:
                 self._all_sent.notify_all()
 
@@ -370,7 +345,7 @@ class CallbackSender:
                 self._failed += 1
                 self._last_error = f"{destination.kind}: {failure.cause}"
                 retry_seconds = destination.put_back(post, failure, time.monotonic())
-                self._outbox.put_back(post)
+                self._outbox.wait(post)
                 dropped = self._drop_excess()
             self._forget_if_empty(destination)
         if failure is None:

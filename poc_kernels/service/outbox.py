@@ -63,19 +63,14 @@ class Delivery:
         per_nonce: names of the lists in body that have one value per nonce; the first name is "nonces".
 
     Raises:
-        TypeError, ValueError: body is not JSON, one of the lists is missing or has another length than the nonces, or
-            per_nonce does not begin with "nonces".
+        TypeError, ValueError: body is not JSON, or one of the lists is missing or has another length than the nonces.
     """
 
     __slots__ = ("arrival", "common", "due", "goes_after", "per_nonce", "refused", "waiting")
 
     def __init__(self, body: Mapping[str, Any], per_nonce: tuple[str, ...]) -> None:
-        if not isinstance(body, Mapping):
-            raise TypeError(f"body must be a mapping, got {type(body).__name__}")
-        if not isinstance(per_nonce, tuple) or per_nonce[:1] != ("nonces",):
-            raise ValueError(f'per_nonce must be a tuple of names that begins with "nonces", got {per_nonce!r}')
         self.common: dict[str, Any] = json.loads(canonical_json(dict(body)))  # a copy that is guaranteed to be JSON
-        self.per_nonce = {name: self.common.pop(name, None) for name in per_nonce}
+        self.per_nonce: dict[str, list[Any]] = {name: self.common.pop(name, None) for name in per_nonce}
         for name, values in self.per_nonce.items():
             if not isinstance(values, list):
                 raise TypeError(f"body[{name!r}] must be a list, got {type(values).__name__}")
@@ -95,13 +90,8 @@ class Delivery:
         """If refused: the arrival of the last delivery that goes before it."""
 
     @property
-    def body(self) -> dict[str, Any]:
-        return {**self.common, **self.per_nonce}
-
-    @property
     def nonces(self) -> list[Any]:
-        nonces: list[Any] = self.per_nonce["nonces"]
-        return nonces
+        return self.per_nonce["nonces"]
 
     @property
     def weight(self) -> int:
@@ -115,8 +105,6 @@ class Delivery:
 
 def merged(post: list[Delivery]) -> dict[str, Any]:
     """Join deliveries that merge into one body."""
-    if len(post) == 1:
-        return post[0].body
     joined = {name: [value for each in post for value in each.per_nonce[name]] for name in post[0].per_nonce}
     return {**post[0].common, **joined}
 
@@ -285,7 +273,7 @@ class Outbox:
         """Add the newest delivery, which was added to destination; arrivals grow."""
         self._deliveries[delivery.arrival] = (destination, delivery)
         self.nonces += len(delivery.nonces)
-        self._wait([delivery])
+        self.wait([delivery])
 
     def sent(self, post: list[Delivery]) -> None:
         """Note that these deliveries no longer wait."""
@@ -294,9 +282,12 @@ class Outbox:
         for each in post:
             each.waiting = False
 
-    def put_back(self, post: list[Delivery]) -> None:
-        """Note that these deliveries wait in their destination again."""
-        self._wait(post)
+    def wait(self, deliveries: list[Delivery]) -> None:
+        """Note that these deliveries wait in their destination, for the first time or again."""
+        self._waiting += len(deliveries)
+        self._weight += sum(each.weight for each in deliveries)
+        for each in deliveries:
+            each.waiting = True
 
     def delivered(self, post: list[Delivery]) -> None:
         """Forget these deliveries, which were in flight."""
@@ -324,12 +315,6 @@ class Outbox:
     def clear(self) -> None:
         self._deliveries.clear()
         self.nonces = self._waiting = self._weight = 0
-
-    def _wait(self, deliveries: list[Delivery]) -> None:
-        self._waiting += len(deliveries)
-        self._weight += sum(each.weight for each in deliveries)
-        for each in deliveries:
-            each.waiting = True
 
     def _forget(self, delivery: Delivery) -> None:
         del self._deliveries[delivery.arrival]

@@ -102,10 +102,6 @@ class _Share:
     nonces: int = 0
 
 
-def _ignore(_: ValidationJob) -> None:
-    """Do nothing: the ``ended`` of a queue that nobody watches."""
-
-
 class ValidationQueue:
     """Batches that wait to be validated, including the one in work. Thread-safe; no call blocks.
 
@@ -118,24 +114,20 @@ class ValidationQueue:
         result_seconds: how long finished jobs are kept.
         ended: called once with every job that is done, failed or cancelled, before its future is set; in any thread.
             What it raises is logged.
-
-    Raises:
-        ValueError: max_nonces is not positive, or result_seconds is not.
     """
 
     def __init__(
-        self, max_nonces: int, result_seconds: float = 3600.0, ended: Callable[[ValidationJob], None] = _ignore
+        self, max_nonces: int, result_seconds: float = 3600.0, ended: Callable[[ValidationJob], Any] = lambda job: None
     ) -> None:
-        if max_nonces < 1:
-            raise ValueError(f"max_nonces must be positive, got {max_nonces}")
-        if not result_seconds > 0:
-            raise ValueError(f"result_seconds must be positive, got {result_seconds}")
         self._max_nonces = max_nonces
         self._result_seconds = result_seconds
         self._ended = ended
         self._lock = threading.Lock()
         self._waiting: collections.OrderedDict[str, _Share] = collections.OrderedDict()  # the next to be served first
-        self._batches = self._nonces = 0
+        self.batches = 0
+        """Batches waiting to be validated, including the one in work."""
+        self.nonces = 0
+        """Nonces waiting to be computed; a batch of none counts as one."""
         self._latest: ValidationJob | None = None
         self._closed: str | None = None
         self._kept: dict[str, ValidationJob] = {}
@@ -146,16 +138,6 @@ class ValidationQueue:
 
     # ---- what waits ----
 
-    @property
-    def batches(self) -> int:
-        """Batches waiting to be validated, including the one in work."""
-        return self._batches
-
-    @property
-    def nonces(self) -> int:
-        """Nonces waiting to be computed; a batch of none counts as one."""
-        return self._nonces
-
     def status(self) -> dict[str, Any]:
         """Return the queue's numbers for GET /status.
 
@@ -165,8 +147,8 @@ class ValidationQueue:
         with self._lock:
             job = self._latest
             return {
-                "queued_batches": self._batches,
-                "queued_nonces": self._nonces,
+                "queued_batches": self.batches,
+                "queued_nonces": self.nonces,
                 "submitters": len(self._waiting),
                 "running": None
                 if job is None
@@ -197,14 +179,14 @@ class ValidationQueue:
                 raise RoundEndedError(self._closed)
             now = time.monotonic()
             self._admit(max(1, nonces), nonces, submitter, now)
-            if self._batches == 0:
+            if self.batches == 0:
                 self._rate_until = now  # idle time is no part of the rate
             job = ValidationJob(forwards=forwards, submitter=submitter, nonces=nonces, keep=keep, submitted=now)
             share = self._waiting.setdefault(submitter, _Share())
             share.jobs.append(job)
             share.nonces += job.left
-            self._nonces += job.left
-            self._batches += 1
+            self.nonces += job.left
+            self.batches += 1
             if keep:
                 self._kept[job.id] = job
         return job
@@ -212,8 +194,8 @@ class ValidationQueue:
     def _admit(self, places: int, nonces: int, submitter: str, now: float) -> None:
         share = self._waiting.get(submitter)
         own = 0 if share is None else share.nonces
-        over = self._nonces + places - self._max_nonces
-        unfair = own + self._nonces + 2 * places - self._max_nonces if own > 0 else 0
+        over = self.nonces + places - self._max_nonces
+        unfair = own + self.nonces + 2 * places - self._max_nonces if own > 0 else 0
         if over <= 0 and unfair <= 0:
             return
         # Every k nonces that are computed take k from what waits and 1 from what each of k submitters has waiting.
@@ -221,11 +203,9 @@ class ValidationQueue:
         until_fair = min(unfair * count / (count + 1), own * count)
         retry_seconds = self._seconds_for(max(over, until_fair), now)
         if over > 0:
-            message = (
-                f"at most {self._max_nonces} nonces can wait to be validated, {self._nonces} do, and {nonces} came"
-            )
+            message = f"at most {self._max_nonces} nonces can wait to be validated, {self.nonces} do, and {nonces} came"
         else:
-            more = max(0, (self._max_nonces - own - self._nonces) // 2)
+            more = max(0, (self._max_nonces - own - self.nonces) // 2)
             message = f"a submitter with {own} nonces waiting can add at most {more} now, and {nonces} came"
         raise QueueFullError(message, retry_seconds)
 
@@ -251,7 +231,7 @@ class ValidationQueue:
             self._measure(computed)
             job.nonces_done += computed
             self._waiting[job.submitter].nonces -= computed
-            self._nonces -= computed
+            self.nonces -= computed
             self._waiting.move_to_end(job.submitter)
 
     def finish(self, job: ValidationJob, outcome: Any) -> bool:
@@ -296,8 +276,8 @@ class ValidationQueue:
         share.nonces -= job.left
         if not share.jobs:
             del self._waiting[job.submitter]
-        self._nonces -= job.left
-        self._batches -= 1
+        self.nonces -= job.left
+        self.batches -= 1
         if self._latest is job:
             self._latest = None
         job.finished = time.monotonic()
@@ -331,7 +311,7 @@ class ValidationQueue:
 
     def _rate(self, now: float) -> float:
         """Nonces per second while there was something to do; 0 if that was not measured yet."""
-        unfinished = now - self._rate_until if self._batches > 0 else 0.0
+        unfinished = now - self._rate_until if self.batches > 0 else 0.0
         seconds = max(self._rate_seconds, unfinished)
         return self._rate_nonces / seconds if seconds > 0 else 0.0
 

@@ -164,7 +164,7 @@ def test_a_delivery_returns_its_body_and_shares_what_is_common():
     destination = destination_of()
     for body in bodies:
         destination.add(Delivery(body, PER_NONCE))
-    assert [each.body for each in destination.all] == bodies
+    assert [merged([each]) for each in destination.all] == bodies
     first, second, third = destination.all
     assert first.common is second.common is not third.common
     assert merged([first, second]) == {**bodies[0], "nonces": [0, 1], "dist": [1.0, 1.0]}
@@ -194,7 +194,7 @@ def test_the_outbox_keeps_the_newest_up_to_the_bound(max_nonces, steps):
             if ANSWERS[step] is None:
                 outbox.delivered(post)
             else:
-                outbox.put_back(post)
+                outbox.wait(post)
                 waiting = sorted([*waiting, *post], key=lambda each: each.arrival)
         excess = []
         while len(waiting) > 1 and sum(max(1, len(each.nonces)) for each in waiting) > max_nonces:

@@ -375,15 +375,6 @@ def test_no_more_results_are_kept_than_can_wait() -> None:
     assert waiting.state == JobState.CANCELLED
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((0,), "max_nonces must be positive, got 0"), ((1, 0.0), "result_seconds must be positive, got 0.0")],
-)
-def test_bounds_that_make_no_sense(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        ValidationQueue(*arguments)
-
-
 # ---- in any order ----
 
 MOST = 24
