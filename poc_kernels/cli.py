@@ -59,23 +59,17 @@ def verify() -> int:
             failed = True
             rows.append(("-", str(device), f"NOT SERVED: {trouble}"))
         for backend in backends.backends():
-            reason, wrong, untried = None, [], None
             try:
                 reason = backends.unavailable(backend, device)
                 wrong = [] if reason else backends.verdict(backend, device)
             except (ValueError, RuntimeError, MemoryError) as error:
-                untried = str(error)
-            if untried is not None:
-                failed = True
-                text = f"NOT TRIED: {untried}"
-            elif reason:
-                text = f"not available: {reason}"
-            elif wrong:
-                failed = True
-                text = f"FAILED, never used: {'; '.join(wrong)}"
+                failed, text = True, f"NOT TRIED: {error}"
             else:
-                text = "gives the known answers"
-                text += ", serves this device" if serving == backend.name else ""
+                text = "gives the known answers" + (", serves this device" if serving == backend.name else "")
+                if reason:
+                    text = f"not available: {reason}"
+                elif wrong:
+                    failed, text = True, f"FAILED, never used: {'; '.join(wrong)}"
             rows.append((backend.name, str(device), text))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, where, text in rows:

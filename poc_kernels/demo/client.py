@@ -36,15 +36,14 @@ class NodeClient:
         """Close the connections."""
         self._http.close()
 
-    def _call(self, method: str, path: str, body: object | None = None) -> Any:
+    def _call(self, method: str, path: str, body: object | None = None) -> dict[str, Any]:
         answer = self._http.request(method, f"/api/v1/pow{path}", json=body)
-        answer.raise_for_status()
-        return answer.json()
+        content: dict[str, Any] = answer.raise_for_status().json()
+        return content
 
     def status(self) -> dict[str, Any]:
         """Return state and progress of the round."""
-        status: dict[str, Any] = self._call("GET", "/status")
-        return status
+        return self._call("GET", "/status")
 
     def begin(self, name: str, config: dict[str, Any]) -> None:
         """Begin a round in the phase ``name``: "generate" or "validate"."""
@@ -60,8 +59,7 @@ class NodeClient:
 
     def validate(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Have a ProofBatch recomputed, and return the verdict."""
-        verdict: dict[str, Any] = self._call("POST", "/validate", batch)
-        return verdict
+        return self._call("POST", "/validate", batch)
 
     def refusal(self, batch: dict[str, Any]) -> tuple[int, str]:
         """Return status and text of the answer to a ProofBatch, whatever the status is."""
@@ -70,8 +68,7 @@ class NodeClient:
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return a metric's values by the value of its one label, or by "" if it has no label."""
-        answer = self._http.get("/metrics")
-        answer.raise_for_status()
+        answer = self._http.get("/metrics").raise_for_status()
         return {
             ",".join(sample.labels.values()): sample.value
             for family in text_string_to_metric_families(answer.text)
@@ -87,7 +84,7 @@ class Chatter:
         url: the server's URL.
         model: the name that the server knows the model by.
         clock: returns seconds.
-        max_tokens: the most tokens of an answer.
+        max_tokens: maximum number of tokens of an answer.
     """
 
     def __init__(self, url: str, model: str, clock: Callable[[], float], max_tokens: int) -> None:
@@ -110,6 +107,7 @@ class Chatter:
         """Stream one chat, and return its record, also if it was refused or failed."""
         arrivals: list[float] = []
         pieces: list[str] = []
+        status, retry_after, error = 200, None, ""
         began = self._clock()
         try:
             with self._client.chat.completions.create(
@@ -123,14 +121,12 @@ class Chatter:
                     if piece:
                         arrivals.append(self._clock())
                         pieces.append(piece)
-        except openai.APIStatusError as error:
-            retry_after = error.response.headers.get("retry-after")
-            return Chat(
-                state, began, self._clock(), status=error.status_code, retry_after=retry_after, error=error.message
-            )
-        except openai.APIError as error:  # no answer, or an error in the stream
-            return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces), status=0, error=error.message)
-        return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces))
+        except openai.APIStatusError as refusal:
+            status, error = refusal.status_code, refusal.message
+            retry_after = refusal.response.headers.get("retry-after")
+        except openai.APIError as failure:  # no answer, or an error in the stream
+            status, error = 0, failure.message
+        return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces), status, retry_after, error)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..protocol import ProofBatch
 from . import theory
 from .client import QUESTIONS, Chatter, NodeClient, chatting
 from .receiver import Receiver
@@ -77,33 +78,25 @@ class Plan:
     max_tokens: int = 32
 
 
+@dataclass
 class Play:
     """Plays the demonstration against a server, and fills in the results.
 
     Every method raises httpx2.HTTPError or ServerFailedError if the server does not answer, or not with success.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        server: ServerProcess,
-        node: NodeClient,
-        receiver: Receiver,
-        users: list[Chatter],
-        results: Results,
-        show: Show,
-        clock: Callable[[], float],
-    ) -> None:
-        self.plan = plan
-        self.server = server
-        self.node = node
-        self.receiver = receiver
-        self.users = users
-        self.results = results
-        self.show = show
-        self.clock = clock
+    plan: Plan
+    server: ServerProcess
+    node: NodeClient
+    receiver: Receiver
+    users: list[Chatter]
+    results: Results
+    show: Show
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
         self._state = "IDLE"
-        self._since = clock()
+        self._since = self.clock()
         self._earlier: list[tuple[float, int]] = []
         self._round: dict[str, Any] = {}
 
@@ -153,14 +146,7 @@ class Play:
     def _batch(
         nonces: list[int], dist: list[float], block_hash: str = BLOCK_HASH, public_key: str = PUBLIC_KEY
     ) -> dict[str, Any]:
-        return {
-            "public_key": public_key,
-            "block_hash": block_hash,
-            "block_height": BLOCK_HEIGHT,
-            "nonces": nonces,
-            "dist": dist,
-            "node_id": 0,
-        }
+        return ProofBatch(public_key, block_hash, BLOCK_HEIGHT, nonces, dist, node_id=0).to_dict()
 
     @contextlib.contextmanager
     def _chats(self, state: str) -> Iterator[None]:

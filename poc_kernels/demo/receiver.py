@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from ..service.callbacks import verify
+from ..service.callbacks import SIGNATURE_HEADER, verify
 from .results import Callback
 
-_HEADER = "X-Signature"
 _MAX_BODY = 2**24
 
 
@@ -45,9 +43,8 @@ class Receiver:
 
     def wait_for(self, predicate: Callable[[], bool], seconds: float) -> bool:
         """Wait until ``predicate``, evaluated whenever a message arrives, is true; return whether it was in time."""
-        deadline = time.monotonic() + seconds
         with self._arrived:
-            return self._arrived.wait_for(predicate, deadline - time.monotonic())
+            return self._arrived.wait_for(predicate, seconds)
 
     def take(self, path: str, body: bytes, signature: str) -> int:
         """Keep one message, and return the status to answer."""
@@ -77,7 +74,7 @@ def receiving(key: bytes, clock: Callable[[], float], refuse: int = 0) -> Iterat
 
         def do_POST(self) -> None:
             length = min(int(self.headers.get("Content-Length", 0)), _MAX_BODY)
-            status = receiver.take(self.path, self.rfile.read(length), self.headers.get(_HEADER, ""))
+            status = receiver.take(self.path, self.rfile.read(length), self.headers.get(SIGNATURE_HEADER, ""))
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
