@@ -19,8 +19,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..protocol import UNSET, IllegalTransitionError, PoCState, RoundEndedError
-from ..protocol.distances import DISTANCES
 from ..protocol.distances import wire as distances_wire
+from ..protocol.distances.form import DISTANCES
 from .gate import POC_PREFIX
 from .queue import QueueFullError, ValidationJob
 from .round_service import RoundService
@@ -106,12 +106,10 @@ def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
     except Exception as error:  # too deep, too long a number, no text: whatever it holds
         raise HTTPException(400, "There was an error parsing the body") from error
     try:
-        return model.model_validate(content)
+        return model.model_validate(content, from_attributes=True)  # as FastAPI does
     except ValidationError as error:
         details = error.errors(include_url=False)[:_MAX_DETAILS]
-        raise RequestValidationError(
-            [{**detail, "loc": ("body", *detail["loc"]), "input": _shown(detail["input"])} for detail in details]
-        ) from error
+        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from error
 
 
 def _invalid(loc: tuple[Any, ...], kind: str, message: str, value: object) -> RequestValidationError:
@@ -122,6 +120,14 @@ def _takes(model: type[BaseModel]) -> dict[str, Any]:
     """Return what OpenAPI says of a route that takes ``model``."""
     content = {"application/json": {"schema": model.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _described(error: RequestValidationError) -> Response:
+    details = [
+        {"loc": list(detail["loc"]), "msg": detail["msg"], "type": detail["type"], "input": _shown(detail["input"])}
+        for detail in error.errors()[:_MAX_DETAILS]
+    ]
+    return JSONResponse({"detail": details}, 422)
 
 
 def _shown(value: object) -> object:
@@ -144,11 +150,7 @@ def handle_invalid_bodies(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         if not request.url.path.startswith(POC_PREFIX):
             return await others(request, error)
-        details = [
-            {"loc": list(detail["loc"]), "msg": detail["msg"], "type": detail["type"], "input": _shown(detail["input"])}
-            for detail in error.errors()[:_MAX_DETAILS]
-        ]
-        return JSONResponse({"detail": details}, 422)
+        return await run_in_threadpool(_described, error)  # an input can be as large as the body
 
 
 # ---- rounds ----

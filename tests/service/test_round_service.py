@@ -113,6 +113,24 @@ def test_what_the_prover_refuses(http: httpx2.Client) -> None:
     assert (answer.status_code, answer.json()) == (400, {"detail": "seq_len must be at most 8, got 9"})
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "shown"),
+    [
+        ({**ROUND, "r_target": "low"}, "float_type", "'low'"),
+        ({**ROUND, "block_hash": 7}, "string_type", 7),
+        ([1], "model_attributes_type", "[1]"),
+        ("text", "model_attributes_type", "'text'"),
+    ],
+)
+def test_a_body_of_wrong_types_is_described_as_fastapi_does_and_its_input_quoted_once(
+    http: httpx2.Client, body: object, kind: str, shown: object
+) -> None:
+    answer = http.post(f"{POW}/init", json=body)
+    assert answer.status_code == 422
+    (detail,) = answer.json()["detail"]
+    assert (detail["type"], detail["input"]) == (kind, shown)
+
+
 def test_metrics_and_health(node: TinyNode, http: httpx2.Client) -> None:
     posted(http, "/init/validate", ROUND)
     posted(http, "/validate", claim([1, 2, 3], []))
