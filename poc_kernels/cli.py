@@ -15,7 +15,7 @@ import torch
 from . import __version__, backends, definition
 from .kernels import native
 from .node.settings import DTYPES, OPTIONS, SECRETS, Settings, described
-from .service.settings import from_variables
+from .service.settings import REQUIRED, from_variables
 
 
 def _devices() -> list[torch.device]:
@@ -89,10 +89,10 @@ def _add_serve(commands: Any) -> None:
         taken: dict[str, Any] = {"action": "store_false" if each.default else "store_true"}
         if each.kind is not bool:
             metavar = {int: "N", float: "X"}.get(each.kind)
-            taken = {"type": each.kind, "required": each.required, "choices": choices, "metavar": metavar}
+            taken = {"type": each.kind, "required": each.default is REQUIRED, "choices": choices, "metavar": metavar}
         limit = f"{each.limit.text}; " if each.limit and not choices else ""
         option, default, text = described(each)
-        default = default if each.required else f"default: {default}"
+        default = default if each.default is REQUIRED else f"default: {default}"
         parser.add_argument(
             option,
             dest=each.name,

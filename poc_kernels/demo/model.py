@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-MAX_VOCAB = 2048
 MAX_POSITIONS = 4096
 """Maximum number of tokens of a prompt and its answer together."""
 
@@ -62,7 +61,7 @@ def _fill(model: Qwen3ForCausalLM, special: list[int]) -> None:
         model.lm_head.weight[special] = 0.0
 
 
-def build(directory: Path, *, hidden_size: int = 256, layers: int = 4, vocab: int = MAX_VOCAB) -> None:
+def build(directory: Path, *, hidden_size: int = 256, layers: int = 4, vocab: int = 2048) -> None:
     """Save a float32 causal language model and its tokenizer, as ``from_pretrained`` loads them.
 
     The same arguments and versions give the same bytes; torch's global generators are left as they were.

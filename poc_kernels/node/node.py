@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import fields
 from typing import Any
 
 from ..engines.transformers import openai_app
@@ -55,14 +56,7 @@ class Node:
         )
         lanes.begin()  # what the engine and the model were made of is there
         self._prover = DistanceProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)
-        limits = InferenceLimits(
-            max_new_tokens=settings.max_new_tokens,
-            kv_block_size=settings.kv_block_size,
-            kv_blocks=settings.kv_blocks,
-            max_batch_tokens=settings.max_batch_tokens,
-            kv_memory=settings.kv_memory,
-            stall_seconds=settings.stall_seconds,
-        )
+        limits = InferenceLimits(**{each.name: getattr(settings, each.name) for each in fields(InferenceLimits)})
         name = settings.served_name or settings.model
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, lanes)
         device = TurnsDevice(

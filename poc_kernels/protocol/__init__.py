@@ -1,7 +1,9 @@
 """A round of PoC 2.0 (``docs/protocol.md``): its states, nonces, proofs and verdicts. No server in it."""
 
 from .config import UNSET, PoCConfig
-from .distances import DistanceProver, ProofBatch, ValidatedBatch, distances, permutations, target, validate_distances
+from .distances.distance import distances, permutations, target
+from .distances.proofs import ProofBatch, ValidatedBatch, validate_distances
+from .distances.prover import DistanceProver
 from .engine import Engine
 from .form import ProofForm
 from .honesty import probability_honest

@@ -11,7 +11,7 @@ from ..scheduling.slices import Pause
 
 
 def never() -> None:
-    """The `Pause` of a batch that nobody interrupts."""
+    """Do nothing: the `Pause` of a batch that nobody interrupts."""
 
 
 class Engine(Protocol):
@@ -21,28 +21,19 @@ class Engine(Protocol):
     stream. Nothing that it calls may change what the model answers to users.
     """
 
-    @property
-    def hidden_size(self) -> int:
-        """Features of an input embedding, and of a hidden state."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Columns of the logits."""
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence that the model takes."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of input embeddings and hidden states: float32, bfloat16 or float16."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where input embeddings are taken, and hidden states given."""
+    hidden_size: int
+    """Features of an input embedding, and of a hidden state."""
+    vocab_size: int
+    """Columns of the logits."""
+    max_positions: int
+    """Longest sequence that the model takes."""
+    dtype: torch.dtype
+    """dtype of input embeddings and hidden states: float32, bfloat16 or float16."""
+    device: torch.device
+    """Where input embeddings are taken, and hidden states given."""
 
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
-        """Last hidden states [batch, seq_len, hidden_size], after the final norm, of input embeddings of that shape.
+        """Compute the last hidden states [batch, seq_len, hidden_size], after the final norm, of input embeddings.
 
         Causal, positions 0 .. seq_len - 1, no KV cache. The result may be overwritten by the next call. Calls ``pause``
         as often as it likes between its kernels, on the same thread and stream, so that validation can make room for
@@ -50,4 +41,4 @@ class Engine(Protocol):
         """
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits [rows, vocab_size] of hidden states [rows, hidden_size], with all that the model does to logits."""
+        """Compute the logits [rows, vocab_size] of hidden states [rows, hidden_size], just as the model does."""

@@ -26,9 +26,8 @@ class Prover(Protocol):
     Called from one thread at a time. Outcomes depend neither on their place in a batch nor on its other nonces.
     """
 
-    @property
-    def form(self) -> ProofForm:
-        """The proof form."""
+    form: ProofForm
+    """The proof form."""
 
     @property
     def slices(self) -> Slices | None:

@@ -15,7 +15,7 @@ from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .engine import never
 from .prover import Outcomes, Prover
-from .states import PHASES, TRANSITIONS, IllegalTransitionError, PoCState, RoundEndedError
+from .states import PHASES, IllegalTransitionError, PoCState, RoundEndedError
 
 _VALIDATING_STATES = (PoCState.IDLE, *PHASES)
 
@@ -160,7 +160,7 @@ class PoCManager:
         with self._lock:
             if self._round is None:
                 raise IllegalTransitionError(f"phase {phase.value} needs a round, none was begun")
-            if phase not in TRANSITIONS[self._state]:
+            if self._state == PoCState.STOPPED:
                 raise IllegalTransitionError(f"phase {phase.value} needs a round, the state is {self._state.value}")
             self._check_can_enter(self._round.config, phase)
             self._enter(phase)

@@ -1,4 +1,7 @@
-"""The states of a node's round, and which may follow which."""
+"""The states of a node's round.
+
+A round begins in IDLE or a phase, from IDLE or STOPPED; it goes between its phases, and ends in STOPPED.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,6 @@ class PoCState(str, enum.Enum):
 
 PHASES = (PoCState.GENERATING, PoCState.VALIDATING)
 """What a round does between its beginning and its end."""
-
-TRANSITIONS = {
-    PoCState.IDLE: {PoCState.IDLE, *PHASES, PoCState.STOPPED},
-    PoCState.GENERATING: {*PHASES, PoCState.STOPPED},
-    PoCState.VALIDATING: {*PHASES, PoCState.STOPPED},
-    PoCState.STOPPED: {PoCState.STOPPED},
-}
-"""The states that may follow a state within a round; a new round begins from IDLE or STOPPED."""
 
 
 class IllegalTransitionError(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,40 +24,34 @@ class Metrics:
     """
 
     def __init__(self, form: ProofForm) -> None:
-        registry = self.registry = CollectorRegistry()
-        self.state = Enum("poc_state", "State of the node", states=[s.value for s in PoCState], registry=registry)
-        self._checked = Counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"], registry=registry)
-        self._valid = Counter("poc_nonces_valid", "Nonces below r_target, by phase", ["phase"], registry=registry)
-        self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=registry)
+        self.registry = CollectorRegistry()
+        counter = functools.partial(Counter, registry=self.registry)
+        histogram = functools.partial(Histogram, registry=self.registry)
+        states = [state.value for state in PoCState]
+        self.state = Enum("poc_state", "State of the node", states=states, registry=self.registry)
+        self._checked = counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"])
+        self._valid = counter("poc_nonces_valid", "Nonces below r_target, by phase", ["phase"])
+        self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=self.registry)
         name, description, buckets = form.histogram
-        self._outcomes = Histogram(name, description, buckets=buckets, registry=registry)
-        self._batch_seconds = Histogram(
-            "poc_batch_seconds", "Time of a forward of a round", ["phase"], buckets=_SECONDS_BUCKETS, registry=registry
+        self._outcomes = histogram(name, description, buckets=buckets)
+        self._batch_seconds = histogram(
+            "poc_batch_seconds", "Time of a forward of a round", ["phase"], buckets=_SECONDS_BUCKETS
         )
-        self._part_seconds = Counter(
-            "poc_part_seconds", "Time of rounds by part of the work", ["part"], registry=registry
+        self._part_seconds = counter("poc_part_seconds", "Time of rounds by part of the work", ["part"])
+        self._slice_seconds = histogram(
+            "poc_slice_seconds", "Time of a slice of a forward of a round", buckets=_SLICE_BUCKETS
         )
-        self._slice_seconds = Histogram(
-            "poc_slice_seconds", "Time of a slice of a forward of a round", buckets=_SLICE_BUCKETS, registry=registry
+        self._waited = counter("poc_waited_seconds", "Time that slices of a round waited for users")
+        self._validations = counter("poc_validations", "Batches to validate that ended, by outcome", ["outcome"])
+        self._validation_wait = histogram(
+            "poc_validation_wait_seconds", "Time that batches waited for their first forward", buckets=_WAIT_BUCKETS
         )
-        self._waited = Counter("poc_waited_seconds", "Time that slices of a round waited for users", registry=registry)
-        self._validations = Counter(
-            "poc_validations", "Batches to validate that ended, by outcome", ["outcome"], registry=registry
-        )
-        self._validation_wait = Histogram(
-            "poc_validation_wait_seconds",
-            "Time that batches waited for their first forward",
-            buckets=_WAIT_BUCKETS,
-            registry=registry,
-        )
-        self._batch_failures = Counter("poc_batch_failures", "Forwards of a round that raised", registry=registry)
-        self._frauds = Counter("poc_frauds", "Batches judged to be fraud", registry=registry)
-        self._refusals = Counter("poc_gate_refusals", "Requests refused at the gate", ["reason"], registry=registry)
-        self._delivered = Counter("poc_callbacks_delivered", "Callbacks delivered", ["kind"], registry=registry)
-        self._failures = Counter("poc_callback_failures", "Failed attempts at a callback", ["kind"], registry=registry)
-        self._dropped = Counter(
-            "poc_callback_dropped_nonces", "Nonces whose callback was dropped", ["kind"], registry=registry
-        )
+        self._batch_failures = counter("poc_batch_failures", "Forwards of a round that raised")
+        self._frauds = counter("poc_frauds", "Batches judged to be fraud")
+        self._refusals = counter("poc_gate_refusals", "Requests refused at the gate", ["reason"])
+        self._delivered = counter("poc_callbacks_delivered", "Callbacks delivered", ["kind"])
+        self._failures = counter("poc_callback_failures", "Failed attempts at a callback", ["kind"])
+        self._dropped = counter("poc_callback_dropped_nonces", "Nonces whose callback was dropped", ["kind"])
         for part in form.parts:
             self._part_seconds.labels(part)
         for phase in ("generate", "validate"):

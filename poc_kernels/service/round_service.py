@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,9 +55,10 @@ class RoundService:
         self._prover = prover
         self._device = device
         self._watches = (*troubles, self.worker.trouble)
-        self._stopping = threading.Event()
+        self.stopping = False
+        """Whether the service shuts down: it admits nothing more."""
         watch = self.metrics.watch
-        watch("poc_validation_queue_nonces", "Nonces waiting to be validated", lambda: self.worker.queued_nonces)
+        watch("poc_validation_queue_nonces", "Nonces waiting to be validated", lambda: self.worker.queue.nonces)
         watch("poc_validation_queue_batches", "Batches waiting to be validated", lambda: self.worker.queue.batches)
         watch("poc_callback_queue_batches", "Batches waiting to be delivered", self.callbacks.pending)
         watch("poc_callback_queue_nonces", "Nonces waiting to be delivered", self.callbacks.pending_nonces)
@@ -70,14 +70,9 @@ class RoundService:
         self.callbacks.start()
         self.worker.start()
 
-    @property
-    def stopping(self) -> bool:
-        """Whether the service shuts down: it admits nothing more."""
-        return self._stopping.is_set()
-
     def begin_shutdown(self) -> None:
         """Admit nothing more, and end the round. Idempotent."""
-        self._stopping.set()
+        self.stopping = True
         self.manager.stop_round()
 
     def close(self, deadline: float, then: Callable[[float], Any] = lambda seconds: None) -> None:
@@ -142,7 +137,7 @@ class RoundService:
             "config": None
             if config is None
             else {name: value for name, value in dataclasses.asdict(config).items() if name != "callback_url"},
-            "queued_nonces": self.worker.queued_nonces,
+            "queued_nonces": self.worker.queue.nonces,
             "validation": {
                 **self.worker.queue.status(),
                 "share": self.settings.validation_share,

@@ -65,14 +65,9 @@ class Setting:
     secret: bool
 
     @property
-    def required(self) -> bool:
-        """Whether it has no default."""
-        return self.default is MISSING
-
-    @property
     def shown_default(self) -> str:
         """The default, for people."""
-        if self.required:
+        if self.default is REQUIRED:
             return "required"
         if self.kind is bool:
             return "on" if self.default else "off"

@@ -115,11 +115,6 @@ class ProofWorker:
         self._notify()
         return job
 
-    @property
-    def queued_nonces(self) -> int:
-        """Nonces waiting to be validated, including those of the batch in work."""
-        return self.queue.nonces
-
     def trouble(self) -> str | None:
         """Return why the worker makes no progress; None if it does, or has nothing to do."""
         if not self._thread.is_alive():

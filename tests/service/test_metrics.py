@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from poc_kernels.protocol import BatchReport, PoCState
-from poc_kernels.protocol.distances import DISTANCES
+from poc_kernels.protocol.distances.form import DISTANCES
 from poc_kernels.service.metrics import Metrics
 from poc_kernels.service.queue import JobState
 

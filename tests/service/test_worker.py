@@ -126,7 +126,7 @@ def test_verdicts(make: Callable[..., Parts]) -> None:
     assert honest.result(TIMEOUT).dist == alone(10)
     assert forged.result(TIMEOUT).dist == alone(30)
     assert forged.result().fraud_detected
-    eventually(lambda: parts.worker.queued_nonces == 0)
+    eventually(lambda: parts.worker.queue.nonces == 0)
     eventually(lambda: len(parts.callbacks.batches) == 1)
     kind, _, verdict = parts.callbacks.batches[0]
     assert (kind, verdict["received_dist"], verdict["fraud_detected"]) == ("validated", [0.5] * 30, True)
@@ -190,9 +190,9 @@ def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
         for count in (0, 1):
             with pytest.raises(QueueFullError):
                 parts.submit(proof(count), "a fourth")
-        assert parts.worker.queued_nonces == 20
+        assert parts.worker.queue.nonces == 20
     assert [len(future.result(TIMEOUT)) for future in (first, second, empty)] == [15, 4, 0]
-    eventually(lambda: parts.worker.queued_nonces == 0)
+    eventually(lambda: parts.worker.queue.nonces == 0)
     assert parts.submit(proof(20)).result(TIMEOUT).dist == alone(20)
     with pytest.raises(ValueError, match="a batch must have at most 20 nonces, got 21"):
         parts.submit(proof(21))
@@ -205,7 +205,7 @@ def test_what_cannot_be_validated_is_refused_at_once(make: Callable[..., Parts])
     parts.begin(PoCState.VALIDATING)
     with pytest.raises(ValueError, match="block_hash of the batch"):
         parts.submit(proof(1, block_hash="other"))
-    assert parts.worker.queued_nonces == 0
+    assert parts.worker.queue.nonces == 0
 
 
 def test_forwards_are_given_out_in_turn(make: Callable[..., Parts]) -> None:
@@ -267,7 +267,7 @@ def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again
         assert entered.wait(TIMEOUT)
         parts.stop()
         assert all(result.done() for result in results)  # though the forward still runs
-        assert parts.worker.queued_nonces == 0
+        assert parts.worker.queue.nonces == 0
         if again:
             parts.begin(PoCState.VALIDATING, r_target=0.1, callback_url="http://another")
     for result in results:

@@ -102,7 +102,7 @@ def test_validation_has_its_share_however_long_inference_is_busy(
         # What steps owed it, less what is cut off so that it is not paid at one go; and the last may owe it still.
         assert computed >= 0.9 * share / (1 - share) * (users.steps - 2) * STEP - SLICE
     assert users.slices == sum(-(-count // BATCH) for counts in sizes.values() for count in counts)
-    assert parts.worker.queued_nonces == 0
+    assert parts.worker.queue.nonces == 0
     assert parts.worker.trouble() is None
 
 
@@ -261,7 +261,7 @@ def test_jobs_in_every_state_are_settled_once(make: Callable[..., Parts], ending
     assert all(parts.worker.queue.get(job.id) is job for job in outcomes.jobs)
     verdicts = [batch for kind, _, batch in parts.callbacks.batches if kind == "validated"]
     assert len(verdicts) == (2 if ending == "stop and begin again" else 1)  # nothing of those that were cancelled
-    assert parts.worker.queued_nonces == 0
+    assert parts.worker.queue.nonces == 0
     text = parts.metrics.text()
     assert b'poc_validations_total{outcome="cancelled"} 4.0' in text
     assert b'poc_validations_total{outcome="failed"} 1.0' in text
@@ -369,4 +369,4 @@ def test_rounds_change_while_batches_come(make: Callable[..., Parts]) -> None:
             assert job.future.result(0).dist == expected[job.nonces]
         else:
             assert cancelled(job)
-    assert parts.worker.queued_nonces == 0
+    assert parts.worker.queue.nonces == 0

@@ -169,7 +169,7 @@ def test_nothing_spins_while_there_is_nothing_to_do(
         parts.manager.stop_round,
     ):
         change()
-        eventually(lambda: parts.worker._idle and parts.worker.queued_nonces == 0)
+        eventually(lambda: parts.worker._idle and parts.worker.queue.nonces == 0)
         before = len(looks)
         assert not threading.Event().wait(0.05)
         assert len(looks) <= before + 1  # it may just have been woken
@@ -211,7 +211,7 @@ def test_close_in_every_condition(make: Callable[..., Parts], monkeypatch: pytes
     parts.worker.close(TIMEOUT)
     assert parts.ended()
     assert not parts.turns.inference_paused
-    assert parts.worker.queued_nonces == 0
+    assert parts.worker.queue.nonces == 0
     parts.worker.close(TIMEOUT)
     assert parts.worker.trouble() == "the proof thread is not running"
 
@@ -245,7 +245,7 @@ def test_close_does_not_wait_for_a_batch_that_hangs(make: Callable[..., Parts]) 
         with pytest.raises(RoundEndedError, match="shutting down"):
             parts.submit(proof(1))
     eventually(parts.ended)  # in order: an error in a thread fails the test
-    assert parts.worker.queued_nonces == 0
+    assert parts.worker.queue.nonces == 0
 
 
 def test_close_during_a_batch_that_fails(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from poc_kernels.protocol import Outcomes, PoCConfig
-from poc_kernels.protocol.distances import DISTANCES
+from poc_kernels.protocol.distances.form import DISTANCES
 from poc_kernels.protocol.engine import never
 from poc_kernels.scheduling import PriorityLanes, Turns
 from poc_kernels.service import routes

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,9 +146,9 @@ class ContinuousBatching:
             generation_config=copy.deepcopy(generation_config), continuous_batching_config=config
         )
         self._manager.output_router = router
-        self._manager._generation_step = self._step_in_turn(self._manager._generation_step)
-        self._manager._generation_loop_body = self._until_no_turns(self._manager._generation_loop_body)
-        self._manager._run_generation_loop = self._on_its_stream(self._manager._run_generation_loop)
+        self._manager._generation_step = partial(self._step_in_turn, self._manager._generation_step)
+        self._manager._generation_loop_body = partial(self._until_no_turns, self._manager._generation_loop_body)
+        self._manager._run_generation_loop = partial(self._on_its_stream, self._manager._run_generation_loop)
         try:
             # As its warmup() does it: its thread would make the cache some time after start() has returned.
             with torch.no_grad(), streams.inference():
@@ -164,34 +165,24 @@ class ContinuousBatching:
         self._manager.start()
         self._thread: threading.Thread = self._manager._generation_thread
 
-    def _step_in_turn(self, step: Callable[[], None]) -> Callable[[], None]:
-        def step_in_turn() -> None:
-            try:
-                with self._turn:
-                    self._progress = time.monotonic()
-                    step()
-            finally:
+    def _step_in_turn(self, step: Callable[[], None]) -> None:
+        try:
+            with self._turn:
                 self._progress = time.monotonic()
+                step()
+        finally:
+            self._progress = time.monotonic()
 
-        return step_in_turn
+    def _until_no_turns(self, body: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+        try:
+            return body(*args, **kwargs)
+        except TurnsClosed:
+            return False  # the loop's own way to end; an error would be logged as a fault
 
-    def _until_no_turns(self, body: Callable[..., bool]) -> Callable[..., bool]:
-        def loop_body(*args: Any, **kwargs: Any) -> bool:
-            try:
-                return body(*args, **kwargs)
-            except TurnsClosed:
-                return False  # the loop's own way to end; an error would be logged as a fault
-
-        return loop_body
-
-    def _on_its_stream(self, loop: Callable[[], None]) -> Callable[[], None]:
-        """Wrap the whole thread, not each step: it begins by clearing the tensors that steps read."""
-
-        def run() -> None:
-            with self._streams.inference():
-                loop()
-
-        return run
+    def _on_its_stream(self, loop: Callable[[], None]) -> None:
+        """Run the whole thread on the stream, not each step: it begins by clearing the tensors that steps read."""
+        with self._streams.inference():
+            loop()
 
     def submit(
         self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,20 +87,14 @@ def masks_as_outside_a_capture() -> Iterator[None]:
     """
     thread = threading.get_ident()
 
-    def only_here(answer: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(*arguments: Any, **named: Any) -> Any:
-            return (answer if threading.get_ident() == thread else otherwise)(*arguments, **named)
+    def only_here(answer: Any, otherwise: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return answer if threading.get_ident() == thread else otherwise(*arguments, **named)
 
-        return choose
-
-    answers: dict[str, Callable[..., Any]] = {
-        "find_packed_sequence_indices": lambda *_, **__: None,
-        "is_tracing": lambda *_, **__: False,
-    }
+    answers = {"find_packed_sequence_indices": None, "is_tracing": False}
     before = {name: getattr(masking_utils, name) for name in answers}
     try:
         for name in answers:
-            setattr(masking_utils, name, only_here(answers[name], before[name]))
+            setattr(masking_utils, name, partial(only_here, answers[name], before[name]))
         yield
     finally:
         for name, function in before.items():
