@@ -72,8 +72,10 @@ class Users:
 
     def _owed(self) -> bool:
         """Whether a proof is about to begin, however long its thread takes to wake."""
-        with self._parts.turns._condition:
-            return self._parts.turns._is_owed(self._now)
+        turns = self._parts.turns
+        assert turns.pacing is not None
+        with turns._condition:
+            return turns._is_owed(turns.pacing, self._now)
 
     def __enter__(self) -> Users:
         self._parts.worker.submit(proof(1)).result(TIMEOUT)  # how long a slice takes is measured
