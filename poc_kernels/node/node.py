@@ -96,7 +96,7 @@ class Node:
             slice_seconds=settings.slice_seconds,
             alone=self.turns.alone,
         )
-        self.streams.begin()  # what the engine and the model were made of is there
+        self.streams.wait_for_current_stream()  # the model and the engine were made there
         self.metrics = Metrics()
         self.manager = PoCManager(self.engine, self.metrics.batch, slice_seconds=settings.slice_seconds)
         limits = InferenceLimits(
