@@ -27,7 +27,8 @@ demo: $(VENV)/installed
 # Tests of the kernels and of the protocol compute and can share the cores; others have clocks, and threads of low
 # priority. Both parts always run; either one fails the target, and so does their coverage together.
 COMPUTING := tests/kernels tests/protocol
-# Only against hangs: the longest test takes 40 s of CPU time, and 220 s were seen beside eight other jobs on 2 cores.
+# Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores, where
+# 300 s were too few for five tests.
 TIMEOUT := --timeout=600
 test: $(VENV)/installed-dev
 	failed=0; \
