@@ -46,6 +46,15 @@ stress: $(VENV)/installed-dev
 interleavings: $(VENV)/installed-dev
 	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling tests/service
 
+# Random products of the native core under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+.PHONY: sanitize
+sanitize: $(VENV)/cmake
+	for checks in address,undefined thread; do \
+	  build=build/sanitize-$${checks%%,*}; \
+	  $(BIN)/cmake -S tests/sanitize -B $$build -DSANITIZE=$$checks && $(BIN)/cmake --build $$build --parallel 2 && \
+	  $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+	done
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,6 +115,11 @@ gpu-check:
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(VENV)/cmake:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet cmake
+	@touch $@
 
 # torch first: what is installed after it must not pull another one.
 $(VENV)/torch:
