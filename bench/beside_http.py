@@ -22,13 +22,13 @@ from beside_models import EXACT_MARGIN, Margins, Served
 from beside_validation import PROOFS, difference, distances_alone, round_config
 from transformers import AutoTokenizer
 
-from poc_kernels.demo.server import HOST, Server, free_port
+from poc_kernels.demo.server import HOST, ServerProcess, free_port
 from poc_kernels.protocol import ProofBatch
 
 _SERVE = """
 import json, sys
 from poc_kernels.node.logs import configure
-from poc_kernels.node.node import serve
+from poc_kernels.node.server import serve
 from poc_kernels.node.settings import Settings
 configure("warning", "text")
 serve(Settings(**json.loads(sys.argv[1])))
@@ -101,7 +101,7 @@ class HttpNode:
                 env={**os.environ, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
             )
-        self._server = Server(process, f"http://{HOST}:{port}", log)
+        self._server = ServerProcess(process, f"http://{HOST}:{port}", log)
         try:
             self._server.wait_ready(ready_seconds)
         except BaseException:

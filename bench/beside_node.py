@@ -14,7 +14,7 @@ from beside_models import EXACT_MARGIN, TIE_MARGIN, Margins, Served, greedy, pro
 from beside_turns import SwitchedTurns
 from beside_validation import EqualStreams, Side, difference, distances_alone, round_config
 
-from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.batching import ContinuousBatching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config
 from poc_kernels.protocol import ValidatedBatch
 from poc_kernels.scheduling import Pacing, PriorityLanes, Turns
@@ -73,7 +73,7 @@ class Node:
         self._generation = greedy(model)
         self._generation.max_new_tokens = new_tokens
         limits = batching_config(InferenceLimits(), model.device.type)
-        self._batching = Batching(model, self._generation, limits, self._router, turns, streams[PRIORITIES])
+        self._batching = ContinuousBatching(model, self._generation, limits, self._router, turns, streams[PRIORITIES])
         self._new_tokens = new_tokens
         self._candidates = prompts(prompt_count, prompt_tokens, self._side.engine.vocab_size, seed)
         self._answers: list[list[int]] = []
