@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# What mdformat wraps; the reports in bench/results are written by programs.
+DOCS := *.md .github docs bench/README.md
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc poc_kernels -type f -not -name '*.pyc')
 DEVICE ?= cpu
 MODEL ?=
@@ -22,10 +24,17 @@ demo: $(VENV)/installed
 	@echo
 	$(BIN)/poc-kernels demo --device $(DEVICE) $(if $(MODEL),--model $(MODEL))
 
-# The kernels' tests compute and can share the cores; others have clocks, and threads of low priority.
+# Tests of the kernels and of the protocol compute and can share the cores; others have clocks, and threads of low
+# priority. Both parts always run; either one fails the target, and so does their coverage together.
+COMPUTING := tests/kernels tests/protocol
+# Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores, where
+# 300 s were too few for five tests.
+TIMEOUT := --timeout=600
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --timeout=300 --cov --cov-report= --cov-fail-under=0 tests/kernels
-	$(BIN)/pytest --timeout=300 --cov --cov-append --cov-report=term --ignore=tests/kernels
+	failed=0; \
+	$(BIN)/pytest -n 2 --dist loadfile $(TIMEOUT) --cov --cov-report= --cov-fail-under=0 $(COMPUTING) || failed=1; \
+	$(BIN)/pytest $(TIMEOUT) --cov --cov-append --cov-report=term $(COMPUTING:%=--ignore=%) || failed=1; \
+	exit $$failed
 
 # Chat, validation, changes of state, stops and restarts at random for so many seconds, every bit compared.
 STRESS_SECONDS ?= 300
@@ -37,16 +46,43 @@ stress: $(VENV)/installed-dev
 interleavings: $(VENV)/installed-dev
 	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling tests/service
 
+# Random products of the native core under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+.PHONY: sanitize
+sanitize: $(VENV)/cmake
+	for checks in address,undefined thread; do \
+	  build=build/sanitize-$${checks%%,*}; \
+	  $(BIN)/cmake -S tests/sanitize -B $$build -DSANITIZE=$$checks && $(BIN)/cmake --build $$build --parallel 2 && \
+	  $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+	done
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mdformat --check $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mdformat $(DOCS)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+# A wheel for dist/ with the oldest manylinux tag that this compiler allows, tried in an environment of its own, with
+# no compiler in PATH. Nothing is grafted into it: the native core finds the OpenMP that torch has loaded.
+.PHONY: wheel
+WHEEL_ENV := build/wheel-env
+wheel: $(VENV)/installed-dev
+	rm -rf build/wheel $(WHEEL_ENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
+	! $(BIN)/python -m zipfile --list build/wheel/repaired/*.whl | grep '\.libs/'
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip install --quiet '$(TORCH)' numpy
+	PATH="$(abspath $(WHEEL_ENV)/bin)" python -m pip install --quiet --only-binary :all: build/wheel/repaired/*.whl
+	PATH="$(abspath $(WHEEL_ENV)/bin)" poc-kernels verify
+	mkdir -p dist && cp build/wheel/repaired/*.whl dist/
 
 bench: bench-projection bench-round
 
@@ -81,6 +117,11 @@ gpu-check:
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(VENV)/cmake:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet cmake
+	@touch $@
 
 # torch first: what is installed after it must not pull another one.
 $(VENV)/torch:

@@ -1,5 +1,4 @@
-// poc_kernels._native: pointers, sizes and numbers in, nothing allocated, the GIL released. All checks are in
-// ops.py.
+// poc_kernels._native: addresses, sizes and numbers in, nothing allocated, the GIL released. All checks are in ops.py.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -23,13 +22,13 @@ const cpu::Kernels& kernels_named(const std::string& name) {
   const cpu::KernelList list = cpu::all_kernels();
   for (int i = 0; i < list.count; ++i) {
     if (name != list.begin[i]->name) continue;
-    if (!list.begin[i]->supported()) throw py::value_error("this processor lacks the instructions of " + name);
+    if (!list.begin[i]->supported()) throw py::value_error("this CPU lacks the instructions of " + name);
     return *list.begin[i];
   }
   throw py::value_error("instruction_set must be one of this build's, got " + name);
 }
 
-// The instruction set names of this build, best first, with whether this processor has them.
+// The names of the instruction sets of this build, best first, each with whether this CPU has it.
 py::list instruction_sets() {
   py::list names;
   const cpu::KernelList list = cpu::all_kernels();
@@ -54,8 +53,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<cpu::Projection>(m, "Projection")
       .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t k, int64_t row_stride, uintptr_t row_mask,
                        uintptr_t y, int64_t columns, int64_t column_start, bool residual, uintptr_t seed,
-                       uint32_t domain, double coefficient, int activation_bits, int threads, int64_t tile_rows,
-                       int64_t tile_columns, int64_t tile_k) {
+                       uint32_t domain, double coefficient, int activation_bits, int threads, int64_t block_rows,
+                       int64_t panel_columns, int64_t panel_k) {
              cpu::Projection p;
              p.x = {pointer<const void>(x), static_cast<DType>(dtype), row_stride, k, (k + 15) / 16 * 16,
                     activation_bits};
@@ -65,47 +64,48 @@ PYBIND11_MODULE(_native, m) {
              p.y = pointer<void>(y);
              p.columns = columns;
              p.column_start = column_start;
-             p.stream = {*pointer<const uint64_t>(seed), domain};
+             p.seed = pointer<const uint64_t>(seed);
+             p.domain = domain;
              p.coefficient = coefficient;
              p.threads = threads;
-             p.tiling = {tile_rows, tile_columns, tile_k};
+             p.tiling = {block_rows, panel_columns, panel_k};
              return p;
            }),
            py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("row_stride"),
            py::arg("row_mask"), py::arg("y"), py::arg("columns"), py::arg("column_start"), py::arg("residual"),
            py::arg("seed"), py::arg("domain"), py::arg("coefficient"), py::arg("activation_bits"), py::arg("threads"),
-           py::arg("tile_rows"), py::arg("tile_columns"), py::arg("tile_k"))
+           py::arg("block_rows"), py::arg("panel_columns"), py::arg("panel_k"))
       .def("workspace_bytes",
-           [](const cpu::Projection& p, const std::string& kernels) {
-             return cpu::project_workspace(kernels_named(kernels), p);
+           [](const cpu::Projection& p, const std::string& instruction_set) {
+             return cpu::project_workspace(kernels_named(instruction_set), p);
            })
       .def(
           "run",
-          [](const cpu::Projection& p, const std::string& kernels, uintptr_t workspace) {
-            const cpu::Kernels& chosen = kernels_named(kernels);
+          [](const cpu::Projection& p, const std::string& instruction_set, uintptr_t workspace) {
+            const cpu::Kernels& chosen = kernels_named(instruction_set);
             py::gil_scoped_release release;
             cpu::project(chosen, p, pointer<void>(workspace));
           },
-          py::arg("kernels"), py::arg("workspace"));
+          py::arg("instruction_set"), py::arg("workspace"));
 
   py::class_<cpu::Entries>(m, "Entries")
       .def(py::init([](uintptr_t seed, uint32_t domain, int64_t k_start, int64_t k, int64_t n_start, int64_t n,
                        uintptr_t out, int threads) {
-             return cpu::Entries{
-                 {*pointer<const uint64_t>(seed), domain}, k_start, k, n_start, n, pointer<int16_t>(out), threads};
+             return cpu::Entries{pointer<const uint64_t>(seed), domain, k_start, k, n_start, n,
+                                 pointer<int16_t>(out),         threads};
            }),
            py::kw_only(), py::arg("seed"), py::arg("domain"), py::arg("k_start"), py::arg("k"), py::arg("n_start"),
            py::arg("n"), py::arg("out"), py::arg("threads"))
       .def("workspace_bytes",
-           [](const cpu::Entries& e, const std::string& kernels) {
-             return cpu::entries_workspace(kernels_named(kernels), e);
+           [](const cpu::Entries& e, const std::string& instruction_set) {
+             return cpu::entries_workspace(kernels_named(instruction_set), e);
            })
       .def(
           "run",
-          [](const cpu::Entries& e, const std::string& kernels, uintptr_t workspace) {
-            const cpu::Kernels& chosen = kernels_named(kernels);
+          [](const cpu::Entries& e, const std::string& instruction_set, uintptr_t workspace) {
+            const cpu::Kernels& chosen = kernels_named(instruction_set);
             py::gil_scoped_release release;
             cpu::entries(chosen, e, pointer<void>(workspace));
           },
-          py::arg("kernels"), py::arg("workspace"));
+          py::arg("instruction_set"), py::arg("workspace"));
 }

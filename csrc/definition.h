@@ -1,6 +1,5 @@
-// The projection, definition 1 (docs/definition.md): words -> entries, activations -> integers, sums ->
-// result. Host and device twins; every native kernel computes with these functions or with vector forms of
-// them.
+// The projection, definition 1 (docs/definition.md): words -> entries, activations -> integers, sums -> result.
+// Host and device twins: every native kernel computes with these functions or with vector forms of them.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +11,12 @@ namespace poc {
 
 constexpr int kDefinition = 1;
 constexpr int64_t kEntriesPerCall = 16;  // consecutive k of one column that one Philox call makes
-constexpr int32_t kMinExponent = -100;   // E of a row of zeros, and the least E
+constexpr int32_t kMinExponent = -100;   // E of a row of zeros, and the smallest E
 constexpr int32_t kMaxByteActivation = 127;
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// ---- entries of P
-// ---------------------------------------------------------------------------------------------
+// ---- entries of P ---------------------------------------------------------------------------------------------------
 
 // Eight bytes as one 64-bit constant: entry i is (table >> 8 * i) & 255, without memory, on host and device.
 constexpr uint64_t pack_table(int t0, int t1, int t2, int t3, int t4, int t5, int t6, int t7) {
@@ -43,8 +41,7 @@ POC_HOST_DEVICE static inline int half_entry(uint32_t word, int i) {
   return (word >> (4 * i + 3)) & 1 ? ~u : u;
 }
 
-// ---- floats and their bits
-// ------------------------------------------------------------------------------------
+// ---- floats and their bits ------------------------------------------------------------------------------------------
 
 POC_HOST_DEVICE static inline uint32_t float_to_bits(float value) {
   uint32_t bits;
@@ -77,7 +74,7 @@ struct BFloat16 {
   using Storage = uint16_t;
   static constexpr Storage kNaN = 0x7FC0u;
   POC_HOST_DEVICE static inline float widen(Storage s) { return bits_to_float(static_cast<uint32_t>(s) << 16); }
-  // Not for NaN: results never are, outside rows that are kNaN throughout.
+  // Not for NaN: no result is NaN, except in rows that are kNaN throughout.
   POC_HOST_DEVICE static inline Storage round(float value) {
     const uint32_t bits = float_to_bits(value);
     return static_cast<Storage>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
@@ -108,11 +105,9 @@ struct Float16 {
 
 }  // namespace
 
-// ---- activations
-// ----------------------------------------------------------------------------------------------
+// ---- activations ----------------------------------------------------------------------------------------------------
 
-// E of a row, from the largest of its |x| as float32 bits (bits of finite magnitudes order as the magnitudes
-// do).
+// E of a row, from the largest of its |x| as float32 bits (bits of finite magnitudes order as the magnitudes do).
 POC_HOST_DEVICE static inline int32_t row_exponent(uint32_t largest_magnitude_bits) {
   const int32_t exponent = static_cast<int32_t>(largest_magnitude_bits >> 23) - 127;
   return exponent < kMinExponent ? kMinExponent : exponent;
@@ -132,8 +127,7 @@ POC_HOST_DEVICE static inline int32_t clamp_byte(int32_t q) {
   return q > kMaxByteActivation ? kMaxByteActivation : (q < -kMaxByteActivation ? -kMaxByteActivation : q);
 }
 
-// ---- result
-// ---------------------------------------------------------------------------------------------------
+// ---- result ---------------------------------------------------------------------------------------------------------
 
 // g of the exact sum T (an integer below 2^40, so exact as a double); scale = 2^(E - shift).
 POC_HOST_DEVICE static inline float projected(double sum, float coefficient, float scale) {

@@ -1,4 +1,4 @@
-"""Which backend serves a device: the best one that gives the known answers there, the Triton one by every tile.
+"""Which backend serves a device: the best one that runs there and is right there, as its first trial shows.
 
 The choice is made once per device, at the first call. ``POC_KERNELS_BACKEND`` in the environment names the backend
 to use in place of the best (``poc-kernels verify`` lists the names).
@@ -13,82 +13,70 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import reference
-from .kernels import Backend, native, self_test
+from .kernels import Backend, cpu, self_test, trial
 
 logger = logging.getLogger("poc_kernels")
 
 _lock = threading.RLock()
 _selected: dict[torch.device, Backend] = {}
-_verdicts: dict[tuple[str, torch.device], list[str]] = {}
 _forced: str | None = None
 
-
-def _native_unavailable(supported: bool, device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "runs on the CPU only"
-    return None if supported else "this processor lacks the instructions"
+_TRITON = "poc_kernels.kernels.triton.product"
+_TRITON_CHECK = "poc_kernels.kernels.triton.check"
 
 
-def _asked_for() -> str | None:
-    return _forced or os.environ.get("POC_KERNELS_BACKEND")
+def _imported_when_called(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that calls the function ``name`` of ``module``, which is imported by the first call.
+
+    Triton takes time to import, and a machine without a GPU may not have it.
+    """
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **options)
+
+    return call
 
 
 def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type != "cuda" and (device.type != "cpu" or _asked_for() != "triton"):
+    if device.type != "cuda" and not (device.type == "cpu" and "TRITON_INTERPRET" in os.environ):
         return "runs on GPUs only"
     try:
-        kernels = _triton()
+        kernels = importlib.import_module(_TRITON)
     except Exception as error:  # a Triton that cannot be imported is one that is not there
         return f"Triton cannot be used: {type(error).__name__}: {error}"
     reason: str | None = kernels.unavailable(device)
     return reason
 
 
-# Imported when a GPU asks: Triton takes time to import, and a machine without a GPU may not have it.
-def _triton() -> ModuleType:
-    return importlib.import_module("poc_kernels.kernels.triton.product")
-
-
-def _triton_project(*arguments: Any, **options: Any) -> Tensor:
-    result: Tensor = _triton().project(*arguments, **options)
-    return result
-
-
-def _triton_entries(*arguments: Any, **options: Any) -> Tensor:
-    result: Tensor = _triton().entries(*arguments, **options)
-    return result
-
-
-def _wrong_tiles(backend: Backend, device: torch.device) -> list[str]:
-    wrong: list[str] = _triton().wrong_tiles(device) if backend.name == "triton" else []
-    return wrong
-
-
 @functools.cache
 def backends() -> tuple[Backend, ...]:
-    """Every backend of this installation, best first, whether or not this machine can run it."""
-    natives = tuple(
+    """Return every backend of this installation, best first, whether or not this machine can run it."""
+    return (
+        *cpu.backends(),
         Backend(
-            name=f"native-{name}",
-            project=functools.partial(native.project, instruction_set=name),
-            entries=functools.partial(native.entries, instruction_set=name),
-            unavailable=functools.partial(_native_unavailable, supported),
-        )
-        for name, supported in native.instruction_sets()
+            name="triton",
+            project=_imported_when_called(_TRITON, "project"),
+            entries=_imported_when_called(_TRITON, "entries"),
+            unavailable=_triton_unavailable,
+            by_name_only=("cpu",),  # by Triton's interpreter
+            wrong=_imported_when_called(_TRITON_CHECK, "wrong_tiles"),
+            warmup=_imported_when_called(_TRITON, "warmup"),
+        ),
+        Backend(
+            name="reference",
+            project=reference.project,
+            entries=reference.entries,
+            unavailable=lambda device: None,
+        ),
     )
-    plain = Backend("reference", reference.project, reference.entries, unavailable=lambda device: None)
-    gpu = Backend("triton", _triton_project, _triton_entries, unavailable=_triton_unavailable)
-    return (*natives, gpu, plain)
 
 
 def _named(name: str) -> Backend:
@@ -98,54 +86,44 @@ def _named(name: str) -> Backend:
     raise ValueError(f"name must be one of {', '.join(each.name for each in backends())}, got {name}")
 
 
-def refuse_capture(device: torch.device, what: str) -> None:
-    """Raise where the current stream is being captured: ``what`` reads results back, which no graph can hold.
+def _asked_for() -> str | None:
+    return _forced or os.environ.get("POC_KERNELS_BACKEND")
 
-    Raises:
-        RuntimeError: ``device`` is a GPU, and a CUDA graph is being captured.
-    """
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{what} on {device} cannot be chosen while a CUDA graph is being captured: make one call before the "
-            "capture, as poc_kernels.backends.warmup does for the projection"
-        )
+
+def unavailable(backend: Backend, device: torch.device) -> str | None:
+    """Return why ``backend`` does not serve ``device``, whatever its answers, or None if it can."""
+    reason = backend.unavailable(device)
+    if reason is None and device.type in backend.by_name_only and _asked_for() != backend.name:
+        return f"serves a {device.type} only where it is asked for by name"
+    return reason
 
 
 def verdict(backend: Backend, device: torch.device) -> list[str]:
-    """What ``backend`` gets wrong on ``device``: known answers, or else its tiles if it is the Triton backend.
+    """Return what ``backend`` gets wrong on ``device``: known answers, or else what the backend itself finds.
 
     It is tried once, and logged as an error if anything is wrong.
 
     Raises:
         RuntimeError: it was not tried yet and a CUDA graph is being captured, in which it cannot be.
     """
-    with _lock:
-        key = (backend.name, device)
-        if key not in _verdicts:
-            refuse_capture(device, "the backend")
-            wrong = self_test.wrong_answers(backend, device)
-            wrong = wrong or self_test.found_wrong(lambda: _wrong_tiles(backend, device))
-            if wrong:
-                logger.error(
-                    "poc_kernels backend %s gives wrong answers on %s and will not be used there: %s",
-                    backend.name,
-                    device,
-                    "; ".join(wrong),
-                )
-            _verdicts[key] = wrong
-        return _verdicts[key]
+    return trial.verdict(
+        _trial_name(backend), device, lambda: self_test.wrong_answers(backend, device) or backend.wrong(device)
+    )
 
 
 def trust(name: str, device: torch.device) -> None:
     """Take the backend ``name`` to be right on ``device`` (with its index), untried, in this process.
 
-    For a process in which trying it would take too long, as under compute-sanitizer, after another has tried it.
+    For a process in which a trial would take too long, as under compute-sanitizer, after another has made it.
 
     Raises:
         ValueError: no backend has that name.
     """
-    with _lock:
-        _verdicts[_named(name).name, device] = []
+    trial.trust(_trial_name(_named(name)), device)
+
+
+def _trial_name(backend: Backend) -> str:
+    return f"backend {backend.name}"
 
 
 def _choose(device: torch.device) -> Backend:
@@ -156,7 +134,7 @@ def _choose(device: torch.device) -> Backend:
         raise ValueError(f"the backend asked for must be one of {names}, got {name}")
     reasons = []
     for backend in candidates:
-        reason = backend.unavailable(device)
+        reason = unavailable(backend, device)
         if reason is None and not verdict(backend, device):
             return backend
         reasons.append(f"{backend.name}: {reason or 'wrong answers in its self-test'}")
@@ -164,7 +142,7 @@ def _choose(device: torch.device) -> Backend:
 
 
 def select(device: torch.device) -> Backend:
-    """The backend for ``device``.
+    """Return the backend for ``device``.
 
     Raises:
         ValueError: POC_KERNELS_BACKEND names none of this installation, or POC_KERNELS_TRITON_ARITHMETIC no arithmetic.
@@ -182,7 +160,7 @@ def select(device: torch.device) -> Backend:
 def warmup(
     device: torch.device | str, dim: int, *, dtype: torch.dtype = torch.bfloat16, activation_bits: int = 16
 ) -> None:
-    """Choose the backend of ``device`` and have all compiled that ``residual_projection`` takes there.
+    """Choose the backend of ``device`` and have everything compiled that ``residual_projection`` takes there.
 
     No call with activations [..., dim] in ``dtype`` waits for a compiler afterwards, and each may be captured in a
     CUDA graph.
@@ -191,8 +169,7 @@ def warmup(
         ValueError, RuntimeError: as for `select`.
     """
     device = torch.empty(0, device=device).device  # with its index
-    if select(device).name == "triton":
-        _triton().warmup(device, dim, dtype=dtype, activation_bits=activation_bits)
+    select(device).warmup(device, dim, dtype=dtype, activation_bits=activation_bits)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import torch
 
 from . import __version__, backends, definition
 from .kernels import native
+from .node.settings import DTYPES, OPTIONS, SECRETS, Settings, described
+from .service.settings import from_variables
 
 
 def _devices() -> list[torch.device]:
@@ -33,7 +35,7 @@ def _native_core() -> str:
 
 
 def _serving(device: torch.device) -> tuple[str | None, str | None]:
-    """The backend that serves a device, or why there is none."""
+    """Return the name of the backend that serves a device, or None and why there is none."""
     try:
         return backends.select(device).name, None
     except (ValueError, RuntimeError) as error:
@@ -46,7 +48,7 @@ def verify() -> int:
     Returns:
         1 if a backend that is available gives a wrong answer or cannot be tried, or none serves a device, else 0.
     """
-    logging.getLogger("poc_kernels").addHandler(logging.NullHandler())  # the table says it
+    logging.getLogger("poc_kernels").addHandler(logging.NullHandler())  # the table has what it would log
     print(f"poc_kernels {__version__}, definition {definition.DEFINITION}, torch {torch.__version__}")
     print(f"native core: {_native_core()}\n")
     rows = [("backend", "device", "verdict")]
@@ -59,7 +61,7 @@ def verify() -> int:
         for backend in backends.backends():
             reason, wrong, untried = None, [], None
             try:
-                reason = backend.unavailable(device)
+                reason = backends.unavailable(backend, device)
                 wrong = [] if reason else backends.verdict(backend, device)
             except (ValueError, RuntimeError, MemoryError) as error:
                 untried = str(error)
@@ -82,59 +84,28 @@ def verify() -> int:
 
 
 def _add_serve(commands: Any) -> None:
+    variables = "; ".join(f"{name}: {text}" for name, _, text in map(described, SECRETS))
     parser = commands.add_parser(
         "serve",
         help="serve a language model, and prove its compute in rounds",
-        epilog="POC_KERNELS_TOKEN: bearer token that the PoC routes then ask for. "
-        "POC_KERNELS_CALLBACK_KEY: key that callbacks are signed under.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"Environment variables: {variables}.",
     )
-    add = parser.add_argument
-    add("--model", required=True, help="directory, or id on the Hugging Face hub, of a causal language model")
-    add("--served-name", help="what clients call the model, if not that")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the weights'")
-    add("--random-projection", action="store_true", help="projections before and after the model in rounds")
-    add(
-        "--no-cuda-graphs",
-        dest="cuda_graphs",
-        action="store_false",
-        default=argparse.SUPPRESS,  # of Settings
-        help="do not capture the proof forward",
-    )
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="port to listen on")
-    add("--temperature", type=float, help="of sampling, 0 for greedy; the model's generation configuration if not set")
-    add("--max-new-tokens", type=int, default=1024, help="most tokens of one answer")
-    add("--kv-blocks", type=int, help="blocks of the KV cache")
-    add("--kv-block-size", type=int, help="tokens of a block")
-    add("--max-batch-tokens", type=int, help="most tokens of one step of inference")
-    add("--kv-memory", type=float, help="share of the free memory for the KV cache")
-    add("--max-in-flight", type=int, default=256, help="most requests under /v1 at once")
-    add("--max-body-bytes", type=int, default=2**20, help="largest body under /v1")
-    add("--max-pow-body-bytes", type=int, default=2**23, help="largest body under /api/v1/pow")
-    add("--body-seconds", type=float, default=30.0, help="a client's time to send its body")
-    add("--max-queued-nonces", type=int, default=100_000, help="most nonces waiting to be validated")
-    add("--result-seconds", type=float, default=3600.0, help="how long verdicts are kept for those who ask later")
-    add("--max-proof-tokens", type=int, default=65536, help="most batch_size * seq_len of a round")
-    add(
-        "--validation-pacing",
-        choices=["auto", "paced", "free"],
-        default="auto",
-        help="while users are served, slices of validation wait for their share, or run beside on priorities alone",
-    )
-    add("--validation-share", type=float, default=0.1, help="share of the device that validation is sure of")
-    add("--validation-wait-seconds", type=float, default=1.0, help="longest that a slice of validation is held back")
-    add("--slice-seconds", type=float, default=0.002, help="longest that a slice of validation should take")
-    add("--slices-in-flight", type=int, default=2, help="slices that a GPU is given before the first is done")
-    add("--validation-sms", type=int, help="keep validation to so many of a GPU's multiprocessors")
-    add("--drain-seconds", type=float, default=5.0, help="requests in flight go on so long when GENERATING begins")
-    add("--retry-after-seconds", type=int, default=10, help="Retry-After of 503 while GENERATING")
-    add("--stall-seconds", type=float, default=120.0, help="without progress for so long, /health turns 503")
-    add("--shutdown-seconds", type=float, default=10.0, help="how long SIGTERM waits for requests and callbacks")
-    add("--callback-nonces", type=int, default=100_000, help="most nonces kept for receivers that do not answer")
-    add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="least level logged")
-    add("--log-format", default="json", choices=["json", "text"], help="JSON objects or plain lines")
+    for each in OPTIONS:
+        choices = each.limit and each.limit.choices
+        taken: dict[str, Any] = {"action": "store_false" if each.default else "store_true"}
+        if each.kind is not bool:
+            metavar = {int: "N", float: "X"}.get(each.kind)
+            taken = {"type": each.kind, "required": each.required, "choices": choices, "metavar": metavar}
+        limit = f"{each.limit.text}; " if each.limit and not choices else ""
+        option, default, text = described(each)
+        default = default if each.required else f"default: {default}"
+        parser.add_argument(
+            option,
+            dest=each.name,
+            default=argparse.SUPPRESS,  # Settings has the defaults
+            help=f"{text} ({limit}{default})",
+            **taken,
+        )
 
 
 def _library(error: ModuleNotFoundError) -> str:
@@ -142,20 +113,20 @@ def _library(error: ModuleNotFoundError) -> str:
 
 
 def serve(chosen: argparse.Namespace) -> int:
-    """Serve a node until SIGTERM; the exit status."""
-    values = {key: value for key, value in vars(chosen).items() if key not in ("command", "log_level", "log_format")}
+    """Serve a node until SIGTERM; return the exit status."""
+    options = {name: value for name, value in vars(chosen).items() if name != "command"}
     try:
         from .node import logs
-        from .node.node import serve as serve_node
-        from .node.settings import CALLBACK_KEY_VARIABLE, TOKEN_VARIABLE, Settings
+        from .node.server import serve as serve_node
     except ModuleNotFoundError as error:
         print(f"poc-kernels: serving needs {_library(error)}: pip install 'poc-kernels[serve]'", file=sys.stderr)
         return 1
-    logs.configure(chosen.log_level, chosen.log_format)
     try:
-        settings = Settings(
-            **values, token=os.environ.get(TOKEN_VARIABLE), callback_key=os.environ.get(CALLBACK_KEY_VARIABLE)
-        )
+        # Secrets alone come from the environment: where a service of Kubernetes is named poc-kernels, every container
+        # has a POC_KERNELS_PORT, which is no number.
+        secrets = from_variables(SECRETS, os.environ)
+        settings = Settings(**options, **secrets)
+        logs.configure(settings.log_level, settings.log_format)
         serve_node(settings)
     except (OSError, ValueError) as error:
         print(f"poc-kernels: {error}", file=sys.stderr)
@@ -171,14 +142,18 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--model", help="directory or hub id; a small model with random weights is built if not set")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the weights'")
+    parser.add_argument(
+        "--dtype", choices=DTYPES.choices, help="dtype of the weights; auto keeps the one they are stored in"
+    )
     parser.add_argument("--report", type=Path, default=Path("report.html"), help="where the report is written")
-    parser.add_argument("--port", type=int, default=0, help="port of loopback for the server; 0 for a free one")
-    parser.add_argument("--seconds", type=float, default=12.0, help="how long to look for nonces, at least")
+    parser.add_argument(
+        "--port", type=int, default=0, help="port of the server on the loopback address; 0 for a free one"
+    )
+    parser.add_argument("--seconds", type=float, default=12.0, help="minimum number of seconds to look for nonces")
 
 
 def demo(chosen: argparse.Namespace) -> int:
-    """Play the demonstration; the exit status."""
+    """Play the demonstration; return the exit status."""
     try:
         from .demo.play import Plan
         from .demo.run import run
@@ -199,7 +174,7 @@ def demo(chosen: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status."""
+    """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(prog="poc-kernels", description="Random projection layers for proof of compute.")
     parser.add_argument("--version", action="version", version=f"poc-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

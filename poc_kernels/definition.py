@@ -1,4 +1,4 @@
-"""What P is: the constants of definition 1, the seed of a block hash, the coefficient of an std.
+"""What P is and what a product with it is: the constants of definition 1, seeds, coefficients, and `Request`.
 
 ``docs/definition.md`` is the text; ``csrc/definition.h`` holds the same constants for native code.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 DEFINITION = 1
 
@@ -17,7 +19,7 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 ENTRIES_PER_CALL = 16
-"""Consecutive k of one column that one Philox call makes."""
+"""Consecutive k of one column that one Philox call draws."""
 
 TABLE_A = (0, 2, 4, 11, 23, 28, 39, 51)
 TABLE_B = (0, 1, 5, 8, 11, 15, 21, 72)
@@ -25,20 +27,43 @@ SIGMA = math.sqrt(549872 / 64)
 """Standard deviation of the integers e[k, n]."""
 
 MAX_FEATURES = 65536
-"""Largest K: sums of int8 products over more features would not fit 32 bits."""
+"""Largest K: sums of int8 products over more features would not fit in 32 bits."""
 MAX_COLUMNS = 2**32 - 1
 """Largest N: a column is a 32-bit word of the Philox counter."""
 MAX_DOMAIN = 2**32 - 1
 MIN_EXPONENT = -100
-"""E of a row of zeros, and the least E."""
+"""E of a row of zeros, and the smallest E."""
 ACTIVATION_SHIFT = {16: 13, 8: 6}
-"""activation_bits to fraction bits of q below E: q = rint(x * 2**(shift - E))."""
+"""Fraction bits of q below E, by activation_bits: q = rint(x * 2**(shift - E))."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 DEFAULT_STD = 0.01
 DOMAIN_PRE = 0
 DOMAIN_POST = 1
+
+
+class Request(NamedTuple):
+    """Which product of x [M, K] and P a backend is to compute: x @ P, or x + x @ P, at some columns.
+
+    Every field has been checked (``ops.py``). A NamedTuple: a frozen dataclass takes three times as long to make, at
+    each call.
+    """
+
+    domain: int
+    """Which P of the seed: 0 before the model, 1 after it."""
+    coefficient: float
+    """`coefficient` of the std of the entries of P, a float32 value."""
+    activation_bits: int
+    """16 or 8."""
+    row_mask: Tensor | None
+    """[M] bool on the device of x, any stride; where it is false, y is x at its columns."""
+    column_start: int
+    """First column of P, and of x where it is added."""
+    columns: int
+    """Columns of y."""
+    residual: bool
+    """Whether x is added."""
 
 
 def check_activation_bits(activation_bits: int) -> None:
@@ -67,7 +92,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def signed_seed(seed: int) -> int:
-    """The 64 bits of ``seed`` as an int64 value.
+    """Return the 64 bits of ``seed`` as an int64 value.
 
     Args:
         seed: an int in [-2**63, 2**64): unsigned values above the int64 range keep their bits.
@@ -84,7 +109,9 @@ def signed_seed(seed: int) -> int:
 
 
 def seed_from_block_hash(block_hash: str) -> int:
-    """The seed of a round: the first 8 bytes, little endian, of SHA-256 of the block hash in UTF-8, as an int64 value.
+    """Return the seed of a round, as an int64 value: the first 8 bytes of SHA-256 of the block hash, little endian.
+
+    The block hash is hashed as UTF-8.
 
     Raises:
         TypeError: block_hash is not a str.
@@ -99,7 +126,7 @@ def _refused_std(std: float) -> ValueError:
 
 
 def check_std(std: float) -> None:
-    """Raise a TypeError unless std is a number, a ValueError if it is beyond all floats."""
+    """Raise a TypeError unless std is a number, a ValueError if it is too large for any coefficient."""
     if isinstance(std, bool) or not isinstance(std, (int, float, torch.SymFloat)):
         raise TypeError(f"std must be a float, got {type(std).__name__}")
     if std >= 2.0**1000:
@@ -107,7 +134,7 @@ def check_std(std: float) -> None:
 
 
 def coefficient(std: float) -> float:
-    """float32(std / sigma), the constant that turns an integer e into an entry of P.
+    """Return float32(std / sigma), the constant that turns an integer e into an entry of P.
 
     Raises:
         TypeError: std is not a number.
@@ -117,7 +144,7 @@ def coefficient(std: float) -> float:
     return _coefficient(std)
 
 
-# Rounded in integers: a conversion to float32 by the processor would drop a subnormal where the caller flushes them.
+# Rounded in integers: a conversion to float32 by the CPU drops a subnormal where the caller has them flushed.
 @functools.lru_cache(maxsize=64)
 def _coefficient(std: float) -> float:
     ratio = std / SIGMA
@@ -130,7 +157,7 @@ def _coefficient(std: float) -> float:
 
 
 def seed_tensor(seed: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """A seed as the ops take it: an int64 tensor of shape [] with the 64 bits of ``seed``, on ``device``.
+    """Make a seed as the ops take it: an int64 tensor of shape [] with the 64 bits of ``seed``, on ``device``.
 
     A tensor, not an int: compiled code is the same for every seed, and a captured CUDA graph replays with a new one.
 

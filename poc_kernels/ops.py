@@ -1,6 +1,6 @@
-"""The torch ops: ``torch.ops.poc_kernels.*``, and a function for each that says what it takes.
+"""The torch ops ``torch.ops.poc_kernels.*``, and a public function for each, which documents its arguments.
 
-Every op is functional, gives a contiguous result, and gives the same bits on every device, for every batch, shard and
+Every op is functional and gives a contiguous result, with the same bits on every device and for every batch, shard and
 number of threads (``docs/definition.md``). The seed is a tensor, so that compiled code serves every seed.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import definition
 from .backends import select
+from .definition import Request
 
 DEFAULT_STD = definition.DEFAULT_STD
 
@@ -124,14 +125,15 @@ def _check_matrix(std: float, dtype: torch.dtype) -> None:
 # ---- implementations, and fake ones that make the same checks ----
 
 
-def _project(x: Tensor, shape: tuple[int, ...], seed: Tensor, row_mask: Tensor | None, **options: Any) -> Tensor:
+def _project(x: Tensor, seed: Tensor, shape: tuple[int, ...], request: Request) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(shape)
     project = select(x.device).project
     if x.dim() == 2:
-        return project(x, seed, row_mask=row_mask, columns=shape[-1], **options)
-    mask = None if row_mask is None else row_mask.reshape(-1)
-    return project(x.reshape(-1, x.shape[-1]), seed, row_mask=mask, columns=shape[-1], **options).view(shape)
+        return project(x, seed, request)
+    if request.row_mask is not None:
+        request = request._replace(row_mask=request.row_mask.reshape(-1))
+    return project(x.reshape(-1, x.shape[-1]), seed, request).view(shape)
 
 
 def _residual_projection(
@@ -144,16 +146,10 @@ def _residual_projection(
     column_start: int = 0,
     columns: int | None = None,
 ) -> Tensor:
+    shape = _residual_shape(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
+    coefficient = definition.coefficient(std)
     return _project(
-        x,
-        _residual_shape(x, seed, domain, std, activation_bits, row_mask, column_start, columns),
-        seed,
-        row_mask,
-        domain=domain,
-        coefficient=definition.coefficient(std),
-        activation_bits=activation_bits,
-        column_start=column_start,
-        residual=True,
+        x, seed, shape, Request(domain, coefficient, activation_bits, row_mask, column_start, shape[-1], True)
     )
 
 
@@ -166,17 +162,9 @@ def _random_projection(
     activation_bits: int = 16,
     column_start: int = 0,
 ) -> Tensor:
-    return _project(
-        x,
-        _random_shape(x, seed, out_features, domain, std, activation_bits, column_start),
-        seed,
-        None,
-        domain=domain,
-        coefficient=definition.coefficient(std),
-        activation_bits=activation_bits,
-        column_start=column_start,
-        residual=False,
-    )
+    shape = _random_shape(x, seed, out_features, domain, std, activation_bits, column_start)
+    coefficient = definition.coefficient(std)
+    return _project(x, seed, shape, Request(domain, coefficient, activation_bits, None, column_start, shape[-1], False))
 
 
 def _projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
@@ -282,7 +270,7 @@ _register(
 )
 
 # ---- public functions ----
-# A call of torch.ops itself with a value of the wrong type gets torch's own error; these name the argument.
+# torch.ops itself answers a value of the wrong type with an error of torch's own; these name the argument.
 
 
 def _check_types(**values: object) -> None:
@@ -308,7 +296,7 @@ def residual_projection(
     column_start: int = 0,
     columns: int | None = None,
 ) -> Tensor:
-    """x + x @ P, with the K x K matrix P drawn from ``seed`` while the product runs and never stored.
+    """Compute x + x @ P, with the K x K matrix P drawn from ``seed`` while the product runs and never stored.
 
     Args:
         x: [..., K] activations, float32, bfloat16 or float16, any strides, 1 <= K <= 65536.
@@ -318,14 +306,14 @@ def residual_projection(
         activation_bits: rows are rounded to integers of 16 bits (relative error near 5e-5) or 8 (near 7e-3).
         row_mask: [...] bool; rows where it is false come back bit for bit as in x.
         column_start: first column of a shard of the result.
-        columns: columns of the shard; up to the last unless given.
+        columns: columns of the shard; all from column_start on unless given.
 
     Returns:
         [..., columns] in the dtype of x, contiguous. A row that holds a NaN or an infinity gives a row of NaN.
 
     Raises:
-        TypeError: x, seed or row_mask has a dtype that it may not have, or is no tensor.
-        ValueError: a shape, device or number outside what is said above.
+        TypeError: x, seed or row_mask is not a tensor or has another dtype; another argument has another type.
+        ValueError: a shape, device or number is not as above.
         NotImplementedError: on backward.
     """
     _check_types(x=x, seed=seed, domain=domain, column_start=column_start)
@@ -349,7 +337,9 @@ def random_projection(
     activation_bits: int = 16,
     column_start: int = 0,
 ) -> Tensor:
-    """x @ P with ``out_features`` columns of P from ``column_start`` on: for instance an output head nobody stores.
+    """Compute x @ P with ``out_features`` columns of P from ``column_start`` on.
+
+    For instance an output head that nobody stores.
 
     Args:
         x, seed, domain, std, activation_bits: as for `residual_projection`.
@@ -357,7 +347,7 @@ def random_projection(
         column_start: first column of P; column_start + out_features is below 2**32.
 
     Returns:
-        [..., out_features] in the dtype of x, contiguous. A row of zeros gives +0, one that is not finite NaN.
+        [..., out_features] in the dtype of x, contiguous. A row of zeros gives +0; a row that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as for `residual_projection`.
@@ -371,7 +361,7 @@ def random_projection(
 
 
 def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
-    """The odd integers e[k_start : k_start + k, n_start : n_start + n] of P, |e| <= 247.
+    """Draw the odd integers e[k_start : k_start + k, n_start : n_start + n] of P, |e| <= 247.
 
     Args:
         seed: as for `residual_projection`; the result is on its device.
@@ -383,8 +373,8 @@ def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start:
         [k, n] int16.
 
     Raises:
-        TypeError: seed is no int64 tensor.
-        ValueError: a number outside what is said above.
+        TypeError: seed is not an int64 tensor, or a number is not an int.
+        ValueError: a number is not as above.
     """
     _check_types(seed=seed, domain=domain, k_start=k_start, k=k, n_start=n_start, n=n)
     result: Tensor = torch.ops.poc_kernels.projection_entries.default(seed, domain, k_start, k, n_start, n)
@@ -401,7 +391,7 @@ def projection_matrix(
     std: float = DEFAULT_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The same part of P in floating point, e * float32(std / sigma) rounded to ``dtype``: P stored, for comparison.
+    """Make the same part of P in floating point, e * float32(std / sigma) rounded to ``dtype``: P stored, to compare.
 
     Args:
         seed, domain, k_start, k, n_start, n: as for `projection_entries`.

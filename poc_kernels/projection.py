@@ -1,4 +1,4 @@
-"""RandomProjection: the projections of a round as a module."""
+"""`RandomProjection`: the projections of a round as a torch module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from . import definition, ops
 
 
 class RandomProjection(nn.Module):
-    """x + x @ P for one round: `pre` before the model, `post` after it. Its whole state is one 8-byte seed.
+    """The projections x + x @ P of one round: `pre` before the model, `post` after it. Its state is an 8-byte seed.
 
-    The seed is a buffer that is set anew in place for the next round, so compiled code and captured graphs stay
+    The seed is a buffer that is overwritten in place for the next round, so compiled code and captured graphs stay
     valid, and it moves with ``.to(device)``. There are no parameters.
 
     Args:
@@ -21,7 +21,7 @@ class RandomProjection(nn.Module):
         dim: hidden size of the model, 1 to 65536.
         std: standard deviation of the entries of P.
         activation_bits: 16 or 8, as for `residual_projection`.
-        device: where the seed lives.
+        device: where the seed lies: that of the activations.
 
     Raises:
         TypeError: block_seed, dim or activation_bits is not an int, or std not a number.
@@ -48,7 +48,7 @@ class RandomProjection(nn.Module):
         self.dim = dim
         self.std = std
         self.activation_bits = activation_bits
-        # Made outside inference mode, or it could not be set anew outside it.
+        # Made outside inference mode, or it could not be overwritten outside it.
         with torch.inference_mode(False):
             self.register_buffer("seed", definition.seed_tensor(block_seed, device))
 
@@ -62,21 +62,21 @@ class RandomProjection(nn.Module):
         activation_bits: int = 16,
         device: torch.device | str | None = None,
     ) -> RandomProjection:
-        """The projections of the round of ``block_hash``."""
+        """Make the projections of the round of ``block_hash``."""
         seed = definition.seed_from_block_hash(block_hash)
         return cls(seed, dim, std, activation_bits=activation_bits, device=device)
 
     def set_seed(self, block_seed: int) -> None:
-        """Go to another round, in place. No synchronisation: the seed is written on the current stream."""
+        """Change to another round, in place. Nothing waits: the seed is written on the current stream."""
         with torch.no_grad():
             self.seed.fill_(definition.signed_seed(block_seed))
 
     def set_block_hash(self, block_hash: str) -> None:
-        """Go to the round of ``block_hash``, in place."""
+        """Change to the round of ``block_hash``, in place."""
         self.set_seed(definition.seed_from_block_hash(block_hash))
 
     def forward(self, x: Tensor, domain: int, row_mask: Tensor | None = None) -> Tensor:
-        """x + x @ P of ``domain`` for x [..., dim]; see `residual_projection`."""
+        """Compute x + x @ P of ``domain`` for x [..., dim]; see `residual_projection`."""
         definition.check_tensor("x", x)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
@@ -85,12 +85,12 @@ class RandomProjection(nn.Module):
         )
 
     def pre(self, x: Tensor, row_mask: Tensor | None = None) -> Tensor:
-        """The projection before the model (domain 0), on input embeddings [..., dim]."""
+        """Project before the model (domain 0): input embeddings [..., dim]."""
         result: Tensor = self(x, definition.DOMAIN_PRE, row_mask)
         return result
 
     def post(self, x: Tensor, row_mask: Tensor | None = None) -> Tensor:
-        """The projection after the model (domain 1), on hidden states [..., dim]."""
+        """Project after the model (domain 1): hidden states [..., dim]."""
         result: Tensor = self(x, definition.DOMAIN_POST, row_mask)
         return result
 

@@ -1,7 +1,7 @@
-"""The definition in plain torch: the oracle of every test, and the backend of last resort on any device.
+"""The definition in plain torch: the oracle of the tests, and the last backend that is tried on any device.
 
 Every integer here is below 2**53, so a float64 product of ``q`` and ``e`` is the exact sum that the definition asks
-for. Devices without float64 get the same sum from float32 products of bytes, flushed before 2**24.
+for. Devices without float64 get the same sum from float32 products of bytes, added up in int64 before they reach 2**24.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from . import definition
+from .definition import Request
 
 _WORD = 0xFFFFFFFF
-_PANEL_ENTRIES = 2**18  # of P at a time, under 40 MiB with what it takes to draw them
-_FLOAT32_FLUSH = 1024  # 128 * 124 * 1024 < 2**24
+_PANEL_ENTRIES = 2**18  # entries of P that exist at a time; drawing them takes less than 40 MiB
+_EXACT_FLOAT32_K = 1024  # products of bytes whose sum float32 holds exactly: 128 * 124 * 1024 < 2**24
 
 
 def _multiply_word(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the product of two 32-bit numbers, in int64 without overflow."""
+    """Return the high and low word of the product of two 32-bit numbers, in int64 without overflow."""
     low = (word & 0xFFFF) * constant
     high = (word >> 16) * constant + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -29,7 +30,7 @@ def _multiply_word(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) of 32-bit words held in int64 tensors that broadcast together."""
+    """Compute Philox4x32-10 (Salmon et al., SC 2011) of 32-bit words in int64 tensors that broadcast together."""
     c0, c1, c2, c3 = counter
     key0, key1 = key
     for _ in range(definition.PHILOX_ROUNDS):
@@ -42,13 +43,13 @@ def philox4x32(
 
 
 def _panels(k: int, n: int) -> Iterator[tuple[int, int]]:
-    """First column and width of panels of k rows that together have n columns."""
+    """Yield the first column and the width of panels of k rows that together have n columns."""
     width = max(16, _PANEL_ENTRIES // max(k, 1))
     return ((start, min(width, n - start)) for start in range(0, n, width))
 
 
 def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
-    """The integers e[k_start : k_start + k, n_start : n_start + n] as int16, on the device of ``seed``."""
+    """Draw the integers e[k_start : k_start + k, n_start : n_start + n] as int16, on the device of ``seed``."""
     e = torch.empty(k, n, dtype=torch.int16, device=seed.device)
     if k > 0:
         for start, width in _panels(k, n):
@@ -110,7 +111,7 @@ def _has_float64(device: torch.device) -> bool:
 
 
 def partial_sums(q: Tensor, e: Tensor, *, float64: bool | None = None) -> Tensor:
-    """The exact sums over k of q[m, k] * e[k, n]: float64, or int64 on devices that have no float64.
+    """Return the exact sums over k of q[m, k] * e[k, n]: float64, or int64 on devices that have no float64.
 
     Sums over parts of K add up to the sum over the whole: that is how a product may be split.
     """
@@ -123,8 +124,8 @@ def partial_sums(q: Tensor, e: Tensor, *, float64: bool | None = None) -> Tensor
     v = ((e - 1) // 2).float()
     sums = torch.zeros(q.shape[0], e.shape[1], dtype=torch.int64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
-        for k in range(0, q.shape[1], _FLOAT32_FLUSH):
-            part = slice(k, k + _FLOAT32_FLUSH)
+        for k in range(0, q.shape[1], _EXACT_FLOAT32_K):
+            part = slice(k, k + _EXACT_FLOAT32_K)
             sums += 256 * (high[:, part] @ v[part]).long() + (low[:, part] @ v[part]).long()
     return 2 * sums + q.long().sum(dim=1, keepdim=True)
 
@@ -132,14 +133,14 @@ def partial_sums(q: Tensor, e: Tensor, *, float64: bool | None = None) -> Tensor
 def _round_to(y: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.bfloat16:
         return y.to(dtype)
-    # In integers: some processors' own conversion drops subnormals.
+    # In integers: the conversion of some devices drops subnormals.
     bits = y.view(torch.int32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return rounded.to(torch.int16).view(torch.bfloat16)
 
 
 def finish(sums: Tensor, rows: Quantised, coefficient: float, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y [M, N] in ``dtype`` from the exact sums [M, N]; ``residual`` [M, N] is x at the columns of y, or None."""
+    """Round exact sums [M, N] to y [M, N] in ``dtype``; ``residual`` [M, N] is x at the columns of y, or None."""
     g = (sums.to(torch.float32) * coefficient) * _power_of_two(rows.exponent - rows.shift)
     if residual is not None:
         g = residual.to(torch.float32) + g
@@ -147,19 +148,9 @@ def finish(sums: Tensor, rows: Quantised, coefficient: float, residual: Tensor |
     return torch.where(rows.finite, y, torch.full((), float("nan"), dtype=dtype, device=y.device))
 
 
-def project(
-    x: Tensor,
-    seed: Tensor,
-    *,
-    domain: int,
-    coefficient: float,
-    activation_bits: int,
-    row_mask: Tensor | None,
-    column_start: int,
-    columns: int,
-    residual: bool,
-) -> Tensor:
-    """x @ P, or x + x @ P, for ``x`` [M, K]: [M, columns] in the dtype of x. P exists in panels."""
+def project(x: Tensor, seed: Tensor, request: Request) -> Tensor:
+    """Compute x @ P, or x + x @ P, for ``x`` [M, K]: [M, columns] in the dtype of x, by panels of P."""
+    domain, coefficient, activation_bits, row_mask, column_start, columns, residual = request
     rows = quantise(x, activation_bits)
     y = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
     q = rows.q.double() if _has_float64(x.device) else rows.q

@@ -17,7 +17,7 @@ from helpers import CPU, backend_named
 
 import poc_kernels
 from poc_kernels import backends
-from poc_kernels.kernels import Backend, native
+from poc_kernels.kernels import Backend, native, trial
 
 # What tests share asserts too: pytest says what each side was.
 pytest.register_assert_rewrite(
@@ -70,9 +70,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(params=[backend.name for backend in backends.backends()])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend of this installation that this processor can run."""
+    """Each backend of this installation that this CPU can run."""
     backend = backend_named(request.param)
-    reason = backend.unavailable(CPU)
+    reason = backends.unavailable(backend, CPU)
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
     return backend
@@ -112,7 +112,7 @@ _installed_backends = backends.backends
 def _forget_choices() -> None:
     _installed_backends.cache_clear()
     backends._selected.clear()
-    backends._verdicts.clear()
+    trial.verdicts.clear()
     native.load.cache_clear()
 
 

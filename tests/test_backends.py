@@ -1,5 +1,7 @@
 """What every backend must give: the vectors, and rows that depend on nothing but themselves."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import (
@@ -13,13 +15,14 @@ from helpers import (
     from_bits,
     laid_out,
     project,
+    requested,
     rows_of_every_kind,
 )
 from torch.overrides import TorchFunctionMode
 from vectors import PRODUCTS, VECTORS, activations, options_of, product_id, sha256
 
 from poc_kernels import backends, definition
-from poc_kernels.kernels import Backend, self_test
+from poc_kernels.kernels import Backend, self_test, trial
 
 
 @pytest.mark.parametrize("case", VECTORS["entries"], ids=lambda c: f"{c['seed']}-{c['domain']}-{c['k0']}-{c['n0']}")
@@ -171,10 +174,10 @@ class DefaultDeviceAsked(TorchFunctionMode):
 def test_the_default_device_does_not_matter(backend):
     """A server may have made another device the default before the first call."""
     x, seed = torch.ones(2, 40), definition.seed_tensor(7, "cpu")
-    options = {"coefficient": definition.coefficient(0.01), "row_mask": torch.tensor([True, False])}
+    request = requested(x, row_mask=torch.tensor([True, False]))
     with DefaultDeviceAsked():
         backend.entries(seed, 0, 3, 20, 5, 6)
-        backend.project(x, seed, domain=0, activation_bits=16, column_start=0, columns=40, residual=True, **options)
+        backend.project(x, seed, request)
         assert self_test.wrong_answers(backend, CPU) == []
 
 
@@ -198,11 +201,10 @@ GPU = torch.device("cuda", 0)
 def serving(fresh_choice, monkeypatch):
     """Backends that serve a GPU, which need not be there, without a look at its answers."""
     choice = [
-        Backend(name, project=None, entries=None, unavailable=lambda device: None) for name in ("triton", "plain")
+        Backend(name, project=None, entries=None, unavailable=lambda device: None) for name in ("compiled", "plain")
     ]
     monkeypatch.setattr(backends, "backends", lambda: tuple(choice))
     monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: [])
-    monkeypatch.setattr(backends, "_wrong_tiles", lambda backend, device: [])
     return choice
 
 
@@ -214,13 +216,13 @@ def capturing(monkeypatch):
 
 @pytest.mark.usefixtures("serving")
 def test_a_first_use_while_a_graph_is_captured_is_refused_and_not_remembered(monkeypatch, capturing):
-    with pytest.raises(RuntimeError, match="the backend on cuda:0 cannot be chosen while a CUDA graph is being captur"):
+    with pytest.raises(RuntimeError, match="backend compiled on cuda:0 cannot be chosen while a CUDA graph is being"):
         backends.select(GPU)
     assert not backends._selected
-    assert not backends._verdicts
-    assert backends.select(CPU).name == "triton", "graphs hold nothing of the CPU"
+    assert not trial.verdicts
+    assert backends.select(CPU).name == "compiled", "graphs hold nothing of the CPU"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert backends.select(GPU).name == "triton"
+    assert backends.select(GPU).name == "compiled"
 
 
 @pytest.mark.usefixtures("serving")
@@ -228,22 +230,19 @@ def test_a_backend_that_was_tried_can_be_captured(monkeypatch):
     backends.select(GPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert backends.select(GPU).name == "triton"
+    assert backends.select(GPU).name == "compiled"
     backends._selected.clear()  # as use_backend does
-    assert backends.select(GPU).name == "triton"
+    assert backends.select(GPU).name == "compiled"
 
 
-def test_warmup_compiles_what_the_chosen_backend_takes(serving, monkeypatch):
+def test_warmup_compiles_what_the_chosen_backend_takes(serving):
     calls = []
-
-    class Kernels:
-        def warmup(*arguments, **options):
-            calls.append((arguments[1:], options))
-
-    monkeypatch.setattr(backends, "_triton", Kernels)
+    serving[0] = dataclasses.replace(
+        serving[0], warmup=lambda *arguments, **options: calls.append((arguments, options))
+    )
     backends.warmup("cpu", 40, dtype=torch.float16, activation_bits=8)
     assert calls == [((CPU, 40), {"dtype": torch.float16, "activation_bits": 8})]
-    assert backends._selected[CPU].name == "triton"
+    assert backends._selected[CPU].name == "compiled"
     backends._selected.clear()
     serving.reverse()
     backends.warmup("cpu", 40)

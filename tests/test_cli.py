@@ -11,7 +11,7 @@ from helpers import run_python
 
 import poc_kernels
 from poc_kernels import backends, cli, kernels, reference
-from poc_kernels.node.settings import Settings
+from poc_kernels.node.settings import OPTIONS, Settings, described
 
 
 def test_version_is_the_packages(capsys):
@@ -37,7 +37,7 @@ def test_verify_fails_when_a_backend_gives_a_wrong_answer(capsys, monkeypatch):
     broken = kernels.Backend("broken", wrong, reference.entries, lambda device: None)
     absent = kernels.Backend("absent", wrong, reference.entries, lambda device: "it is not there")
     monkeypatch.setattr(backends, "backends", lambda: (absent, broken))
-    monkeypatch.setattr(backends, "_verdicts", {})
+    monkeypatch.setattr(kernels.trial, "verdicts", {})
     monkeypatch.setattr(backends, "_selected", {})
     assert cli.main(["verify"]) == 1
     output = capsys.readouterr().out
@@ -143,7 +143,7 @@ def test_serve_says_why_it_does_not_start(capsys, monkeypatch, tmp_path, argumen
 @pytest.mark.usefixtures("logs_as_before")
 def test_serve_takes_settings_and_secrets(monkeypatch):
     served = []
-    monkeypatch.setattr("poc_kernels.node.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
     monkeypatch.setenv("POC_KERNELS_TOKEN", "secret")
     monkeypatch.setenv("POC_KERNELS_CALLBACK_KEY", "key")
     assert cli.main(["serve", "--model", "m", "--random-projection", "--no-cuda-graphs", "--port", "0"]) == 0
@@ -156,7 +156,7 @@ def test_serve_takes_settings_and_secrets(monkeypatch):
 @pytest.mark.usefixtures("logs_as_before")
 def test_serve_takes_the_settings_of_validation(monkeypatch):
     served = []
-    monkeypatch.setattr("poc_kernels.node.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
     given = {
         "max_queued_nonces": 5000,
         "result_seconds": 60.5,
@@ -173,12 +173,56 @@ def test_serve_takes_the_settings_of_validation(monkeypatch):
 
 def test_serve_s_defaults_are_the_settings_(monkeypatch):
     served = []
-    monkeypatch.setattr("poc_kernels.node.node.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
     monkeypatch.setattr("poc_kernels.node.logs.configure", lambda *_: None)
     for variable in ("POC_KERNELS_TOKEN", "POC_KERNELS_CALLBACK_KEY"):
         monkeypatch.delenv(variable, raising=False)
     assert cli.main(["serve", "--model", "m"]) == 0
     assert served == [Settings(model="m")]
+
+
+@pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize("variable", ["POC_KERNELS_TOKEN", "POC_KERNELS_CALLBACK_KEY"])
+def test_an_empty_secret_is_refused(capsys, monkeypatch, variable):
+    monkeypatch.setattr("poc_kernels.node.server.serve", lambda settings: pytest.fail("served"))
+    monkeypatch.setenv(variable, "")
+    assert cli.main(["serve", "--model", "m"]) == 1
+    assert f"poc-kernels: {variable} must not be empty; leave it out for none" in capsys.readouterr().err
+
+
+def test_only_secrets_come_from_the_environment(monkeypatch):
+    served, configured = [], []
+    monkeypatch.setattr("poc_kernels.node.server.serve", served.append)
+    monkeypatch.setattr("poc_kernels.node.logs.configure", lambda *chosen: configured.append(chosen))
+    monkeypatch.setenv("POC_KERNELS_PORT", "tcp://10.0.0.1:8000")  # as Kubernetes sets it
+    monkeypatch.setenv("POC_KERNELS_MAX_IN_FLIGHT", "7")
+    assert cli.main(["serve", "--model", "m", "--log-level", "error", "--log-format", "text"]) == 0
+    assert served == [Settings(model="m", log_level="error", log_format="text")]
+    assert configured == [("error", "text")]
+
+
+@pytest.mark.parametrize("option", ["--token", "--callback-key"])
+def test_secrets_are_no_options(capsys, option):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["serve", "--model", "m", option, "secret"])
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {option} secret" in capsys.readouterr().err
+
+
+def test_serve_help_has_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["serve", "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model MODEL directory, or id on the Hugging Face hub, of a causal language model (required)" in shown
+    assert "--drain-seconds X seconds for which requests in flight go on" in shown
+    assert "before they are paused (at least 0; default: 5)" in shown
+    assert "--validation-pacing {auto,paced,free}" in shown
+    assert "POC_KERNELS_TOKEN: bearer token" in shown
+    for each in OPTIONS:
+        option, default, _ = described(each)
+        assert f" {option} " in shown
+        assert each.required or f"default: {default})" in shown
 
 
 WITHOUT_TRANSFORMERS = """

@@ -14,6 +14,7 @@ from helpers import (
     expected,
     laid_out,
     project,
+    requested,
     rows_of_every_kind,
     rows_of_sums,
     run_python,
@@ -33,8 +34,8 @@ from poc_kernels import (
     residual_projection,
     seed_tensor,
 )
-from poc_kernels.kernels import self_test
-from poc_kernels.protocol import inputs
+from poc_kernels.kernels import self_test, trial
+from poc_kernels.protocol import inputs, permutations
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,23 +150,17 @@ def test_shards_make_the_whole(rows, bits):
 @pytest.mark.parametrize("rows", [5, 150])
 def test_no_configuration_changes_a_bit(rows, bits):
     triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.product")
-    from poc_kernels.kernels.triton import tiles as triton_configs
+    from poc_kernels.kernels.triton import tiles as tile_table
 
     x = rows_of_every_kind(rows, 1300, torch.bfloat16, 7)
     y = expected(x, activation_bits=bits)
     for arithmetic in ("int8", "fp16"):
-        for tile in triton_configs.tiles(triton._hardware(GPU)[0], bits, arithmetic):
+        for tile in tile_table.tiles(triton.hardware(GPU)[0], bits, arithmetic):
             for splits in (1, 2, 5):
                 calls = triton.project(
                     x.to(GPU),
                     seed_tensor(7, GPU),
-                    domain=0,
-                    coefficient=definition.coefficient(0.01),
-                    activation_bits=bits,
-                    row_mask=None,
-                    column_start=0,
-                    columns=1300,
-                    residual=True,
+                    requested(x, activation_bits=bits),
                     tile=tile,
                     splits=splits,
                     arithmetic=arithmetic,
@@ -178,23 +173,17 @@ def test_no_configuration_changes_a_bit(rows, bits):
 def test_sums_beyond_32_bits_are_exact_and_rounded_once(arithmetic, splits):
     """Near the limit of each accumulator, which a GPU's matrix units have to keep, and near ties of float32."""
     triton = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.product")
-    from poc_kernels.kernels.triton import tiles as triton_configs
+    from poc_kernels.kernels.triton import tiles as tile_table
 
     k, columns = definition.MAX_FEATURES, 3
     signs = reference.entries(seed_tensor(7), 0, 0, k, 0, columns).sign().float().t()
     largest = torch.cat([signs, -signs, torch.ones(1, k)]) * torch.tensor([1 - 2.0**-20, 1.0, 0.51]).repeat(3)[:7, None]
     for x, bits in itertools.product((largest, rows_of_sums(NEAR_ROUNDINGS, 4096, seed=7)), (16, 8)):
         y = expected(x, activation_bits=bits, residual=False, columns=columns)
-        for tile in triton_configs.tiles(triton._hardware(GPU)[0], bits, arithmetic)[:: 2 if splits > 1 else 1]:
+        for tile in tile_table.tiles(triton.hardware(GPU)[0], bits, arithmetic)[:: 2 if splits > 1 else 1]:
             result = triton.project(
                 *(x.to(GPU), seed_tensor(7, GPU)),
-                domain=0,
-                coefficient=definition.coefficient(0.01),
-                activation_bits=bits,
-                row_mask=None,
-                column_start=0,
-                columns=columns,
-                residual=False,
+                requested(x, activation_bits=bits, residual=False, columns=columns),
                 tile=tile,
                 splits=splits,
                 arithmetic=arithmetic,
@@ -316,7 +305,7 @@ def test_a_first_use_in_a_capture_is_refused_and_the_next_one_served(fresh_choic
     torch.cuda.synchronize(GPU)
     with pytest.raises(RuntimeError, match="cannot be chosen while"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         residual_projection(x, seed)
-    assert not backends._verdicts
+    assert not trial.verdicts
     assert_same_bits(residual_projection(x, seed), torch.zeros_like(x))
 
 
@@ -435,8 +424,8 @@ def test_inputs_have_the_bits_of_the_cpu(seq_len, dim, dtype):
 
 
 def test_permutations_are_those_of_the_cpu():
-    drawn = inputs.permutations("block", "key", [3, 1], 50_021, GPU)
-    assert torch.equal(drawn.cpu(), inputs.permutations("block", "key", [3, 1], 50_021))
+    drawn = permutations("block", "key", [3, 1], 50_021, GPU)
+    assert torch.equal(drawn.cpu(), permutations("block", "key", [3, 1], 50_021))
 
 
 def test_triton_draws_where_it_is_installed():

@@ -16,10 +16,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.batching import ContinuousBatching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
 from poc_kernels.engines.transformers.engine import TransformersEngine
-from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
+from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, PoCState, ProofBatch
 from poc_kernels.scheduling import InFlight, Pacing, PriorityLanes, Turns
 
 pytestmark = [
@@ -68,12 +68,12 @@ class Rig:
         self.engine = TransformersEngine(model, cuda_graphs=cuda_graphs, slice_seconds=3e-4, alone=self.turns.alone)
         self.alone = TransformersEngine(model, cuda_graphs=False, slice_seconds=1e9)
         self.streams = PriorityLanes(model.device)
-        self.manager = PoCManager(self.engine)
+        self.manager = PoCManager(DistanceProver(self.engine))
         self.manager.start_round(CONFIG, PoCState.VALIDATING)
         self.router = Router()
         self._sampling = generation_config(model, _NoTokenizer(), 0)
-        limits = InferenceLimits(cb_num_blocks=256, cb_block_size=32, cb_max_batch_tokens=512)
-        self.batching = Batching(
+        limits = InferenceLimits(kv_blocks=256, kv_block_size=32, max_batch_tokens=512)
+        self.batching = ContinuousBatching(
             model, self._sampling, batching_config(limits, "cuda"), self.router, self.turns, self.streams
         )
 
@@ -118,7 +118,7 @@ class Rig:
 
     def expected(self, batches: int) -> list[list[float]]:
         """The same distances by an engine that computes in one go, with nothing beside it."""
-        manager = PoCManager(self.alone)
+        manager = PoCManager(DistanceProver(self.alone))
         manager.start_round(CONFIG, PoCState.VALIDATING)
         return [manager.validate(claim(number)).dist for number in range(batches)]
 

@@ -1,7 +1,10 @@
 """The package as a whole: what importing it does, and what a process may do around its calls."""
 
 import concurrent.futures
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,8 +26,9 @@ def touched(*arguments, **options):
 torch.cuda._lazy_init = torch.cuda.init = torch.cuda.device_count = torch.cuda.is_available = touched
 import poc_kernels
 from poc_kernels import backends
+from poc_kernels.kernels import trial
 assert not torch.cuda.is_initialized()
-assert not backends._selected and not backends._verdicts, "importing the package chose a backend"
+assert not backends._selected and not trial.verdicts, "importing the package chose a backend"
 print("imported")
 """
 
@@ -69,6 +73,24 @@ def test_a_package_without_its_native_core_warns_once_and_gives_the_same_bits(tm
 def test_the_environment_of_a_process_names_the_backend(tmp_path):
     printed = run_python(PROJECT, tmp_path, POC_KERNELS_BACKEND="reference")
     assert printed.split()[-2:] == ["reference", digest_here()]
+
+
+def test_the_package_runs_as_a_module_with_the_status_of_its_command(tmp_path):
+    root = Path(poc_kernels.__file__).parents[1]
+    version, nothing = (
+        subprocess.run(
+            [sys.executable, "-m", "poc_kernels", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        for arguments in (["--version"], [])
+    )
+    assert (version.returncode, version.stdout) == (0, f"poc-kernels {poc_kernels.__version__}\n"), version.stderr
+    assert nothing.returncode == 2
+    assert nothing.stderr.startswith("usage: poc-kernels ")
 
 
 def test_everything_public_is_there_and_documented():

@@ -12,7 +12,7 @@ from typing import Any
 from bench.interference.chat import EXACT_MARGIN, TIE_MARGIN, Margins, Served, greedy, prompts
 from bench.interference.load import EQUAL, PARTITION, PRIORITIES, Condition, DifferenceError, Request, ask_alone
 from bench.interference.validation import EqualLanes, Validation, difference, distances_alone, round_config
-from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.batching import ContinuousBatching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config
 from poc_kernels.protocol import ValidatedBatch
 from poc_kernels.scheduling import Pacing, PriorityLanes, Turn, Turns
@@ -98,7 +98,9 @@ class InProcessRig:
         self._generation = greedy(model)
         self._generation.max_new_tokens = new_tokens
         limits = batching_config(InferenceLimits(), model.device.type)
-        self._batching = Batching(model, self._generation, limits, self._router, self._turns, lanes[PRIORITIES])
+        self._batching = ContinuousBatching(
+            model, self._generation, limits, self._router, self._turns, lanes[PRIORITIES]
+        )
         self._new_tokens = new_tokens
         self._candidates = prompts(prompt_count, prompt_tokens, self._validation.engine.vocab_size, seed)
         self._answers: list[list[int]] = []

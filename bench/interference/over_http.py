@@ -23,13 +23,13 @@ import poc_kernels
 from bench.interference.chat import EXACT_MARGIN, Margins, Served
 from bench.interference.load import Condition, DifferenceError, Request, ask_alone
 from bench.interference.validation import PROOFS, difference, distances_alone, round_config
-from poc_kernels.demo.server import HOST, Server, free_port
+from poc_kernels.demo.server import HOST, ServerProcess, free_port
 from poc_kernels.protocol import ProofBatch
 
 _SERVE = """
 import json, sys
 from poc_kernels.node.logs import configure
-from poc_kernels.node.node import serve
+from poc_kernels.node.server import serve
 from poc_kernels.node.settings import Settings
 configure("warning", "text")
 serve(Settings(**json.loads(sys.argv[1])))
@@ -102,7 +102,7 @@ class HttpRig:
                 env={**os.environ, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
             )
-        self._server = Server(process, f"http://{HOST}:{port}", log)
+        self._server = ServerProcess(process, f"http://{HOST}:{port}", log)
         try:
             self._server.wait_ready(ready_seconds)
         except BaseException:

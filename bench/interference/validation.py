@@ -13,9 +13,18 @@ import torch
 
 from bench.interference.load import DifferenceError
 from poc_kernels.engines.transformers.engine import TransformersEngine
-from poc_kernels.protocol import BatchReport, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch
+from poc_kernels.protocol import (
+    BatchReport,
+    DistanceProver,
+    PoCConfig,
+    PoCManager,
+    PoCState,
+    ProofBatch,
+    ValidatedBatch,
+)
 from poc_kernels.scheduling import PriorityLanes, Turns
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
+from poc_kernels.service.device import TurnsDevice
 from poc_kernels.service.worker import ProofWorker
 
 BLOCK_HASH, PUBLIC_KEY = "0x00000000000000000001a2b3c4d5e6f7", "bench"
@@ -80,7 +89,7 @@ class Recorder:
 class _NoCallbacks:
     """Fails if a callback is sent: a round without a callback URL has none."""
 
-    def generated(self, url: str, batch: dict[str, Any]) -> None:
+    def generated(self, url: str, batch: dict[str, Any], **options: Any) -> None:
         raise AssertionError(f"a callback to {url}")
 
     validated = generated
@@ -99,8 +108,8 @@ def round_config(case: Any, projection: bool) -> PoCConfig:
     )
 
 
-def _manager(engine: TransformersEngine, config: PoCConfig, *options: Any, **more: Any) -> PoCManager:
-    manager = PoCManager(engine, *options, **more)
+def _manager(prover: DistanceProver, config: PoCConfig, *options: Any) -> PoCManager:
+    manager = PoCManager(prover, *options)
     manager.start_round(config, PoCState.VALIDATING)
     return manager
 
@@ -113,24 +122,22 @@ def _worker(
     config: PoCConfig,
     slices_in_flight: int,
 ) -> ProofWorker:
-    sinks: Any = (_NoCallbacks(), recorder)
-    return ProofWorker(
-        manager,
+    device = TurnsDevice(
         turns,
         lanes,
-        *sinks,
         drain=lambda seconds: True,  # nothing is generated
-        drain_seconds=0.0,
-        max_queued_nonces=4 * config.batch_size,
-        stall_seconds=600.0,
         max_slices_in_flight=slices_in_flight,
         low_priority=True,  # where the lanes have it so
+    )
+    sinks: Any = (_NoCallbacks(), recorder)
+    return ProofWorker(
+        manager, device, *sinks, drain_seconds=0.0, max_queued_nonces=4 * config.batch_size, stall_seconds=600.0
     )
 
 
 def distances_alone(model: Any, config: PoCConfig) -> list[ProofBatch]:
     """Return batches with the distances that another engine computes in one slice, with nothing else on the device."""
-    manager = _manager(TransformersEngine(model, cuda_graphs=False, slice_seconds=1e9), config)
+    manager = _manager(DistanceProver(TransformersEngine(model, cuda_graphs=False, slice_seconds=1e9)), config)
     batches = []
     for index in range(PROOFS):
         nonces = list(range(index * config.batch_size, (index + 1) * config.batch_size))
@@ -166,7 +173,8 @@ class Validation:
     ) -> None:
         self.engine = TransformersEngine(model, slice_seconds=slice_seconds, alone=turns.alone)
         self._recorder = Recorder(slices, slice_waits)
-        self._manager = _manager(self.engine, config, self._recorder.batch, slice_seconds=slice_seconds)
+        prover = DistanceProver(self.engine, slice_seconds=slice_seconds)
+        self._manager = _manager(prover, config, self._recorder.batch)
         self._worker = _worker(self._manager, turns, lanes, self._recorder, config, slices_in_flight)
         self.parts_per_batch = 0
         self.nonces_per_part = 0.0
@@ -188,7 +196,7 @@ class Validation:
         self.nonces_per_part = len(batches[0]) / self.parts_per_batch
 
     def submit(self, batch: ProofBatch) -> Future[ValidatedBatch]:
-        return self._worker.submit(batch)
+        return self._worker.enqueue(batch, "bench").future
 
     def nonces_between(self, begin: float, end: float) -> float:
         """Return the nonces done between two times, counted slice by slice."""

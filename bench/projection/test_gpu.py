@@ -227,15 +227,16 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
     if device.type != "cuda" or backends.select(device).name != "triton":
         pytest.skip("parts of K are those of the Triton kernels on a GPU")
     from poc_kernels.kernels.triton import product as triton
-    from poc_kernels.kernels.triton import tiles as triton_configs
+    from poc_kernels.kernels.triton import tiles as tile_table
 
     stored = _stored(SPLIT_SIZE, device)
     x = _activations(rows, stored)
-    options = {"domain": 0, "coefficient": definition.coefficient(definition.DEFAULT_STD), "row_mask": None}
-    options |= {"column_start": 0, "columns": SPLIT_SIZE, "residual": True}
+    coefficient = definition.coefficient(definition.DEFAULT_STD)
     calls: dict[str, Call] = {
         f"op_{bits} in {splits}": functools.partial(
-            triton.project, x, stored.seed, activation_bits=bits, splits=splits, **options
+            *(triton.project, x, stored.seed),
+            definition.Request(0, coefficient, bits, row_mask=None, column_start=0, columns=SPLIT_SIZE, residual=True),
+            splits=splits,
         )
         for bits, splits in itertools.product(BITS, SPLITS)
     }
@@ -248,7 +249,7 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
         D=SPLIT_SIZE,
         M=rows,
         multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
-        blocks_per_multiprocessor=triton_configs.BLOCKS_PER_SM,
+        blocks_per_multiprocessor=tile_table.BLOCKS_PER_SM,
         rounds=len(next(iter(seconds.values()))),
         seconds={
             f"op_{bits}": {str(splits): spread(seconds[f"op_{bits} in {splits}"])._asdict() for splits in SPLITS}

@@ -20,7 +20,7 @@ import poc_kernels
 from bench.common import memory, models
 from poc_kernels import backends
 from poc_kernels.engines.transformers.engine import TransformersEngine
-from poc_kernels.protocol import BatchReport, PoCConfig, PoCManager, ProofBatch
+from poc_kernels.protocol import BatchReport, DistanceProver, PoCConfig, PoCManager, ProofBatch
 
 QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
 DEFAULT_CASES = {
@@ -52,7 +52,7 @@ class Side:
     def __init__(self, engine: TransformersEngine, built: models.Built, config: PoCConfig) -> None:
         self.batches: list[dict[str, Any]] = []
         self._clock = built.clock
-        self.manager = PoCManager(engine, self._note)
+        self.manager = PoCManager(DistanceProver(engine), self._note)
         self.manager.start_round(config)
 
     def _note(self, report: BatchReport) -> None:

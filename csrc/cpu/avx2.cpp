@@ -1,5 +1,4 @@
-// AVX2: 16-bit activations times 16-bit v, two k at a time (vpmaddwd). vpmaddubsw would need bytes and
-// saturates.
+// AVX2: 16-bit activations times 16-bit v, two k at a time (vpmaddwd). vpmaddubsw would need bytes, and saturates.
 //
 // A panel is [k / 2][group][8 columns][2 k] int16, a tile [k / 2][row][2 k] int16. T = 2 * S + sum(q).
 #include <immintrin.h>
@@ -29,7 +28,7 @@ inline __m256i join_high(__m256i even, __m256i odd) {
   return _mm256_blend_epi32(odd, _mm256_shuffle_epi32(even, 0xF5), 0x55);
 }
 
-// Half of the columns of a group on their way through the rounds; upper halves of lanes hold anything.
+// Half of the columns of a group on their way through the rounds; the upper halves of lanes are not used.
 struct Half {
   __m256i h, l;            // of the columns
   __m256i c0, c1, c2, c3;  // the counter
@@ -57,8 +56,7 @@ struct Half {
 
 inline __m256i both_lanes(__m128i a) { return _mm256_broadcastsi128_si256(a); }
 
-// The four nibbles of each word's upper or lower half, one a byte: `halves` holds that half's bytes twice
-// each.
+// The four nibbles of the upper or lower half of each word, one per byte: `halves` holds each byte of that half twice.
 inline __m256i nibbles(__m256i halves) {
   const __m256i shifted = _mm256_blendv_epi8(halves, _mm256_srli_epi16(halves, 4), _mm256_set1_epi16(-256));
   return _mm256_and_si256(shifted, _mm256_set1_epi8(0x0F));
@@ -83,8 +81,8 @@ inline void store_pairs(int16_t* first, int16_t* second, __m256i words) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(second), _mm256_srai_epi16(_mm256_shuffle_epi8(v, to_second), 8));
 }
 
-void generate(const Stream& stream, const PanelShape& shape, void* panel) {
-  const RoundKeys keys(stream);
+void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
+  const RoundKeys keys(key);
   const __m256i m0 = set1_64(kPhiloxM0), m1 = set1_64(kPhiloxM1);
   const int64_t stride = static_cast<int64_t>(shape.groups) * 16;  // int16 from one k / 2 to the next
   for (int begin = 0; begin < shape.calls; begin += CallScalars::kCalls) {
@@ -132,8 +130,8 @@ void quantise(const Activations& x, RowState* states, int rows, int16_t* scratch
   }
 }
 
-// acc += entries * q, pairs of int16 to a lane. As instructions: from intrinsics GCC 12 forms all products
-// first and keeps the accumulators in memory.
+// acc += entries * q, a pair of int16 per lane. As instructions: from intrinsics GCC 12 forms all products first and
+// keeps the accumulators in memory.
 inline void multiply_add(__m256i& acc, __m256i entries, __m256i q) {
   __m256i product;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(entries), "x"(q));
@@ -223,7 +221,7 @@ const Kernels& avx2_kernels() {
                                       /*sum_weight=*/1,
                                       /*panel_budget=*/256 << 10,
                                       quantise,
-                                      generate,
+                                      draw,
                                       multiply,
                                       finish_rows<1>,
                                       unpack};

@@ -9,8 +9,8 @@ namespace poc::cpu {
 namespace {
 
 struct Operand {
-  // The four nibbles of each word's upper or lower half, one a byte: `halves` holds that half's bytes twice
-  // each.
+  // The four nibbles of the upper or lower half of each word, one per byte: `halves` holds each byte of that half
+  // twice.
   static inline __m512i nibbles(__m512i halves) {
     const __m512i shifted = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAu, halves, _mm512_srli_epi16(halves, 4));
     return _mm512_and_si512(shifted, _mm512_set1_epi8(0x0F));

@@ -14,7 +14,7 @@
 namespace poc::cpu {
 namespace {
 
-// The entry point that GCC's OpenMP has and LLVM's and Intel's offer too.
+// The entry point of GCC's OpenMP, which LLVM's and Intel's offer as well.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 struct Runtime {
@@ -65,7 +65,7 @@ void run_team(int threads, void (*body)(void*), void* context) {
   others.reserve(static_cast<size_t>(threads - 1));
   try {
     for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
-  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  } catch (const std::system_error&) {  // the system gives no more threads: those that run do all the work
   }
   body(context);
   for (std::thread& other : others) other.join();

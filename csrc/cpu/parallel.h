@@ -1,7 +1,7 @@
 // Threads for the native kernels.
 //
-// torch's OpenMP runtime, already loaded in a process that uses torch, is borrowed when it is there: a second
-// pool of threads would compete with torch's, whose workers spin for a while after each operator.
+// torch's OpenMP runtime, already loaded in a process that uses torch, is borrowed when it is there: a second pool of
+// threads would compete with torch's, whose workers spin for a while after each operator.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,13 @@
 
 namespace poc::cpu {
 
-// Run body(context) on up to `threads` threads, this one among them, and wait for all.
+// Runs body(context) on at most `threads` threads, including this one, and waits for all.
 void run_team(int threads, void (*body)(void*), void* context);
 
 // Which runtime run_team uses: "OpenMP (library)" or "std::thread".
 const char* team_runtime();
 
-// Round to nearest even, subnormals kept, traps masked; what was set before comes back at the end of the
-// scope.
+// Round to nearest even, subnormals kept, traps masked, until the end of the scope; then as it was set before.
 class FloatEnvironment {
  public:
   FloatEnvironment() {
@@ -34,9 +33,9 @@ class FloatEnvironment {
   std::fenv_t saved_;
 };
 
-// first(task, slot) for each task in [0, first_tasks), and when all are done, second(task, slot) for each task in
-// [0, second_tasks); tasks of a stage in any order, slot < threads the same for no two at a time. One team does both:
-// its threads come and go once, and one that comes late holds nobody up between the stages.
+// Calls first(task, slot) for each task in [0, first_tasks), and when all are done, second(task, slot) for each task in
+// [0, second_tasks). Tasks of a stage run in any order; no two that run at the same time have the same slot < threads.
+// One team does both stages: its threads come and go once, and nobody waits for one that comes late.
 template <class First, class Second>
 void parallel_stages(int threads, int64_t first_tasks, const First& first, int64_t second_tasks, const Second& second) {
   threads = static_cast<int>(std::min<int64_t>(threads, std::max(first_tasks, second_tasks)));

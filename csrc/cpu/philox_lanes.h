@@ -1,7 +1,7 @@
-// Philox4x32-10 with columns in lanes: what the first three rounds leave to do for each k and each column.
+// Philox4x32-10 with columns in lanes: what of the first three rounds is computed once per call or once per column.
 //
-// The counter is (call, n, domain, 0), so round 0 and round 1 are scalar in all but one product, and round 2
-// in one of its two products. With (a_r, b_r) the key of round r:
+// The counter is (call, n, domain, 0), so rounds 0 and 1 are scalar except one product, and round 2 has one scalar
+// product of its two. With (a_r, b_r) the key of round r:
 //   column:  c0 = hi(M1 * domain) ^ n ^ a_0, and then h, l = hi, lo of M0 * c0
 //   call:    s0 .. s3 below
 //   round 2: c2 = h ^ s0, then c0 = hi(M1 * c2) ^ s1, c1 = lo(M1 * c2), c2 = l ^ s2, c3 = s3
@@ -20,15 +20,15 @@ struct RoundKeys {
   uint32_t column_mask;                         // c0 of a column is n ^ column_mask
   uint32_t c1;                                  // of every column and call after round 0
 
-  explicit RoundKeys(const Stream& stream) {
-    uint32_t key0 = static_cast<uint32_t>(stream.seed), key1 = static_cast<uint32_t>(stream.seed >> 32);
+  explicit RoundKeys(const EntryKey& key) {
+    uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
     for (int r = 0; r < kPhiloxRounds; ++r) {
       a[r] = key0;
       b[r] = key1;
       key0 += kPhiloxW0;
       key1 += kPhiloxW1;
     }
-    const uint64_t product = static_cast<uint64_t>(kPhiloxM1) * stream.domain;
+    const uint64_t product = static_cast<uint64_t>(kPhiloxM1) * key.domain;
     column_mask = static_cast<uint32_t>(product >> 32) ^ static_cast<uint32_t>(a[0]);
     c1 = static_cast<uint32_t>(product);
   }

@@ -1,4 +1,4 @@
-// Plain C++ for any processor: 16-bit activations times 16-bit v.
+// Plain C++ for any CPU: 16-bit activations times 16-bit v.
 //
 // A panel is [column][k] int16, a tile [row][k] int16. T = 2 * S + sum(q).
 #include <cstdint>
@@ -12,11 +12,11 @@ constexpr int kColumns = 8;
 constexpr int kRowsPerTile = 4;
 constexpr int64_t kFlush = 1024;  // 16384 * 124 * 1024 = 2,080,374,784 stays below 2^31
 
-void generate(const Stream& stream, const PanelShape& shape, void* panel) {
+void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
   auto* out = static_cast<int16_t*>(panel);
   for (int column = 0; column < shape.groups * kColumns; ++column)
     for (int call = 0; call < shape.calls; ++call) {
-      const Words words = entry_words(stream.seed, stream.domain, (shape.call + call) * kEntriesPerCall,
+      const Words words = entry_words(key.seed, key.domain, (shape.call + call) * kEntriesPerCall,
                                       shape.column + static_cast<uint32_t>(column));
       for (int i = 0; i < 16; ++i) *out++ = static_cast<int16_t>(half_entry(words.w[i / 4], i % 4));
     }
@@ -69,7 +69,7 @@ const Kernels& portable_kernels() {
                                       /*sum_weight=*/1,
                                       /*panel_budget=*/256 << 10,
                                       quantise,
-                                      generate,
+                                      draw,
                                       multiply,
                                       finish_rows<1>,
                                       unpack};

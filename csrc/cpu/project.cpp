@@ -1,5 +1,5 @@
-// The driver that all instruction sets share: rows are quantised in blocks; each task draws the panels of
-// some columns, multiplies every row of the block by them, and forgets them.
+// The driver that all instruction sets share: rows are quantised in blocks; each task draws the panels of some
+// columns, multiplies every row of the block by them, and forgets them.
 #include "project.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kLimbBudget = 16 << 20;  // bytes of quantised rows that are kept at a time
-constexpr int64_t kMinBlockRows = 256;     // under this many, drawing P again would show
+constexpr int64_t kMinBlockRows = 256;     // with fewer, the time to draw P again would show
 constexpr int64_t kCopyRows = 32;          // masked rows that one task copies
 constexpr int64_t kEntriesPanel = 512;     // k of a panel that entries are read from
 constexpr int64_t kTasksPerThread = 4;
@@ -25,7 +25,7 @@ struct Plan {
   int64_t tile_rows, block_rows, panel_columns, panel_k;
   int64_t column_tasks, row_tasks;
   int64_t tile_bytes, states_bytes, limbs_bytes;   // shared by all threads
-  int64_t panel_bytes, sums_bytes, scratch_bytes;  // for each thread
+  int64_t panel_bytes, sums_bytes, scratch_bytes;  // of each thread
 
   int64_t shared_bytes() const { return states_bytes + limbs_bytes; }
   int64_t thread_bytes() const { return panel_bytes + sums_bytes + scratch_bytes; }
@@ -37,12 +37,12 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   plan.tile_rows = p.x.activation_bits == 16 ? kernels.rows_per_tile_16 : kernels.rows_per_tile_8;
 
   const int64_t fitting_rows = std::max(kMinBlockRows, kLimbBudget / (k * 2));
-  plan.block_rows = std::min(p.rows, p.tiling.rows > 0 ? p.tiling.rows : fitting_rows);
+  plan.block_rows = std::min(p.rows, p.tiling.block_rows > 0 ? p.tiling.block_rows : fitting_rows);
   const int64_t tiles = divide_up(plan.block_rows, plan.tile_rows);
 
   int64_t groups = kernels.max_groups;
-  if (p.tiling.columns > 0) {
-    groups = std::min(groups, divide_up(p.tiling.columns, group));
+  if (p.tiling.panel_columns > 0) {
+    groups = std::min(groups, divide_up(p.tiling.panel_columns, group));
   } else {
     // Narrower panels when there are too few for the threads.
     while (groups > 1 && divide_up(p.columns, groups * group) < 2 * p.threads) --groups;
@@ -50,7 +50,7 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   groups = std::min(groups, divide_up(p.columns, group));
   plan.panel_columns = groups * group;
   const int64_t fitting_k = kernels.panel_budget / (plan.panel_columns * kernels.entry_bytes);
-  plan.panel_k = std::min(k, round_up(p.tiling.k > 0 ? p.tiling.k : fitting_k, kEntriesPerCall));
+  plan.panel_k = std::min(k, round_up(p.tiling.panel_k > 0 ? p.tiling.panel_k : fitting_k, kEntriesPerCall));
   plan.column_tasks = divide_up(p.columns, plan.panel_columns);
   // Few columns and many rows: each part of the rows draws the same panels again.
   const int64_t wanted_tasks = p.threads > 1 ? kTasksPerThread * p.threads : 1;
@@ -81,12 +81,13 @@ struct Block {
   int64_t rows;
 };
 
-// What all stages of a call share.
+// What all tasks of a call share.
 struct Call {
   const Kernels& kernels;
   const Projection& p;
+  const EntryKey key;
   const Plan plan;
-  uint8_t* slots;  // the threads' own parts of the workspace
+  uint8_t* slots;  // the parts of the workspace that each thread has for itself
 
   uint8_t* panel(int slot) const { return slots + slot * plan.thread_bytes(); }
   double* sums(int slot) const { return reinterpret_cast<double*>(panel(slot) + plan.panel_bytes); }
@@ -128,7 +129,7 @@ struct Call {
       shape.column = static_cast<uint32_t>(p.column_start + column);
       shape.groups = static_cast<int>(divide_up(columns, kernels.group_columns));
       shape.k_padded = p.x.k_padded;
-      kernels.generate(p.stream, shape, panel(slot));
+      kernels.draw(key, shape, panel(slot));
       const bool whole = plan.panel_k == p.x.k_padded, last = k + panel_k == p.x.k_padded;
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         const int64_t first = tile * plan.tile_rows;
@@ -179,7 +180,7 @@ int64_t project_workspace(const Kernels& kernels, const Projection& p) {
 void project(const Kernels& kernels, const Projection& p, void* workspace) {
   const Plan plan = make_plan(kernels, p);
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(workspace), kAlignment));
-  const Call call{kernels, p, plan, base + plan.shared_bytes()};
+  const Call call{kernels, p, read_key(p.seed, p.domain), plan, base + plan.shared_bytes()};
   Block block{0, 0, reinterpret_cast<RowState*>(base), base + plan.states_bytes, 0};
   while (block.last_row < p.rows) {
     block.first_row = block.last_row;
@@ -196,6 +197,7 @@ int64_t entries_workspace(const Kernels& kernels, const Entries& e) {
 
 void entries(const Kernels& kernels, const Entries& e, void* workspace) {
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(workspace), kAlignment));
+  const EntryKey key = read_key(e.seed, e.domain);
   const int64_t group = kernels.group_columns, k_end = e.k_start + e.k;
   const int64_t first_call = e.k_start / kEntriesPerCall, panel_calls = kEntriesPanel / kEntriesPerCall;
   const int64_t k_tasks = divide_up(divide_up(k_end, kEntriesPerCall) - first_call, panel_calls);
@@ -209,7 +211,7 @@ void entries(const Kernels& kernels, const Entries& e, void* workspace) {
     shape.column = static_cast<uint32_t>(e.n_start + column);
     shape.groups = 1;
     shape.k_padded = round_up(k_end, kEntriesPerCall);
-    kernels.generate(e.stream, shape, panel);
+    kernels.draw(key, shape, panel);
     kernels.unpack(panel, shape, static_cast<int>(k_begin - k), static_cast<int>(k_stop - k),
                    static_cast<int>(std::min(group, e.n - column)), e.out + (k_begin - e.k_start) * e.n + column, e.n);
   };

@@ -1,5 +1,5 @@
-// Quantise and finish in plain loops, compiled once for each instruction set (hence the unnamed namespace: no
-// function of one set may be linked into another's code).
+// Quantise and finish rows in plain loops, compiled once per instruction set (hence the unnamed namespace: no function
+// of one set may be linked into the code of another).
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ void quantise_row(const Activations& x, RowState& state, int16_t* q) {
   state.sum = sum;
 }
 
-// Rows of q in scratch, k_padded apart.
+// Writes the q of rows to scratch, k_padded apart.
 void quantise_rows(const Activations& x, RowState* states, int rows, int16_t* scratch) {
   for (int r = 0; r < rows; ++r) {
     int16_t* q = scratch + r * x.k_padded;

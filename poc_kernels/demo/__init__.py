@@ -1,1 +1,1 @@
-"""A whole round, played against a real server by a validator and its users, on any machine."""
+"""A demonstration for any machine: a whole round on a real server, with a validator and users."""

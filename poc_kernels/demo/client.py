@@ -1,4 +1,4 @@
-"""What a chain's node and a user say to the server: the routes of a round, metrics, and chats that are timed."""
+"""Clients of the server: `NodeClient` for the chain's node and a validator, `Chatter` for a user with timed chats."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ QUESTIONS = (
 )
 
 
-class Node:
-    """The routes of a round under /api/v1/pow, and /metrics.
+class NodeClient:
+    """Calls the routes of a round under /api/v1/pow, and /metrics.
 
-    Calls raise ``httpx2.HTTPStatusError`` for an answer that is not 2xx, except where they say otherwise.
+    Methods raise ``httpx2.HTTPStatusError`` for an answer other than 2xx, except `refusal`.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,16 +42,16 @@ class Node:
         return answer.json()
 
     def status(self) -> dict[str, Any]:
-        """State and progress of the round."""
+        """Return state and progress of the round."""
         status: dict[str, Any] = self._call("GET", "/status")
         return status
 
     def begin(self, name: str, config: dict[str, Any]) -> None:
-        """Begin a round in the phase "generate" or "validate"."""
+        """Begin a round in the phase ``name``: "generate" or "validate"."""
         self._call("POST", f"/init/{name}", config)
 
     def phase(self, name: str) -> None:
-        """Go to the phase "generate" or "validate"."""
+        """Switch the round to the phase ``name``: "generate" or "validate"."""
         self._call("POST", f"/phase/{name}")
 
     def stop(self) -> None:
@@ -59,17 +59,17 @@ class Node:
         self._call("POST", "/stop")
 
     def validate(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Have a ProofBatch recomputed."""
+        """Have a ProofBatch recomputed, and return the verdict."""
         verdict: dict[str, Any] = self._call("POST", "/validate", batch)
         return verdict
 
     def refusal(self, batch: dict[str, Any]) -> tuple[int, str]:
-        """Status and text of the answer to a ProofBatch, whatever it is."""
+        """Return status and text of the answer to a ProofBatch, whatever the status is."""
         answer = self._http.post("/api/v1/pow/validate", json=batch)
         return answer.status_code, answer.text[:300]
 
     def metrics(self, name: str) -> dict[str, float]:
-        """A counter's values by the value of its one label, "" where it has none."""
+        """Return a metric's values by the value of its one label, or by "" if it has no label."""
         answer = self._http.get("/metrics")
         answer.raise_for_status()
         return {
@@ -81,13 +81,13 @@ class Node:
 
 
 class Chatter:
-    """A user: asks questions and notes when the answer's pieces arrive.
+    """A user who asks questions and records when the pieces of each answer arrive.
 
     Args:
-        url: of the server.
-        model: the name that it serves.
-        clock: seconds.
-        max_tokens: of each answer.
+        url: the server's URL.
+        model: the name that the server knows the model by.
+        clock: returns seconds.
+        max_tokens: the most tokens of an answer.
     """
 
     def __init__(self, url: str, model: str, clock: Callable[[], float], max_tokens: int) -> None:
@@ -96,7 +96,7 @@ class Chatter:
             api_key="none",
             max_retries=0,
             timeout=_TIMEOUT_SECONDS,
-            http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy before loopback
+            http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy for loopback
         )
         self._model = model
         self._clock = clock
@@ -107,7 +107,7 @@ class Chatter:
         self._client.close()
 
     def ask(self, question: str, state: str) -> Chat:
-        """One chat, streamed; a refusal or a failure is in the record."""
+        """Stream one chat, and return its record, also if it was refused or failed."""
         arrivals: list[float] = []
         pieces: list[str] = []
         began = self._clock()
@@ -128,16 +128,16 @@ class Chatter:
             return Chat(
                 state, began, self._clock(), status=error.status_code, retry_after=retry_after, error=error.message
             )
-        except openai.APIError as error:  # no answer, or an error within the stream
+        except openai.APIError as error:  # no answer, or an error in the stream
             return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces), status=0, error=error.message)
         return Chat(state, began, self._clock(), tuple(arrivals), "".join(pieces))
 
 
 @contextmanager
 def chatting(chatters: Sequence[Chatter], state: str, chats: list[Chat]) -> Iterator[None]:
-    """Every user asks one question after the other, all at once, while the block runs; ``chats`` gets the records.
+    """Let all users chat at the same time while the block runs, and append the records to ``chats``.
 
-    The block's end waits for the answers that are being written.
+    Each user asks one question after the other. The end of the block waits for the answers that are being written.
     """
     over = threading.Event()
 

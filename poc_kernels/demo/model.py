@@ -1,4 +1,4 @@
-"""A small Qwen3-like language model, seeded random weights and a real tokenizer: no download, the same every time."""
+"""A small Qwen3-like language model with seeded random weights and a trained tokenizer: no download, same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 MIN_VOCAB = 512
 MAX_VOCAB = 2048
 MAX_POSITIONS = 4096
-"""Longest prompt with its answer, in tokens."""
+"""The most tokens of a prompt and its answer together."""
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -24,10 +24,11 @@ CHAT_TEMPLATE = (
 
 _HEAD_DIM = 32
 _STD = 0.05
+_SEED = 0
 
 
 def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly ``vocab`` tokens, trained on the prose beside this file."""
+    """Train a byte-level BPE tokenizer of exactly ``vocab`` tokens on prose.txt."""
     prose = importlib.resources.files(__package__).joinpath("prose.txt").read_text(encoding="utf-8")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,9 +51,9 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _fill(model: Qwen3ForCausalLM, seed: int, special: list[int]) -> None:
-    """Weights drawn from ``seed``; norms are ones; special tokens get the logit zero, so that answers rarely end."""
-    generator = torch.Generator().manual_seed(seed)
+def _fill(model: Qwen3ForCausalLM, special: list[int]) -> None:
+    """Draw the weights; norms become ones; special tokens get the logit zero, so that answers rarely end early."""
+    generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for _, weight in sorted(model.named_parameters()):
             if weight.dim() == 1:
@@ -62,32 +63,20 @@ def _fill(model: Qwen3ForCausalLM, seed: int, special: list[int]) -> None:
         model.lm_head.weight[special] = 0.0
 
 
-def build(
-    directory: Path,
-    *,
-    dtype: str = "float32",
-    hidden_size: int = 256,
-    layers: int = 4,
-    vocab: int = MAX_VOCAB,
-    seed: int = 0,
-) -> None:
-    """Save a causal language model and its tokenizer, as ``from_pretrained`` loads them.
+def build(directory: Path, *, hidden_size: int = 256, layers: int = 4, vocab: int = MAX_VOCAB) -> None:
+    """Save a float32 causal language model and its tokenizer, as ``from_pretrained`` loads them.
 
     The same arguments and versions give the same bytes; torch's global generators are left as they were.
 
     Args:
-        directory: where to save; made if it is not there.
-        dtype: of the weights: "float32", "bfloat16" or "float16".
+        directory: where to save; created if it does not exist.
         hidden_size: a positive multiple of 64.
         layers: number of decoder layers, at least 1.
-        vocab: size of the vocabulary, 512 to 2048: every id has a token.
-        seed: of the weights.
+        vocab: size of the vocabulary, in [512, 2048]; every id has a token.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument is out of its range.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
     if hidden_size < 1 or hidden_size % (2 * _HEAD_DIM):
         raise ValueError(f"hidden_size must be a positive multiple of {2 * _HEAD_DIM}, got {hidden_size}")
     if layers < 1:
@@ -110,10 +99,10 @@ def build(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # The constructor draws weights that are drawn anew just below: the caller's generator does not see it.
+    # The constructor draws weights, which `_fill` replaces: the caller's generator must not be advanced by that.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = Qwen3ForCausalLM(config)
-    _fill(model, seed, tokenizer.all_special_ids)
+    _fill(model, tokenizer.all_special_ids)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=1.0,
@@ -123,5 +112,5 @@ def build(
         pad_token_id=tokenizer.pad_token_id,
     )
     directory.mkdir(parents=True, exist_ok=True)
-    model.to(getattr(torch, dtype)).eval().save_pretrained(directory)
+    model.float().eval().save_pretrained(directory)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(directory)

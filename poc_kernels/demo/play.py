@@ -1,4 +1,4 @@
-"""The round itself: what the chain's node, a validator, users and cheats do, one after the other, and what they see."""
+"""The acts of the demonstration: what the chain's node, a validator, users and cheats do, and the checks of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from . import theory
-from .client import QUESTIONS, Chatter, Node, chatting
+from .client import QUESTIONS, Chatter, NodeClient, chatting
 from .receiver import Receiver
 from .results import Band, Check, Results, Sample
-from .server import Server
+from .server import ServerProcess
 from .show import Show
 
 EARLIER_HASH = "0x00000000000000000001a2b3c4d5e6f7"
@@ -26,67 +26,74 @@ PUBLIC_KEY = "demo-node"
 OTHER_KEY = "another-node"
 FRAUD_THRESHOLD = 0.01
 
-_FAR = 10**9
-"""First nonce of the survey; no round of the demonstration comes so far."""
-_FARTHER = 2 * _FAR
+_SURVEY_START = 1_000_000_000
+"""First nonce of the survey; no round of the demonstration reaches it."""
+_FORGED_START = 2_000_000_000
 """First forged nonce."""
-_FARTHEST = 3 * _FAR
-"""First nonce of the survey that sets r_target."""
+_CALIBRATION_START = 3_000_000_000
+"""First nonce of the survey that sets r_target where geometry does not."""
 _EVERY_NONCE = 2.0
-"""An r_target that all distances are below."""
-_LEAST_P = 1e-6
-"""Agreement with theory is denied only to what happens by chance once in a million times."""
+"""An r_target that every distance is below."""
+_MIN_P = 1e-6
+"""The p-value down to which a check of a distribution passes: an honest node fails once in a million runs."""
 _POLL_SECONDS = 0.25
 _CALLBACK_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how much.
+    """Durations and amounts.
 
     Args:
-        idle_seconds: chats before the round.
-        generate_seconds: least time in GENERATING, which goes on until ``proofs`` are found.
-        generate_most_seconds: most time in GENERATING, of either round.
-        validate_seconds: after so long no further batch is sent, of the honest ones and in each survey, once two were.
-        proofs: least valid nonces to find; at least one batch.
-        earlier: nonces checked in the round of the block before, the best of which are replayed.
+        idle_seconds: how long users chat before the round.
+        generate_seconds: the shortest time in GENERATING, which continues until ``proofs`` are found.
+        max_generate_seconds: the longest time in GENERATING, in each of the two rounds.
+        validate_seconds: how long batches of honest proofs, and of each survey, are sent; at least two are.
+        proofs: the fewest valid nonces to find; at least one batch.
+        earlier: nonces checked in the round of the previous block, the best of which are replayed.
         calibrate: nonces recomputed to set r_target, where geometry does not.
         survey: nonces recomputed for the distribution of distances.
-        batch: nonces of a proof batch.
-        rows: of every forward; less of them let tokens of chats pass sooner.
+        batch_nonces: nonces per ProofBatch.
+        rows: nonces per forward; with fewer, tokens of chats wait for less time.
         seq_len: positions of a nonce's inputs.
-        share: of nonces that are to be valid; sets r_target.
-        users, max_tokens: chats at once, and the most tokens of an answer.
+        valid_share: share of nonces that are to be valid; sets r_target.
+        users: chats at the same time.
+        max_tokens: the most tokens of an answer.
     """
 
     idle_seconds: float = 6.0
     generate_seconds: float = 12.0
-    generate_most_seconds: float = 300.0
+    max_generate_seconds: float = 300.0
     validate_seconds: float = 20.0
     proofs: int = 64
     earlier: int = 256
     calibrate: int = 128
     survey: int = 512
-    batch: int = 32
+    batch_nonces: int = 32
     rows: int = 16
     seq_len: int = 64
-    share: float = 0.2
+    valid_share: float = 0.2
     users: int = 3
     max_tokens: int = 32
 
 
 class Play:
-    """Plays the demonstration against a server and fills in the results.
+    """Plays the demonstration against a server, and fills in the results.
 
-    Raises:
-        httpx2.HTTPError, ServerFailedError: the server does not answer, or not as a server does; from every method.
+    Every method raises httpx2.HTTPError or ServerFailedError if the server does not answer, or not with success.
     """
 
     def __init__(
-        self, plan: Plan, server: Server, node: Node, receiver: Receiver, users: list[Chatter], results: Results,
-        show: Show, clock: Callable[[], float],
-    ) -> None:  # fmt: skip
+        self,
+        plan: Plan,
+        server: ServerProcess,
+        node: NodeClient,
+        receiver: Receiver,
+        users: list[Chatter],
+        results: Results,
+        show: Show,
+        clock: Callable[[], float],
+    ) -> None:
         self.plan = plan
         self.server = server
         self.node = node
@@ -101,7 +108,7 @@ class Play:
         self._round: dict[str, Any] = {}
 
     def play(self) -> None:
-        """The whole of it."""
+        """Play all acts."""
         self.idle()
         if not self.results.geometric:
             self.calibrating()
@@ -113,20 +120,20 @@ class Play:
 
     # ---- what every act needs ----
 
-    def check(self, name: str, held: bool, detail: str = "") -> None:
-        """Note something that should hold, and show it."""
-        check = Check(name, held, detail)
+    def check(self, name: str, passed: bool, detail: str = "") -> None:
+        """Record and show whether something that should be true is true."""
+        check = Check(name, passed, detail)
         self.results.checks.append(check)
         self.show.check(check)
 
     def _enter(self, state: str) -> None:
-        """Note that the node is in ``state`` from now on, and check that it says so."""
+        """Record that the node is in ``state`` from now on, and check that it reports so."""
         now = self.clock()
         self.results.bands.append(Band(self._state, self._since, now))
         self._state, self._since = state, now
-        said = self.node.status()["state"]
-        if said != state:
-            self.check(f"the node is {state}", False, f"it says {said}")
+        reported = self.node.status()["state"]
+        if reported != state:
+            self.check(f"the node is {state}", False, f"it reports {reported}")
 
     def _config(self, block_hash: str, height: int, r_target: float) -> dict[str, Any]:
         return {
@@ -157,7 +164,7 @@ class Play:
 
     @contextlib.contextmanager
     def _chats(self, state: str) -> Iterator[None]:
-        """Users chat while the block runs; all of them must be served."""
+        """Let users chat while the block runs, and check that all of them are served."""
         before = len(self.results.chats)
         with chatting(self.users, state, self.results.chats):
             yield
@@ -169,42 +176,43 @@ class Play:
         self.check(f"chats stream while {state}", bool(chats) and not failed, detail)
         if len(failed) < len(chats):
             text = next(chat.text for chat in chats if chat.served)
-            self.show.note(f'"{" ".join(text.split())[:90]}..." says the model')
+            self.show.note(f'the model says: "{" ".join(text.split())[:90]}..."')
 
     # ---- the acts ----
 
     def idle(self) -> None:
-        """Users chat with a node that has nothing else to do."""
+        """Let users chat with a node that has nothing else to do."""
         self.show.act("IDLE", "users chat")
-        self.users[0].ask(QUESTIONS[0], "warm-up")  # not counted: what is loaded only once is loaded now
+        self.users[0].ask(QUESTIONS[0], "warm-up")  # not counted: what is loaded on first use is loaded now
         with self._chats("IDLE"):
             time.sleep(self.plan.idle_seconds)
 
     def calibrating(self) -> None:
-        """A survey of the block's distances sets r_target, so that the plan's share of nonces is below it."""
+        """Set r_target by a survey of the block's distances, so that the plan's share of nonces is valid."""
         self.show.act("VALIDATING", "a survey of this model's distances sets r_target")
         self.node.begin("validate", self._config(BLOCK_HASH, BLOCK_HEIGHT, _EVERY_NONCE))
         self._enter("VALIDATING")
-        surveyed = self._recomputed(_FARTHEST, self.plan.calibrate)
-        self.results.r_target = float(np.quantile(surveyed, self.plan.share))
-        self.results.expected_share = self.plan.share
+        surveyed = self._recomputed(_CALIBRATION_START, self.plan.calibrate)
+        self.results.r_target = float(np.quantile(surveyed, self.plan.valid_share))
+        self.results.expected_share = self.plan.valid_share
         self.show.note(f"r_target {self.results.r_target:.4f}, after {len(surveyed)} nonces")
         self.node.stop()
         self._enter("STOPPED")
 
     def earlier_round(self) -> None:
-        """A short round of the block before, every nonce kept: the best are what a cheat replays later."""
-        self.show.act("GENERATING", f"a short round of the block before, {EARLIER_HASH}")
+        """Run a short round of the previous block in which every nonce is valid; a cheat replays the best later."""
+        self.show.act("GENERATING", f"a short round of the previous block, {EARLIER_HASH}")
         self.node.begin("generate", self._config(EARLIER_HASH, EARLIER_HEIGHT, _EVERY_NONCE))
         self._enter("GENERATING")
         status = self._generate_until(0.0, self.plan.earlier, record=False)
-        self._earlier = sorted(zip(status["valid_distances"], status["valid_nonces"], strict=True))[: self.plan.batch]
+        found = zip(status["valid_distances"], status["valid_nonces"], strict=True)
+        self._earlier = sorted(found)[: self.plan.batch_nonces]
         self.node.stop()
         self._enter("STOPPED")
 
     def generating(self) -> None:
-        """The node looks for nonces; users are told to come back."""
-        self.show.act("GENERATING", f"block {BLOCK_HASH}; P is drawn anew by setting 8 bytes")
+        """Let the node search for valid nonces; users are told to come back later."""
+        self.show.act("GENERATING", f"block {BLOCK_HASH}; setting a seed of 8 bytes gives a new P")
         before = self.node.metrics("poc_part_seconds_total")
         chats = len(self.results.chats)
         self.node.begin("generate", self._config(BLOCK_HASH, BLOCK_HEIGHT, self.results.r_target))
@@ -222,7 +230,7 @@ class Play:
         self.check(
             "chats are refused with 503 and Retry-After while GENERATING",
             bool(refused) and all(chat.status == 503 and chat.retry_after for chat in refused),
-            f"{len(refused)} asked, Retry-After {', '.join(sorted({str(chat.retry_after) for chat in refused}))} s",
+            f"{len(refused)} chats, Retry-After {', '.join(sorted({str(chat.retry_after) for chat in refused}))} s",
         )
         self.check(
             "both projections ran",
@@ -232,13 +240,13 @@ class Play:
         if results.geometric:
             p = theory.share_agreement(results.valid, max(1, results.checked), results.expected_share)
             self.check(
-                "as many nonces are valid as geometry says",
-                results.checked > 0 and p > _LEAST_P,
+                "the share of valid nonces is what geometry predicts",
+                results.checked > 0 and p > _MIN_P,
                 f"{results.valid} of {results.checked}, {results.expected_share:.1%} expected, p = {p:.2g}",
             )
 
     def _generate_until(self, seconds: float, proofs: int, *, record: bool) -> dict[str, Any]:
-        """Follow /status until both the time is over and the proofs are found; the last status."""
+        """Poll /status until the time is over and the proofs are found, and return the last status."""
         began = self.clock()
         next_chat = began
         with self.show.progress(seconds, proofs) as update:
@@ -252,12 +260,12 @@ class Play:
                         chat = self.users[0].ask(QUESTIONS[0], "GENERATING")
                         self.results.chats.append(chat)
                         if next_chat == began:
-                            self.show.note(f"a user asks: {chat.status}, Retry-After {chat.retry_after}: {chat.error}")
+                            self.show.note(f"a user gets {chat.status}, Retry-After {chat.retry_after}: {chat.error}")
                         next_chat = self.clock() + max(1.0, seconds / 6)
                 if elapsed >= seconds and status["total_valid"] >= proofs:
                     return status
-                if elapsed > self.plan.generate_most_seconds:
-                    name = f"{proofs} proofs are found within {self.plan.generate_most_seconds:.0f} s"
+                if elapsed > self.plan.max_generate_seconds:
+                    name = f"{proofs} proofs are found within {self.plan.max_generate_seconds:.0f} s"
                     self.check(name, False, f"{status['total_valid']} found")
                     return status
                 time.sleep(_POLL_SECONDS)
@@ -266,8 +274,8 @@ class Play:
         self.results.samples.append(Sample(self.clock(), status["total_checked"], status["total_valid"]))
 
     def validating(self) -> None:
-        """A validator sends batches, honest ones and others, while users chat."""
-        self.show.act("VALIDATING", "a validator recomputes proofs, and users chat")
+        """Act as a validator that sends honest and forged batches, while users chat."""
+        self.show.act("VALIDATING", "a validator has proofs recomputed while users chat")
         with self._chats("VALIDATING"):
             began = time.perf_counter()
             recomputed = self._honest() + self._survey()
@@ -275,85 +283,86 @@ class Play:
             self._cheats()
 
     def _honest(self) -> int:
-        """Send the proofs that were found, batch by batch; the number of nonces that were recomputed."""
+        """Send the proofs that were found, batch by batch, and return the number of nonces recomputed."""
         nonces, dist = self._round["valid_nonces"], self._round["valid_distances"]
         deadline = time.monotonic() + self.plan.validate_seconds
         sent = invalid = frauds = same = 0
-        for start in range(0, len(nonces), self.plan.batch):
-            if sent >= 2 * self.plan.batch and time.monotonic() > deadline:
+        for start in range(0, len(nonces), self.plan.batch_nonces):
+            if sent >= 2 * self.plan.batch_nonces and time.monotonic() > deadline:
                 break
-            chosen = slice(start, start + self.plan.batch)
+            chosen = slice(start, start + self.plan.batch_nonces)
             verdict = self.node.validate(self._batch(nonces[chosen], dist[chosen]))
             sent += len(verdict["nonces"])
             invalid += verdict["n_invalid"]
             frauds += verdict["fraud_detected"]
             same += sum(ours == theirs for ours, theirs in zip(verdict["distances"], dist[chosen], strict=True))
-        batches = -(-sent // self.plan.batch)
+        batches = -(-sent // self.plan.batch_nonces)
         self.check(
             "honest proofs are accepted",
             sent > 0 and frauds == 0 and invalid == 0,
             f"{batches} batches, {sent} nonces, {invalid} invalid, {frauds} batches judged fraud",
         )
         self.check(
-            "recomputed beside chats, distances have the very bits of the proofs",
+            "distances recomputed while users are served are bit-identical to the proofs",
             sent > 0 and same == sent,
             f"{same} of {sent} equal",
         )
         return sent
 
     def _recomputed(self, first: int, count: int) -> list[float]:
-        """Distances of nonces that nobody selected, recomputed without a verdict."""
+        """Have consecutive nonces recomputed without a verdict, and return their distances."""
         deadline = time.monotonic() + self.plan.validate_seconds
         distances: list[float] = []
-        for start in range(first, first + count, self.plan.batch):
-            if len(distances) >= 2 * self.plan.batch and time.monotonic() > deadline:
+        for start in range(first, first + count, self.plan.batch_nonces):
+            if len(distances) >= 2 * self.plan.batch_nonces and time.monotonic() > deadline:
                 break
-            nonces = list(range(start, min(start + self.plan.batch, first + count)))
+            nonces = list(range(start, min(start + self.plan.batch_nonces, first + count)))
             distances += self.node.validate(self._batch(nonces, []))["distances"]
         return distances
 
     def _survey(self) -> int:
-        """How distances are distributed; the number of nonces that were recomputed."""
+        """Check how distances are distributed, and return the number of nonces recomputed."""
         results = self.results
-        survey = results.survey = self._recomputed(_FAR, self.plan.survey)
+        survey = results.survey = self._recomputed(_SURVEY_START, self.plan.survey)
         p = theory.agreement(survey, results.vocab_size)
         test = f"Kolmogorov-Smirnov test of {len(survey)} nonces in {results.vocab_size} dimensions, p = {p:.2g}"
         if results.geometric:
-            self.check("distances lie where geometry says", p > _LEAST_P, test)
+            self.check("distances are distributed as geometry predicts", p > _MIN_P, test)
         else:
-            self.show.note(f"against logits of mean zero: {test}")
+            self.show.note(f"compared with logits of mean zero: {test}")
             below = sum(distance < results.r_target for distance in survey)
             p = theory.same_share(results.valid, results.checked, below, len(survey))
             self.check(
-                "as many nonces are valid as in a survey",
-                p > _LEAST_P,
+                "the share of valid nonces is that of a survey",
+                p > _MIN_P,
                 f"{results.valid} of {results.checked}, and {below} of {len(survey)}, p = {p:.2g}",
             )
         return len(survey)
 
     def _cheats(self) -> None:
         plan, r_target = self.plan, self.results.r_target
-        nonces = self._round["valid_nonces"][: plan.batch]
-        dist = self._round["valid_distances"][: plan.batch]
+        nonces = self._round["valid_nonces"][: plan.batch_nonces]
+        dist = self._round["valid_distances"][: plan.batch_nonces]
         old_dist, old_nonces = [made for made, _ in self._earlier], [nonce for _, nonce in self._earlier]
-        made_up = [r_target * (0.9 + 0.09 * row / plan.batch) for row in range(plan.batch)]
-        self._caught("made-up distances", self._batch(list(range(_FARTHER, _FARTHER + plan.batch)), made_up))
+        made_up = [r_target * (0.9 + 0.09 * row / plan.batch_nonces) for row in range(plan.batch_nonces)]
+        made_up_nonces = list(range(_FORGED_START, _FORGED_START + plan.batch_nonces))
+        self._caught("made-up distances", self._batch(made_up_nonces, made_up))
         self._caught("proofs of another public key", self._batch(nonces, dist, public_key=OTHER_KEY))
-        self._caught("proofs of the block before, under this block's hash", self._batch(old_nonces, old_dist))
+        self._caught("proofs of the previous block, under this block's hash", self._batch(old_nonces, old_dist))
         status, text = self.node.refusal(self._batch(nonces, dist, block_hash=UNKNOWN_HASH))
-        self.check("a batch of another block hash is refused with 400", status == 400, f"{status}: {text}")
+        self.check("a batch with another block hash is refused with 400", status == 400, f"{status}: {text}")
 
     def _caught(self, what: str, batch: dict[str, Any]) -> None:
         verdict = self.node.validate(batch)
         self.check(
             f"{what}: fraud detected",
             bool(verdict["fraud_detected"]),
-            f"{verdict['n_invalid']} of {len(batch['nonces'])} invalid; from an honest node with probability "
-            f"{verdict['probability_honest']:.1g}, and fraud below {FRAUD_THRESHOLD}",
+            f"{verdict['n_invalid']} of {len(batch['nonces'])} invalid: an honest node has that many with "
+            f"probability {verdict['probability_honest']:.1g}, and fraud is below {FRAUD_THRESHOLD}",
         )
 
     def stopped(self) -> None:
-        """The round is over, and the node serves users alone."""
+        """End the round, after which the node only serves users."""
         self.node.stop()
         self._enter("STOPPED")
         self.show.act("STOPPED", "the round is over")
@@ -363,7 +372,7 @@ class Play:
         self.results.bands.append(Band(self._state, self._since, self.clock()))
 
     def callbacks(self) -> None:
-        """What the chain's node was told meanwhile."""
+        """Check what the chain's node received meanwhile."""
         receiver, found = self.receiver, set(self._round["valid_nonces"])
 
         def complete() -> bool:
@@ -375,17 +384,19 @@ class Play:
         got = receiver.nonces("/generated", BLOCK_HASH)
         again = sum(call.answered != 200 for call in calls)
         self.check(
-            "every proof reached the callback's receiver, once",
+            "every proof reached the callback receiver exactly once",
             bool(found) and sorted(got) == sorted(found),
-            f"{len(set(got) & found)} of {len(found)}; {len(calls)} posts in all, {again} refused by it and repeated",
+            f"{len(set(got) & found)} of {len(found)}; {len(calls)} posts in total, {again} refused and repeated",
         )
         verdicts = [call for call in calls if call.path == "/validated" and call.answered == 200]
         frauds = sum(bool(call.fraud_detected) for call in verdicts)
         self.check(
-            "the verdicts reached it, three frauds among them", frauds == 3, f"{len(verdicts)}, {frauds} of them fraud"
+            "the verdicts reached the receiver, including three frauds",
+            frauds == 3,
+            f"{len(verdicts)} verdicts, {frauds} frauds",
         )
         self.check(
             "every callback was signed with the shared key",
             bool(calls) and all(call.signed for call in calls),
-            f"{sum(call.signed for call in calls)} of {len(calls)} signatures right",
+            f"{sum(call.signed for call in calls)} of {len(calls)} signatures are valid",
         )

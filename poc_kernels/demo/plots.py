@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG that follows the reader's light or dark setting."""
+"""The figures of the report, as SVG that adapts to the reader's light or dark colour scheme."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .results import Results
 BLUE, ORANGE, GREEN, RED, GREY = "#4a90d9", "#e08a2e", "#3f9e63", "#d64f4f", "#8a8a8a"
 STATE_COLOURS = {"IDLE": GREY, "GENERATING": ORANGE, "VALIDATING": BLUE, "STOPPED": "#9a6fc0"}
 
-# Stands for the reader's text colour while matplotlib draws.
+# A placeholder for the reader's text colour while matplotlib draws.
 _INK = "#010203"
 _SETTINGS: Any = {
     "svg.fonttype": "none",
@@ -42,7 +42,7 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as one SVG element whose ink is the reader's."""
+    """Return the figure as one SVG element that is drawn in the reader's text colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
@@ -51,7 +51,7 @@ def _svg(figure: Figure) -> str:
 
 
 def distances(results: Results) -> str:
-    """Distances of nonces that nobody selected, against the density of theory."""
+    """Plot the distances of consecutive nonces and the density that theory predicts."""
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -83,7 +83,7 @@ def distances(results: Results) -> str:
 
 
 def timeline(results: Results) -> str:
-    """States as bands, nonces checked and found over time, every chat as a mark."""
+    """Plot states as bands, nonces checked and found over time, and every chat as a mark."""
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -113,7 +113,7 @@ def _columns(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def latency(results: Results) -> str:
-    """Times between tokens and times to the first token, idle against validating, as distributions."""
+    """Plot the distributions of times to the first token and between tokens, idle and validating."""
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
@@ -128,7 +128,7 @@ def latency(results: Results) -> str:
                 counts.append(f"{len(milliseconds)} {state.lower()}")
                 if milliseconds:
                     axes.ecdf(milliseconds, color=STATE_COLOURS[state])
-                    # Wide enough for a few of the ticks at 1, 2 and 5 times powers of ten.
+                    # Wide enough for a few ticks, which are at 1, 2 and 5 times powers of ten.
                     low, high = min(low, min(milliseconds) / 1.6), max(high, max(milliseconds) * 1.6)
             axes.set(title=f"{title}: {', '.join(counts)}", xlabel="milliseconds", xscale="log")
             if low < high:
@@ -136,7 +136,7 @@ def latency(results: Results) -> str:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-        left.set(ylabel="share of values up to this")
+        left.set(ylabel="cumulative share")
         handles = [Line2D([], [], color=STATE_COLOURS[state], label=state) for state in ("IDLE", "VALIDATING")]
         figure.legend(handles=handles, loc="outside upper center", ncols=2)
         return _svg(figure)

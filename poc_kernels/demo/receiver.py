@@ -1,4 +1,4 @@
-"""The chain's side of callbacks: a small HTTP server that checks every signature and keeps what it got."""
+"""The chain's side of callbacks: a small HTTP server that checks every signature and keeps what it receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_BODY = 2**24
 
 
 class Receiver:
-    """What arrived, in order. The first ``refuse`` messages are answered 503, so that they have to come again."""
+    """Keeps what arrived, in order. The first ``refuse`` messages are answered 503, so that they must be sent again."""
 
     def __init__(self, key: bytes, clock: Callable[[], float], refuse: int = 0) -> None:
         self._key = key
@@ -30,12 +30,12 @@ class Receiver:
 
     @property
     def calls(self) -> list[Callback]:
-        """All messages until now, refused ones too."""
+        """All messages so far, including refused ones."""
         with self._arrived:
             return list(self._calls)
 
     def nonces(self, path: str, block_hash: str) -> list[int]:
-        """Nonces of the messages of a block that were taken on a path, in order; repeated if they came repeatedly."""
+        """Return the nonces of a block's accepted messages on a path, in order; repeated if they arrived repeatedly."""
         return [
             nonce
             for call in self.calls
@@ -44,13 +44,13 @@ class Receiver:
         ]
 
     def wait_for(self, predicate: Callable[[], bool], seconds: float) -> bool:
-        """Wait until ``predicate`` holds, looked at whenever a message arrived; whether it did."""
+        """Wait until ``predicate``, evaluated whenever a message arrives, is true; return whether it was in time."""
         deadline = time.monotonic() + seconds
         with self._arrived:
             return self._arrived.wait_for(predicate, deadline - time.monotonic())
 
     def take(self, path: str, body: bytes, signature: str) -> int:
-        """Keep one message; the status to answer."""
+        """Keep one message, and return the status to answer."""
         signed = verify(body, signature, self._key)
         try:
             batch = json.loads(body)
@@ -69,7 +69,7 @@ class Receiver:
 
 @contextmanager
 def receiving(key: bytes, clock: Callable[[], float], refuse: int = 0) -> Iterator[Receiver]:
-    """A `Receiver` that listens on a free port of loopback until the block ends; its ``url`` is the callback_url."""
+    """Run a `Receiver` on a free port of loopback until the block ends; its ``url`` is the callback_url."""
     receiver = Receiver(key, clock, refuse)
 
     class Handler(BaseHTTPRequestHandler):
@@ -83,7 +83,7 @@ def receiving(key: bytes, clock: Callable[[], float], refuse: int = 0) -> Iterat
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing is written: the report has the log."""
+            """Write nothing: the report lists the messages."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

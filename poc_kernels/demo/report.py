@@ -12,7 +12,7 @@ from . import plots
 from .results import Results
 
 MAX_CALLBACKS = 40
-"""Callbacks that the report lists: the first and the last ones."""
+"""The most callbacks that the report lists: the first and the last ones."""
 
 
 def _data_uri(svg: str) -> str:
@@ -20,7 +20,7 @@ def _data_uri(svg: str) -> str:
 
 
 def html(results: Results) -> str:
-    """The report as HTML; all text of ``results`` is escaped."""
+    """Return the report as HTML; all text of ``results`` is escaped."""
     source = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     calls, half = results.callbacks, MAX_CALLBACKS // 2
@@ -39,7 +39,7 @@ def html(results: Results) -> str:
 
 
 def write(path: Path, results: Results) -> None:
-    """Write the report to ``path``, whole or not at all."""
+    """Write the report to ``path``, completely or not at all."""
     text = html(results)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What happened in the demonstration: the records that the table and the report are made from.
+"""Records of what happened in the demonstration, from which the table and the report are made.
 
-Times are seconds since the server was ready, rates are per second.
+Times are seconds since the server was ready; rates are per second.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Check:
-    """Something that should hold, and whether it did."""
+    """Something that should be true, and whether it was."""
 
     name: str
-    held: bool
+    passed: bool
     detail: str = ""
 
 
@@ -23,8 +23,8 @@ class Check:
 class Chat:
     """One chat as its user saw it.
 
-    ``state`` is the node's state when it began; ``arrivals`` the times of the pieces of text; ``status`` the HTTP
-    status, 0 where there was no answer; ``error`` what was said instead of an answer.
+    ``state`` is the node's state when the chat began; ``arrivals`` the times of the pieces of text; ``status`` the HTTP
+    status, or 0 if the answer is missing or broke off; ``error`` the text of a refusal or failure.
     """
 
     state: str
@@ -38,7 +38,7 @@ class Chat:
 
     @property
     def served(self) -> bool:
-        """Whether text came."""
+        """Whether the whole answer arrived, with text in it."""
         return self.status == 200 and bool(self.arrivals)
 
     @property
@@ -54,7 +54,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Callback:
-    """A message that the receiver got."""
+    """A message that the receiver got, and the status that it answered."""
 
     at: float
     path: str
@@ -68,7 +68,7 @@ class Callback:
 
 @dataclass(frozen=True)
 class Band:
-    """The node was in a state from ``began`` to ``ended``."""
+    """The time from ``began`` to ``ended`` in which the node was in a state."""
 
     state: str
     began: float
@@ -77,7 +77,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Sample:
-    """Nonces of the round that were checked and found at a time."""
+    """How many nonces of the round were checked, and how many of them valid, at the time ``at``."""
 
     at: float
     checked: int
@@ -89,14 +89,14 @@ class Results:
     """The whole demonstration.
 
     Args:
-        about: name and value of what was run, and where.
-        hidden_size, vocab_size, r_target, expected_share: the model's sizes and the round's threshold; the share of
-            nonces expected below it.
-        geometric: whether the logits are known to have no mean of their own, so that geometry alone says where
-            distances lie; otherwise r_target and expected_share come from a survey.
-        held_bytes, stored_bytes: what the projections hold for P before and P after the model, and what both would take
-            if they were stored.
-        survey: recomputed distances of consecutive nonces, selected by nobody.
+        about: names and values of what was run, and where.
+        hidden_size, vocab_size: the model's sizes.
+        r_target, expected_share: the round's threshold, and the share of nonces expected below it.
+        retained_bytes, stored_bytes: what the two projections retain for their matrices P, and what stored matrices
+            would take.
+        geometric: whether the mean of the logits is known to be zero, so that geometry alone predicts distances;
+            otherwise r_target and expected_share come from a survey.
+        survey: recomputed distances of consecutive nonces, which nobody selected.
         parts: seconds of the round by part: inputs, projection, forward, distance.
         generating_rate, validating_rate: nonces per second.
     """
@@ -106,7 +106,7 @@ class Results:
     vocab_size: int
     r_target: float
     expected_share: float
-    held_bytes: int
+    retained_bytes: int
     stored_bytes: int
     geometric: bool = True
     checks: list[Check] = field(default_factory=list)
@@ -120,9 +120,9 @@ class Results:
     validating_rate: float = 0.0
 
     @property
-    def held(self) -> bool:
-        """Whether there were checks, and all of them held."""
-        return bool(self.checks) and all(check.held for check in self.checks)
+    def passed(self) -> bool:
+        """Whether there were checks, and all of them passed."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
 
     @property
     def checked(self) -> int:
@@ -141,25 +141,25 @@ class Results:
         return self.parts.get("projection", 0.0) / total if total else 0.0
 
     def firsts(self, state: str) -> list[float]:
-        """Times to the first token of the chats served in a state."""
+        """Return the times to the first token of the chats served in a state, in seconds."""
         return [chat.first for chat in self.chats if chat.state == state and chat.served and chat.first is not None]
 
     def gaps(self, state: str) -> list[float]:
-        """Times between tokens of the chats served in a state."""
+        """Return the times between tokens of the chats served in a state, in seconds."""
         return [gap for chat in self.chats if chat.state == state and chat.served for gap in chat.gaps]
 
     def summary(self) -> list[tuple[str, str]]:
-        """The closing table: what was measured, and the value."""
+        """Return the rows of the closing table: what was measured, and its value."""
         found = self.valid / self.checked if self.checked else 0.0
         rows = [
-            ("nonces checked, generating", f"{self.generating_rate:.1f} per second"),
-            ("nonces recomputed, validating beside chats", f"{self.validating_rate:.1f} per second"),
+            ("nonces checked while generating", f"{self.generating_rate:.1f} per second"),
+            ("nonces recomputed while users are served", f"{self.validating_rate:.1f} per second"),
             (
                 f"valid nonces, distance below {self.r_target:.4f}",
                 f"{self.valid} of {self.checked}: {found:.1%}, expected {self.expected_share:.1%}",
             ),
             ("share of the round spent in the two projections", f"{self.projection_share:.2%}"),
-            ("bytes held for P", f"{size(self.held_bytes)}, its seed; stored it would take {size(self.stored_bytes)}"),
+            ("memory for P", f"{size(self.retained_bytes)}, its seed; stored, P would take {size(self.stored_bytes)}"),
         ]
         for name, values in (("time to first token", self.firsts), ("time between tokens", self.gaps)):
             rows += [
@@ -170,7 +170,7 @@ class Results:
 
 
 def size(count: int) -> str:
-    """A number of bytes, in the largest binary unit in which it is at least 1."""
+    """Format a number of bytes in the largest binary unit in which it is at least 1."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -180,8 +180,8 @@ def size(count: int) -> str:
 
 
 def median_and_tail(seconds: Sequence[float]) -> str:
-    """Median and 95th percentile in milliseconds."""
+    """Format the median and the 95th percentile in milliseconds."""
     if not seconds:
         return "not measured"
     tail = statistics.quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]
-    return f"median {statistics.median(seconds) * 1e3:.1f} ms, 95 % below {tail * 1e3:.1f} ms"
+    return f"median {statistics.median(seconds) * 1e3:.1f} ms, 95th percentile {tail * 1e3:.1f} ms"

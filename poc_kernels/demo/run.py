@@ -24,22 +24,22 @@ from .. import RandomProjection, __version__
 from . import model as small_model
 from . import report as html_report
 from . import theory
-from .client import Chatter, Node
+from .client import Chatter, NodeClient
 from .play import BLOCK_HASH, Plan, Play
 from .receiver import receiving
 from .results import Results
-from .server import SERVED_NAME, Server, ServerFailedError, serving
+from .server import SERVED_NAME, ServerFailedError, ServerProcess, serving
 from .show import Show
 
 _READY_SECONDS = 120.0
 _READY_SECONDS_GIVEN = 1800.0
-"""A model that was asked for may have to be downloaded first."""
+"""The same for a model that was asked for, which may have to be downloaded first."""
 _REFUSED_CALLBACKS = 2
 
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds the block as Ctrl-C does, so that the server ends with it."""
+    """Let SIGTERM unwind the block as Ctrl-C does, so that the server ends with it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,10 +51,10 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometric: bool) -> Results:
-    """Results with what is known before the round."""
+    """Return results with what is known before the round."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     weights = getattr(torch, dtype) if dtype not in (None, "auto") else getattr(config, "dtype", None) or torch.float32
-    r_target = theory.distance_at(plan.share, config.vocab_size)
+    r_target = theory.distance_at(plan.valid_share, config.vocab_size)
     return Results(
         about={
             "model": f"{config.model_type}, hidden size {config.hidden_size}, {config.num_hidden_layers} layers, "
@@ -71,12 +71,12 @@ def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometr
         r_target=r_target,
         geometric=geometric,
         expected_share=theory.share_below(r_target, config.vocab_size),
-        held_bytes=sum(buffer.nbytes for buffer in RandomProjection(0, config.hidden_size).buffers()),
+        retained_bytes=sum(buffer.nbytes for buffer in RandomProjection(0, config.hidden_size).buffers()),
         stored_bytes=2 * config.hidden_size**2 * weights.itemsize,
     )
 
 
-def _play(server: Server, key: str, plan: Plan, results: Results, show: Show) -> None:
+def _play(server: ServerProcess, key: str, plan: Plan, results: Results, show: Show) -> None:
     start = time.monotonic()
 
     def clock() -> float:
@@ -84,7 +84,7 @@ def _play(server: Server, key: str, plan: Plan, results: Results, show: Show) ->
 
     with contextlib.ExitStack() as stack:
         receiver = stack.enter_context(receiving(key.encode(), clock, refuse=_REFUSED_CALLBACKS))
-        node = stack.enter_context(contextlib.closing(Node(server.url)))
+        node = stack.enter_context(contextlib.closing(NodeClient(server.url)))
         users = [
             stack.enter_context(contextlib.closing(Chatter(server.url, SERVED_NAME, clock, plan.max_tokens)))
             for _ in range(plan.users)
@@ -105,15 +105,15 @@ def run(
     """Play a round against a real server, show what happens, and write the report.
 
     Args:
-        model: directory or hub id of a causal language model; by default a small one is built and thrown away.
+        model: directory or hub id of a causal language model; by default a small one is built in a temporary directory.
         device, dtype: as for `poc-kernels serve`.
         report: the HTML file to write.
-        port: of loopback, for the server; 0 for a free one.
-        plan: how long and how much.
-        show: where to show it.
+        port: the server's port on loopback; 0 for a free one.
+        plan: durations and amounts.
+        show: shows what happens.
 
     Returns:
-        The exit status: 0 if everything held that should, 1 if not, 130 after Ctrl-C.
+        The exit status: 0 if all checks passed, 1 if not, 130 after Ctrl-C.
     """
     plan, show = plan or Plan(), show or Show()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -123,7 +123,7 @@ def run(
             if directory is None:
                 directory = str(Path(scratch) / "model")
                 small_model.build(Path(directory))
-                show.say("Built a small Qwen3-like model of random weights: its text is noise, its compute is real.")
+                show.say("Built a small Qwen3-like model with random weights: its text is noise, its compute is real.")
             results = _prepared(directory, device, dtype, plan, geometric=model is None)
             show.say(f"{results.about['model']}, on {results.about['device']}")
             show.say("Starting the server ...")
@@ -143,7 +143,7 @@ def run(
                 except httpx2.HTTPError as error:
                     raise ServerFailedError(f"{error}; the end of the server's log:\n{server.end_of_log()}") from error
     except KeyboardInterrupt:
-        show.say("Interrupted; the server was ended.")
+        show.say("Interrupted; the server was stopped.")
         return 130
     except (ServerFailedError, OSError, ValueError) as error:
         show.say(f"The demonstration failed: {error}")
@@ -151,4 +151,4 @@ def run(
     show.summary(results)
     html_report.write(report, results)
     show.say(f"Report: {report.resolve()}")
-    return 0 if results.held else 1
+    return 0 if results.passed else 1

@@ -1,9 +1,8 @@
-"""The real server as a process of its own on loopback."""
+"""The real server, as a process of its own on loopback."""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,26 +25,26 @@ _LOG_LINES = 25
 
 
 class ServerFailedError(RuntimeError):
-    """The server ended, or did not become ready in time; the message has the end of its log."""
+    """Raised when the server ended, or was not ready in time; the message has the end of its log."""
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listened on a moment ago."""
+    """Return a port of loopback that nobody listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 @dataclass
-class Server:
-    """A server that runs: its process, where it answers, and its log."""
+class ServerProcess:
+    """A started server: its process, the URL where it answers, and its log."""
 
     process: subprocess.Popen[bytes]
     url: str
     log: Path
 
     def end_of_log(self) -> str:
-        """The last lines that the server wrote."""
+        """Return the last lines that the server wrote."""
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:])
 
     def check(self) -> None:
@@ -56,10 +55,10 @@ class Server:
             )
 
     def wait_ready(self, seconds: float) -> None:
-        """Wait until /health answers 200.
+        """Wait up to ``seconds`` until /health answers 200.
 
         Raises:
-            ServerFailedError: the process ended, or the time is over.
+            ServerFailedError: the process ended, or the server was not ready in time.
         """
         deadline, said = time.monotonic() + seconds, "nothing"
         with httpx2.Client(base_url=self.url, timeout=5.0, trust_env=False) as client:
@@ -75,20 +74,18 @@ class Server:
                     said = f"{answer.status_code} {answer.text[:200]}"
                 time.sleep(_POLL_SECONDS)
         raise ServerFailedError(
-            f"the server was not ready after {seconds:.0f} s, /health says {said}; "
+            f"the server was not ready after {seconds:.0f} s, /health answered {said}; "
             f"the end of its log:\n{self.end_of_log()}"
         )
 
-    def stop(self) -> int | None:
-        """End the process by SIGTERM, and by force when it takes too long; its exit status, None if by force."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+    def stop(self) -> None:
+        """End the process by SIGTERM, and by SIGKILL if that takes too long."""
+        self.process.terminate()
         try:
-            return self.process.wait(_SHUTDOWN_SECONDS)
+            self.process.wait(_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            return None
 
 
 @contextmanager
@@ -102,34 +99,33 @@ def serving(
     log: Path,
     ready_seconds: float,
     offline: bool,
-) -> Iterator[Server]:
-    """Serve ``model`` with the random projection on, until the block ends, however it ends.
+) -> Iterator[ServerProcess]:
+    """Serve ``model`` with the random projection until the block ends, however it ends.
 
     Args:
-        model: directory or hub id, as `poc-kernels serve` takes it.
-        device, dtype: likewise; the server chooses the dtype if it is None.
-        port: of loopback; 0 for a free one.
-        callback_key: what callbacks are signed with.
+        model, device, dtype: as `poc-kernels serve` takes them; the server chooses the dtype if it is None.
+        port: the port on loopback; 0 for a free one.
+        callback_key: the key that callbacks are signed with.
         log: the file that the server's output goes to; the server runs in its folder.
-        ready_seconds: how long it may take to become ready.
+        ready_seconds: how long the server may take to become ready.
         offline: whether to keep the server from the Hugging Face hub.
 
     Raises:
-        ServerFailedError: the server does not become ready.
+        ServerFailedError: the server did not become ready.
     """
     port = port or free_port()
     model = str(Path(model).resolve()) if Path(model).exists() else model
     command = [sys.executable, "-m", "poc_kernels.cli", "serve", "--model", model, "--device", device]
     command += ["--random-projection", "--host", HOST, "--port", str(port), "--served-name", SERVED_NAME]
     command += [] if dtype is None else ["--dtype", dtype]
-    # The package that runs this, wherever it lies: the working directory, which Python looks into first, is the log's.
+    # The server must import this very package: Python looks first into its working directory, which is the log's.
     search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), CALLBACK_KEY_VARIABLE: callback_key}
-    environment["NO_PROXY"] = ",".join(filter(None, [HOST, os.environ.get("NO_PROXY")]))  # callbacks come to loopback
+    environment["NO_PROXY"] = ",".join(filter(None, [HOST, os.environ.get("NO_PROXY")]))  # callbacks go to loopback
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     with log.open("wb") as output:
-        # A session of its own: Ctrl-C reaches the demonstration alone, which then ends the server in order.
+        # A session of its own: Ctrl-C reaches only the demonstration, which then stops the server properly.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -139,7 +135,7 @@ def serving(
             env=environment,
             start_new_session=True,
         )
-    server = Server(process, f"http://{HOST}:{port}", log)
+    server = ServerProcess(process, f"http://{HOST}:{port}", log)
     try:
         server.wait_ready(ready_seconds)
         yield server

@@ -1,4 +1,4 @@
-"""What the demonstration shows in the terminal."""
+"""The demonstration's output in the terminal."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from .results import Check, Results
 
 
 class Show:
-    """Writes to a console; all text is shown as it is, whatever it holds."""
+    """Writes to a console; text is shown as it is, even if it looks like markup."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
 
     def say(self, text: str) -> None:
-        """A plain line."""
+        """Write a line."""
         self._console.print(Text(text))
 
     def note(self, text: str) -> None:
-        """A line beside the matter."""
+        """Write a remark, dimmed."""
         self._console.print(Padding(Text(text, style="dim"), (0, 0, 0, 10)))
 
     def act(self, state: str, text: str) -> None:
-        """An act begins."""
+        """Write the heading of an act: the node's state and what happens."""
         self._console.print()
         self._console.print(Text.assemble((state, "bold"), f"  {text}"))
 
     def check(self, check: Check) -> None:
-        """A check with its outcome."""
-        outcome = ("ok      ", "green") if check.held else ("FAILED  ", "bold red")
+        """Write a check and its outcome."""
+        outcome = ("ok      ", "green") if check.passed else ("FAILED  ", "bold red")
         self._console.print(Text.assemble("  ", outcome, check.name))
         if check.detail:
             self._console.print(Padding(Text(check.detail, style="dim"), (0, 0, 0, 10)))
 
     @contextmanager
     def progress(self, seconds: float, proofs: int) -> Iterator[Callable[[float, dict[str, Any]], None]]:
-        """A bar that the yielded function moves: it takes the seconds gone and the node's status."""
+        """Show a progress bar, which the yielded function updates with the seconds elapsed and the node's status."""
         columns = (
             BarColumn(bar_width=30),
             TextColumn("{task.fields[checked]} nonces checked, {task.fields[valid]} valid"),
@@ -65,14 +65,14 @@ class Show:
             yield update
 
     def summary(self, results: Results) -> None:
-        """The closing table, and whether everything held."""
+        """Write the closing table, and whether all checks passed."""
         table = Table(show_header=False)
         for name, value in results.summary():
             table.add_row(Text(name), Text(value))
         self._console.print()
         self._console.print(table)
-        failed = sum(not check.held for check in results.checks)
+        failed = sum(not check.passed for check in results.checks)
         if failed:
             self._console.print(Text(f"{failed} of {len(results.checks)} checks FAILED", style="bold red"))
         else:
-            self._console.print(Text(f"all {len(results.checks)} checks held", style="bold green"))
+            self._console.print(Text(f"all {len(results.checks)} checks passed", style="bold green"))

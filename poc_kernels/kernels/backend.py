@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..definition import Request
+
+
+class Warmup(Protocol):
+    """Has everything compiled that products of activations [..., dim] take on a device."""
+
+    def __call__(self, device: torch.device, dim: int, *, dtype: torch.dtype, activation_bits: int) -> None: ...
+
+
+def _nothing_wrong(device: torch.device) -> list[str]:
+    return []
+
+
+def _nothing_to_compile(device: torch.device, dim: int, *, dtype: torch.dtype, activation_bits: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -14,10 +31,14 @@ class Backend:
     """One way to compute the projection. All arguments are checked before they get here (``ops.py``)."""
 
     name: str
-    project: Callable[..., Tensor]
-    """project(x, seed, *, domain, coefficient, activation_bits, row_mask, column_start, columns, residual) -> y:
-    x [M, K] with M >= 1 and any strides, row_mask [M] bool or None, y [M, columns] contiguous in the dtype of x."""
-    entries: Callable[..., Tensor]
+    project: Callable[[Tensor, Tensor, Request], Tensor]
+    """project(x, seed, request) -> y: x [M, K] with M >= 1 and any strides, y [M, columns] contiguous in its dtype."""
+    entries: Callable[[Tensor, int, int, int, int, int], Tensor]
     """entries(seed, domain, k_start, k, n_start, n) -> int16 [k, n] on the device of seed."""
     unavailable: Callable[[torch.device], str | None]
     """Why it cannot run on a device, or None if it can."""
+    by_name_only: tuple[str, ...] = ()
+    """Types of device that it serves only where it is asked for by name, for tests."""
+    wrong: Callable[[torch.device], list[str]] = _nothing_wrong
+    """What it gets wrong on a device where it gives the known answers (`self_test`): kernels that they do not reach."""
+    warmup: Warmup = _nothing_to_compile

@@ -1,7 +1,7 @@
 """Known answers that a backend must give on a device before it is used there.
 
 ``known_answers.json`` holds a part of the definition's vectors: entries, both forms of the product in every dtype and
-both activation widths, and rows of signed zeros, subnormals, NaN, infinities, near overflow, outliers and ties.
+with both activation_bits, and rows with signed zeros, subnormals, NaN, infinities, outliers, ties and near overflow.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import json
-from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import definition
-from . import Backend
+from . import trial
+from .backend import Backend
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,13 +31,13 @@ def _known_answers() -> dict[str, Any]:
 
 
 def digest(values: Tensor) -> str:
-    """SHA-256, in hexadecimal, of the values of a tensor: row-major, little endian, in its own dtype."""
+    """Return SHA-256, in hexadecimal, of the values of a tensor: row-major, little endian, in its own dtype."""
     local = values.detach().cpu().contiguous()
     return hashlib.sha256(ctypes.string_at(local.data_ptr(), local.numel() * local.element_size())).hexdigest()
 
 
 def activations(case: dict[str, Any]) -> Tensor:
-    """x [M, K] of a case of the vectors, from its formula or bit by bit."""
+    """Make x [M, K] of a case of the vectors, from its formula or bit by bit."""
     dtype = _DTYPES[case["dtype"]]
     if "x_hex" in case:
         integer = torch.int32 if dtype == torch.float32 else torch.int16
@@ -57,63 +57,34 @@ def _seed(case: dict[str, Any], device: torch.device) -> Tensor:
 
 def _wrong_products(backend: Backend, device: torch.device, case: dict[str, Any], residual: bool) -> list[str]:
     x = activations(case).to(device)
-    wholes = {"row_mask": None, "column_start": 0, "columns": case.get("N", case["K"])}
-    variants = {"sha256": wholes}
+    whole = definition.Request(
+        domain=case["domain"],
+        coefficient=definition.coefficient(case["std"]),
+        activation_bits=case["bits"],
+        row_mask=None,
+        column_start=0,
+        columns=case.get("N", case["K"]),
+        residual=residual,
+    )
+    requests = {"sha256": whole}
     if "mask" in case:
-        variants["masked_sha256"] = {
-            **wholes,
-            "row_mask": torch.tensor(case["mask"], dtype=torch.bool, device=device),
-        }
-        variants["shard_sha256"] = {
-            **wholes,
-            "column_start": case["column_start"],
-            "columns": case["columns"],
-        }
+        row_mask = torch.tensor(case["mask"], dtype=torch.bool, device=device)
+        requests["masked_sha256"] = whole._replace(row_mask=row_mask)
+        requests["shard_sha256"] = whole._replace(column_start=case["column_start"], columns=case["columns"])
     return [
         f"{'residual' if residual else 'projection'} {key} of {case['dtype']}, K = {case['K']}, {case['bits']} bits"
-        for key, variant in variants.items()
-        if digest(
-            backend.project(
-                x,
-                _seed(case, device),
-                domain=case["domain"],
-                coefficient=definition.coefficient(case["std"]),
-                activation_bits=case["bits"],
-                residual=residual,
-                **variant,
-            )
-        )
-        != case[key]
+        for key, request in requests.items()
+        if digest(backend.project(x, _seed(case, device), request)) != case[key]
     ]
 
 
 def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any] | None = None) -> list[str]:
-    """Which known answers ``backend`` gets wrong on ``device``; empty if it may be used there.
+    """Return which known answers ``backend`` gets wrong on ``device``; none if it may be used there.
 
     ``answers`` has the layout of the definition's vectors; the package's own known answers unless given.
-    An exception that the backend raises counts as a wrong answer, unless it `is_transient`: that is raised.
+    An exception that the backend raises counts as a wrong answer, unless it is transient (`trial`): that is raised.
     """
-    return found_wrong(lambda: _wrong_answers(backend, device, answers or _known_answers()))
-
-
-def found_wrong(check: Callable[[], list[str]]) -> list[str]:
-    """What ``check`` finds wrong with kernels; or the exception that it raises, unless that `is_transient` of them."""
-    try:
-        return check()
-    except Exception as error:  # whatever it is, such kernels are not to be used
-        if is_transient(error):
-            raise
-        return [f"{type(error).__name__}: {error}"]
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether an exception tells of a condition that passes: no memory left, or a CUDA graph that is being captured.
-
-    Triton's are RuntimeErrors with the driver's words; a capture in another thread can make any allocation fail.
-    """
-    words = str(error).lower()
-    passing = "out of memory" in words or "captur" in words
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and passing)
+    return trial.found_wrong(lambda: _wrong_answers(backend, device, answers or _known_answers()))
 
 
 def _wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, or plain lines for a terminal."""
+"""Structured logs: one JSON object per line, or plain lines for a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOT_FIELDS = {*RESERVED_ATTRS, "message", "asctime", "color_message", "taskName
 
 
 class _Plain(logging.Formatter):
-    """A line for a terminal, with the event's fields behind the message."""
+    """Formats a line for a terminal, with the record's extra fields after the message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         fields = [f"{name}={value!r}" for name, value in vars(record).items() if name not in _NOT_FIELDS]
@@ -21,11 +21,11 @@ class _Plain(logging.Formatter):
 
 
 def configure(level: str, style: str) -> None:
-    """Send the root logger's records to standard error.
+    """Send all records to standard error; warnings of libraries too, in the same form.
 
     Args:
         level: "debug", "info", "warning" or "error".
-        style: "json", with a record's extra fields as keys of their own, or "text".
+        style: "json", where a record's extra fields are keys of their own, or "text".
     """
     handler = logging.StreamHandler(sys.stderr)
     if style == "json":

@@ -1,23 +1,40 @@
-"""A round of PoC 2.0 (``docs/protocol.md``): nonces, inputs, distances, proofs, and the manager. No server in it."""
+"""A round of PoC 2.0 (``docs/protocol.md``): its states, nonces, proofs and verdicts. No server in it."""
 
-from .config import UNSET, PoCConfig, PoCState
-from .distances.distance import distances, target
-from .distances.proofs import ProofBatch, ValidatedBatch, probability_honest, validate_distances
+from .config import UNSET, PoCConfig
+from .distances import (
+    DistanceProver,
+    ProofBatch,
+    ValidatedBatch,
+    distances,
+    permutations,
+    target,
+    validate_distances,
+)
 from .engine import Engine
-from .inputs import nonce_inputs, permutations
-from .round import BatchReport, IllegalTransitionError, PoCManager, RoundEndedError
+from .form import ProofForm
+from .honesty import probability_honest
+from .inputs import nonce_inputs
+from .prover import Outcomes, Prover
+from .round import BatchReport, PoCManager, Round, Validation
+from .states import IllegalTransitionError, PoCState, RoundEndedError
 
 __all__ = [
     "UNSET",
     "BatchReport",
+    "DistanceProver",
     "Engine",
     "IllegalTransitionError",
+    "Outcomes",
     "PoCConfig",
     "PoCManager",
     "PoCState",
     "ProofBatch",
+    "ProofForm",
+    "Prover",
+    "Round",
     "RoundEndedError",
     "ValidatedBatch",
+    "Validation",
     "distances",
     "nonce_inputs",
     "permutations",

@@ -1,57 +1,17 @@
-"""What a round is asked to do: its configuration, its states, and which nonces a node tries."""
+"""The configuration of a round as one node sees it, and which nonces that node tries."""
 
 from __future__ import annotations
 
-import enum
-import math
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+
+from .checks import MAX_NONCE, check_float, check_int, check_text, check_url
 
 UNSET = -1
 """node_id and node_count of a node that was not told its place: it validates, and cannot generate."""
 
-MAX_NONCE = 2**63 - 1
 MAX_BATCH_SIZE = 4096
 MAX_SEQ_LEN = 2**20
-_MAX_TEXT = 1024
 _MAX_NODES = 2**31
-
-
-class PoCState(str, enum.Enum):
-    """State of a node: no phase running, looking for nonces, recomputing proofs of others, round over."""
-
-    IDLE = "IDLE"
-    GENERATING = "GENERATING"
-    VALIDATING = "VALIDATING"
-    STOPPED = "STOPPED"
-
-
-def check_int(name: str, value: object, low: int, high: int) -> None:
-    """Raise a TypeError unless the argument ``name`` is an int, a ValueError unless it lies in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-
-
-def check_float(name: str, value: object) -> None:
-    """Raise a TypeError unless the argument ``name`` is a number, a ValueError unless it is finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def check_text(name: str, value: object) -> None:
-    """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless UTF-8 of 1 to 1024 characters."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-    if not 1 <= len(value) <= _MAX_TEXT:
-        raise ValueError(f"{name} must have 1 to {_MAX_TEXT} characters, got {len(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be text that UTF-8 can encode, got {error.reason}") from error
 
 
 @dataclass(frozen=True)
@@ -63,7 +23,7 @@ class PoCConfig:
         block_height: its height, carried into every batch.
         public_key: the node's key; its nonces' inputs depend on it.
         r_target: a nonce is valid if its distance, in [0, 2], is below this.
-        fraud_threshold: a batch is fraud if an honest node sends such a one with less probability than this.
+        fraud_threshold: a batch is fraud if an honest node sends one like it with a probability below this.
         node_id, node_count: this node is number node_id of node_count (of its group); `UNSET` both for a validator.
             At most 2**31 nodes over all groups.
         batch_size: rows of every forward, whatever the number of nonces in it.
@@ -120,7 +80,7 @@ class PoCConfig:
         if not isinstance(self.use_random_projection, bool):
             raise TypeError(f"use_random_projection must be a bool, got {type(self.use_random_projection).__name__}")
         if self.callback_url is not None:
-            _check_url(self.callback_url)
+            check_url("callback_url", self.callback_url)
 
     @property
     def can_generate(self) -> bool:
@@ -137,15 +97,3 @@ class PoCConfig:
             raise ValueError(f"node_id and node_count must be set to generate, got {self.node_id}, {self.node_count}")
         offset = self.node_id + self.group_id * self.node_count
         return offset + index * self.node_count * self.n_groups
-
-
-def _check_url(url: object) -> None:
-    if not isinstance(url, str):
-        raise TypeError(f"callback_url must be a str or None, got {type(url).__name__}")
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or len(url) > 2048 or not url.isprintable() or " " in url:
-        raise ValueError(f"callback_url must be an http or https URL of at most 2048 characters, got {url[:200]!r}")

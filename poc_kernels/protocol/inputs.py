@@ -1,4 +1,4 @@
-"""Seeded random numbers of a round: inputs and permutations of nonces, batched over nonces on any device.
+"""Seeded random numbers of a round: hashes, normal numbers and nonces' inputs, batched over nonces on any device.
 
 Everything is drawn from MurmurHash3 of an index under a 32-bit seed. Hashes are exact; the elementary functions of
 `normal` are evaluated in float64 and rounded to float32, so that a value depends neither on its place in a batch nor on
@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,17 +21,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..kernels import self_test
-
-logger = logging.getLogger("poc_kernels")
+from ..kernels import trial
 
 _C1 = 0xCC9E2D51 - 2**32
 _C2 = 0x1B873593
 _MIX1 = 0x85EBCA6B - 2**32
 _MIX2 = 0xC2B2AE35 - 2**32
 _ADD = 0xE6546B64 - 2**32
-_SIGN = -(2**31)
 # Numbers worked on at once: what fits the caches of a processor; a GPU wants fewer, larger launches.
 _CHUNK_CPU = 2**16
 _CHUNK_DEVICE = 2**24
@@ -48,11 +43,6 @@ def seed32(text: str) -> int:
 def inputs_seed(block_hash: str, public_key: str, nonce: int) -> int:
     """Seed of a nonce's inputs."""
     return seed32(f"{block_hash}_{public_key}_nonce{nonce}")
-
-
-def permutation_seed(block_hash: str, public_key: str, nonce: int) -> int:
-    """Seed of a nonce's permutation of the logits."""
-    return seed32(f"{block_hash}_{public_key}_nonce_{nonce}_permutations")
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -142,14 +132,11 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    backends.refuse_capture(device, "what draws inputs")
     name = "poc_kernels.protocol.triton_inputs"
-    wrong = self_test.found_wrong(lambda: _wrong_draws(importlib.import_module(name), device))
-    if wrong:
-        text = "; ".join(wrong)
-        logger.error("poc_kernels draws inputs on %s with plain torch: its Triton kernels fail (%s)", device, text)
-        return None
-    return importlib.import_module(name)
+    wrong = trial.verdict(
+        "draw of inputs by Triton", device, lambda: _wrong_draws(importlib.import_module(name), device)
+    )
+    return None if wrong else importlib.import_module(name)
 
 
 def _wrong_draws(kernels: ModuleType, device: torch.device) -> list[str]:
@@ -179,12 +166,3 @@ def nonce_inputs(
     """Input embeddings of nonces: [len(nonces), seq_len, dim] in the model's ``dtype``."""
     seeds = [inputs_seed(block_hash, public_key, nonce) for nonce in nonces]
     return normal(seeds, seq_len * dim, device, dtype).view(len(nonces), seq_len, dim)
-
-
-def permutations(
-    block_hash: str, public_key: str, nonces: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Permutations of the vocabulary: int64 [len(nonces), vocab_size], for ``logits.gather(1, permutations)``."""
-    seeds = [permutation_seed(block_hash, public_key, nonce) for nonce in nonces]
-    # With the sign bit flipped, signed order is unsigned order.
-    return torch.argsort(hash32(seeds, 0, vocab_size, device).bitwise_xor_(_SIGN), dim=1, stable=True)

@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: N803  (constants of a kernel are written in capitals)
-"""Random numbers of the protocol, a whole batch of nonces in one launch: hashes, and normal numbers from them.
+"""Random numbers of the protocol in Triton, a batch of nonces per launch: hashes, and normal numbers from them.
 
-ln, cos and sin are evaluated in float64 by additions, multiplications and fused multiply-adds alone, the same on every
+ln, cos and sin are evaluated in float64 by additions, multiplications and fused multiply-adds only, the same on every
 GPU, and rounded to float32. A hash rounds to one of 83886081 numbers u; for each of them this gives the float32 that
-the float64 functions of a CPU give. The nearest to a tie, ln u at u = 0x1.827a74p-7, bears an error of 0.69 ulp.
+the float64 functions of a CPU give. The closest to a tie, ln u at u = 0x1.827a74p-7, tolerates an error of 0.69 ulp.
 
-On paper: 22 float64 instructions a number. That is nothing on cards made for computing (64 a clock and multiprocessor);
-where there are 2 a clock, 32 nonces of 256 x 4096 take 1 to 2 ms, still little beside a forward of a model that wide.
+Estimated, not measured: 22 float64 instructions per number. That is nothing on data centre GPUs (64 per clock and SM);
+with 2 per clock and SM, 32 nonces of 256 x 4096 take 1 to 2 ms, little compared with a forward of a model that wide.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PIO2_HIGH, _PIO2_LOW = tl.constexpr(1.57079632673412561417e00), tl.constexpr(6.
 
 @triton.jit
 def _hash(index, seed):
-    """MurmurHash3_x86_32 of one 4-byte key without the final xor of the length, all uint32."""
+    """Compute MurmurHash3_x86_32 of one 4-byte key without the final xor of the length, all uint32."""
     key = index * 0xCC9E2D51
     key = ((key << 15) | (key >> 17)) * 0x1B873593
     h = seed ^ key
@@ -55,13 +55,13 @@ def _uniform(index, seed):
 
 @triton.jit
 def _step(p, z, C: tl.constexpr):
-    """p * z + C in float64: one step of a polynomial."""
+    """Return p * z + C in float64: one step of a polynomial."""
     return tl.fma(p, z, tl.full(z.shape, C, tl.float64))
 
 
 @triton.jit
 def _log(u):
-    """ln u as float32 for float32 u in [1e-10, 1]: fdlibm's, but for the division, which is Newton's."""
+    """Return ln u as float32 for float32 u in [1e-10, 1]: fdlibm's, except that Newton's method divides."""
     bits = u.to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     over = mantissa > _SQRT_TWO
@@ -88,7 +88,7 @@ def _log(u):
 
 @triton.jit
 def _cos_sin(angle):
-    """cos and sin as float32 of a float32 angle in [0, 2 pi]: fdlibm's on the eighth of a turn around 0."""
+    """Return cos and sin as float32 of a float32 angle in [0, 2 pi]: fdlibm's, on the eighth of a turn around 0."""
     quarter = (angle * _HALF_TURNS + 0.5).to(tl.int32)  # 0 .. 4; which of two neighbours does not matter
     k = quarter.to(tl.float64)
     r = tl.fma(k, tl.full(k.shape, -_PIO2_HIGH, tl.float64), angle.to(tl.float64))
@@ -119,8 +119,8 @@ def _cos_sin(angle):
 
 @triton.jit
 def _round_to(value, dtype: tl.constexpr):
-    """float32 that is no NaN, to nearest even in ``dtype``."""
-    if dtype == tl.bfloat16:  # in integers: the interpreter's own conversion cuts off
+    """Round float32 values, none of them NaN, to nearest even in ``dtype``."""
+    if dtype == tl.bfloat16:  # in integers: the interpreter's own conversion truncates
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
@@ -130,7 +130,7 @@ def _round_to(value, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "half", "blocks"])
 def normal_kernel(seeds, out, count, half, blocks, BLOCK: tl.constexpr):
-    """out [rows, count]: each program draws BLOCK pairs of a row, i and half + i."""
+    """Write out [rows, count]: each program draws BLOCK pairs of a row, i and half + i."""
     program = tl.program_id(0)
     row = program // blocks
     index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -146,7 +146,7 @@ def normal_kernel(seeds, out, count, half, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start", "count", "blocks"])
 def hash_kernel(seeds, out, start, count, blocks, BLOCK: tl.constexpr):
-    """out [rows, count] int32: the hashes of start .. start + count - 1 under the seed of each row."""
+    """Write out [rows, count] int32: the hashes of start .. start + count - 1 under the seed of each row."""
     program = tl.program_id(0)
     row = program // blocks
     index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -159,7 +159,7 @@ def hash_kernel(seeds, out, start, count, blocks, BLOCK: tl.constexpr):
 
 
 def normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers [rows, count] in ``dtype`` for seeds int32 [rows, 1] on a GPU, count < 2**31.
+    """Draw standard normal numbers [rows, count] in ``dtype`` for seeds int32 [rows, 1] on a GPU, count < 2**31.
 
     The bits are those of `poc_kernels.protocol.inputs.normal` on any device.
     """
@@ -175,7 +175,7 @@ def normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def hash32(seeds: Tensor, start: int, count: int) -> Tensor:
-    """The hashes of start .. start + count - 1 as int32 [rows, count], for seeds int32 [rows, 1] on a GPU."""
+    """Compute the hashes of start .. start + count - 1 as int32 [rows, count], for seeds int32 [rows, 1] on a GPU."""
     out = torch.empty(len(seeds), count, dtype=torch.int32, device=seeds.device)
     if out.numel() > 0:
         blocks = triton.cdiv(count, _BLOCK)

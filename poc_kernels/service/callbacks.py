@@ -1,8 +1,8 @@
-"""Callbacks: proofs and verdicts posted to the chain's node, in the background and until they are taken.
+"""Callbacks: proofs and verdicts posted to the chain's node, in the background and until they are accepted.
 
-A batch waits in the line of its destination, one line per kind and url, each served by a task of its own on the
-event loop of one thread: a dead or slow receiver holds up its own line alone, and the round never. Delivery is at least
-once: a receiver that takes a body and dies before it answers is sent the nonces again.
+There is one destination per kind and URL, each served by its own task on the event loop of one thread: a dead or slow
+receiver delays only its own deliveries, and never the round. Each delivery is made at least once: a receiver that takes
+a body and dies before it answers is sent the nonces again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 import httpx2
 
-from .outbox import GENERATED, VALIDATED, Backlog, Batch, Failure, Line, canonical_json, merged
+from .outbox import GENERATED, VALIDATED, Delivery, Destination, Failure, Outbox, canonical_json, merged
 
 __all__ = ["CallbackObserver", "CallbackSender", "canonical_json", "sign", "verify"]
 
@@ -31,57 +31,58 @@ logger = logging.getLogger("poc_kernels")
 SIGNATURE_HEADER = "X-Signature"
 
 _RETRIED_IN_PLACE = (408, 425, 429)
-"""Answers below 500 that speak of the moment, not of the body."""
+"""Answers below 500 that say that the receiver cannot take a body now, not that it does not want this one."""
 _MAX_ANSWER_BYTES = 65536
 _QUOTED_CHARACTERS = 200
 _IDLE_CONNECTIONS = 16
 _RESOLVER_THREADS = 32
 _STOP_SECONDS = 1.0
-"""How long `close` waits, after its deadline, for the thread to end."""
+"""How long `close` waits for the thread to end, after its deadline."""
 
 
 def sign(body: bytes, key: bytes) -> str:
-    """The value of the header X-Signature: HMAC-SHA256 of body under key, 64 hex digits."""
+    """Return the value of the header X-Signature: HMAC-SHA256 of body under key, 64 hex digits."""
     return hmac.new(key, body, hashlib.sha256).hexdigest()
 
 
 def verify(body: bytes, signature: str, key: bytes) -> bool:
-    """Whether signature is that of body under key; for receivers. Takes the same time wherever the two differ."""
+    """Check in constant time whether signature is that of body under key; for receivers."""
     return hmac.compare_digest(sign(body, key).encode(), signature.encode(errors="replace"))
 
 
 class CallbackObserver(Protocol):
-    """Told what becomes of callbacks; kind is "generated" or "validated". Called from any thread, with no lock held."""
+    """Learns what becomes of callbacks, from any thread, with no lock held; kind is "generated" or "validated"."""
 
     def delivered(self, kind: str, nonces: int) -> None:
-        """A post with this many nonces was taken."""
+        """Note that a post with this many nonces was accepted."""
 
     def failed(self, kind: str) -> None:
-        """An attempt to post failed."""
+        """Note that an attempt to post failed."""
 
     def dropped(self, kind: str, nonces: int) -> None:
-        """A batch with this many nonces was given up."""
+        """Note that a delivery with this many nonces was dropped."""
 
 
 class CallbackSender:
-    """Posts batches to {callback_url}/generated and /validated from a thread of its own.
+    """Posts proofs and verdicts to {callback_url}/generated and /validated from a thread of its own.
 
     A failed attempt (an answer other than 2xx, or none) is repeated without end, with exponential backoff. A body that
-    is refused (4xx other than 408, 425, 429) goes to the back of its line, and a merged one is taken apart again.
+    is refused (4xx other than 408, 425, 429) goes behind the others of its destination, and a merged one is taken apart
+    again.
 
     Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) are honoured. Where one is set, NO_PROXY must name
     the receivers to reach without it: 127.0.0.1 and localhost for those on loopback.
 
     Args:
         key: signs every body (`sign`), in the header X-Signature; None sends no such header.
-        max_nonces: nonces that may wait, over all destinations, a batch counted with at least one. Beyond it the oldest
-            batches are dropped, with a warning; a single batch larger than it is kept until a newer one waits.
-        max_nonces_per_post: generated batches are merged up to this many nonces; a single larger one goes as it is.
-        flush_seconds: how long a generated batch waits at most for others to merge with.
-        first_retry_seconds, max_retry_seconds: the backoff doubles from the one to the other, less up to a quarter at
-            random. A Retry-After is kept to, up to max_retry_seconds.
+        max_nonces: nonces that may wait, over all destinations; a delivery counts as at least one. Beyond it the oldest
+            deliveries are dropped, with a warning; a single larger one is kept until a newer one waits.
+        max_nonces_per_post: proofs are merged up to this many nonces; a single larger delivery is posted whole.
+        flush_seconds: how long proofs wait at most for others to merge with.
+        first_retry_seconds, max_retry_seconds: the backoff doubles from the first to the second, less up to a quarter
+            at random. A Retry-After is respected, up to max_retry_seconds.
         timeout_seconds: how long a receiver may take over one post.
-        observer: told of every post, failure and dropped batch.
+        observer: learns of every post, every failure and every dropped delivery.
 
     Raises:
         TypeError: key is not bytes.
@@ -125,8 +126,8 @@ class CallbackSender:
 
         self._lock = threading.Lock()  # held for moments only, never while anything waits
         self._all_sent = threading.Condition(self._lock)
-        self._lines: dict[str, Line] = {}  # by url; only those with batches: a line that empties is forgotten
-        self._backlog = Backlog(max_nonces)
+        self._destinations: dict[str, Destination] = {}  # by URL; only those with deliveries
+        self._outbox = Outbox(max_nonces)
         self._arrivals = 0
         self._delivered = self._failed = self._dropped = self._dropped_nonces = 0
         self._last_error: str | None = None
@@ -134,10 +135,10 @@ class CallbackSender:
 
         self._closing = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None  # None but between start and close
+        self._loop: asyncio.AbstractEventLoop | None = None  # None except between start and close
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        # One client for all, with as many connections as there are destinations: none waits for another's.
+        # One client for all, with one connection per destination: none waits for another's.
         self._client = httpx2.AsyncClient(
             timeout=timeout_seconds,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS),
@@ -147,10 +148,10 @@ class CallbackSender:
         )
 
     def start(self) -> None:
-        """Start the thread. What arrived before is sent now.
+        """Start the thread, which sends what is already there.
 
         Raises:
-            RuntimeError: started before, or closed.
+            RuntimeError: it was started before, or is closed.
         """
         with self._lock:
             if self._closed or self._thread is not None:
@@ -158,47 +159,50 @@ class CallbackSender:
             loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._run, args=(loop,), name="poc-callbacks", daemon=True)
             self._loop = loop
-            for line in self._lines.values():
-                loop.call_soon_threadsafe(self._spawn, line)
+            for destination in self._destinations.values():
+                loop.call_soon_threadsafe(self._spawn, destination)
             self._thread.start()
 
-    def generated(self, url: str, batch: Mapping[str, Any]) -> None:
-        """Send a ProofBatch to {url}/generated; returns at once.
+    def generated(self, url: str, body: Mapping[str, Any], *, per_nonce: tuple[str, ...]) -> None:
+        """Send proofs to {url}/generated; returns at once.
+
+        Consecutive deliveries may share a post if their bodies differ in nothing except the lists named by per_nonce.
 
         Args:
-            url: the round's callback_url. One that nothing can be posted to fails as a dead receiver does.
-            batch: JSON with the lists nonces and dist of one length; consecutive batches that agree in everything else
-                may share a post. Copied.
+            url: the round's callback_url. One that nothing can be posted to is treated like a dead receiver.
+            body: JSON; copied.
+            per_nonce: names of the lists in body that have one value per nonce, as the proof form has them; the first
+                name is "nonces".
 
         Raises:
-            TypeError, ValueError: url is not a str, or batch not such a batch.
+            TypeError, ValueError: url is not a str, or body and per_nonce do not fit (see `Delivery`).
         """
-        self._add(GENERATED, url, batch)
+        self._add(GENERATED, url, Delivery(body, per_nonce))
 
-    def validated(self, url: str, batch: Mapping[str, Any]) -> None:
-        """Send a ValidatedBatch (JSON with the list nonces) to {url}/validated, alone; else as `generated`."""
-        self._add(VALIDATED, url, batch)
+    def validated(self, url: str, body: Mapping[str, Any]) -> None:
+        """Send a verdict (JSON with the list nonces) to {url}/validated, alone; otherwise like `generated`."""
+        self._add(VALIDATED, url, Delivery(body, ("nonces",)))
 
     def pending(self) -> int:
-        """Batches not yet taken: those that wait and those on their way."""
+        """Return the number of deliveries not yet accepted, including those in flight."""
         with self._lock:
-            return len(self._backlog)
+            return len(self._outbox)
 
     def pending_nonces(self) -> int:
-        """Nonces not yet taken: those that wait, at most max_nonces but for a larger batch, and those on their way."""
+        """Return the number of nonces not yet accepted, including those in flight."""
         with self._lock:
-            return self._backlog.nonces
+            return self._outbox.nonces
 
     def status(self) -> dict[str, Any]:
-        """What is pending, counts since the start, and the last error (None: there was none).
+        """Return what is pending, counts since the start, and the last error (None if there was none).
 
-        The error is the kind and the status that was answered, or the class of a transport error: who reads this may
-        have chosen the receiver, and is not to read through it what the receiver says. The log has that.
+        The error is the kind and the status of the answer, or the class of a transport error. It has nothing that the
+        receiver wrote, because whoever reads this may have chosen the receiver; the log has that.
         """
         with self._lock:
             return {
-                "pending_batches": len(self._backlog),
-                "pending_nonces": self._backlog.nonces,
+                "pending_batches": len(self._outbox),
+                "pending_nonces": self._outbox.nonces,
                 "delivered_batches": self._delivered,
                 "failed_attempts": self._failed,
                 "dropped_batches": self._dropped,
@@ -207,9 +211,9 @@ class CallbackSender:
             }
 
     def close(self, deadline_seconds: float) -> None:
-        """Send at once what waits, retry until deadline_seconds from now, then stop and warn of what was not taken.
+        """Send at once what waits, retry until deadline_seconds from now, then stop and warn of what was not delivered.
 
-        Batches that arrive during this are sent, later ones dropped. Calls after the first do nothing.
+        What arrives meanwhile is sent, what arrives later is dropped. Calls after the first do nothing.
         """
         deadline = time.monotonic() + deadline_seconds
         with self._closing:
@@ -217,87 +221,86 @@ class CallbackSender:
                 if self._closed:
                     return
                 self._flushing = True
-                for line in self._lines.values():  # a receiver that has come back is not missed
-                    line.retry.reset()
-                    line.refusals.reset()
-                    self._wake(line)
+                for destination in self._destinations.values():  # a receiver may be back: try now
+                    destination.retry.reset()
+                    destination.refusals.reset()
+                    self._wake(destination)
                 if self._thread is not None:
-                    self._all_sent.wait_for(lambda: not self._lines, max(0.0, deadline - time.monotonic()))
+                    self._all_sent.wait_for(lambda: not self._destinations, max(0.0, deadline - time.monotonic()))
                 self._closed = True
-                unsent = [(line, line.all) for line in self._lines.values()]
-                self._lines.clear()
-                self._backlog.clear()
-                for _, batches in unsent:
-                    self._count_dropped(batches)
+                unsent = [(destination, destination.all) for destination in self._destinations.values()]
+                self._destinations.clear()
+                self._outbox.clear()
+                for _, deliveries in unsent:
+                    self._count_dropped(deliveries)
                 if self._loop is not None:
                     self._loop.call_soon_threadsafe(self._stop.set)
                     self._loop = None
             if self._thread is not None:
                 self._thread.join(_STOP_SECONDS)
-        for line, batches in unsent:
-            self._tell_dropped("callbacks not delivered before the deadline", line, batches)
+        for destination, deliveries in unsent:
+            self._report_dropped("callbacks not delivered before the deadline", destination, deliveries)
 
-    def _add(self, kind: str, url: str, content: Mapping[str, Any]) -> None:
+    def _add(self, kind: str, url: str, delivery: Delivery) -> None:
         if not isinstance(url, str):
             raise TypeError(f"url must be a str, got {type(url).__name__}")
-        batch = Batch(kind, content)
         url = f"{url.rstrip('/')}/{kind}"
         with self._lock:
-            batch.arrival = self._arrivals
-            batch.due = time.monotonic() + (self._flush_seconds if kind == GENERATED else 0.0)
+            delivery.arrival = self._arrivals
+            delivery.due = time.monotonic() + (self._flush_seconds if kind == GENERATED else 0.0)
             self._arrivals += 1
-            line = self._lines.get(url)
-            if line is not None:
-                self._wake(line)
+            destination = self._destinations.get(url)
+            if destination is not None:
+                self._wake(destination)
             else:
-                line = Line(kind, url, self._retry_seconds)
+                destination = Destination(kind, url, self._retry_seconds)
                 if not self._closed:
-                    self._lines[url] = line
+                    self._destinations[url] = destination
                     if self._loop is not None:
-                        self._loop.call_soon_threadsafe(self._spawn, line)
-            line.add(batch)
+                        self._loop.call_soon_threadsafe(self._spawn, destination)
+            destination.add(delivery)
             if self._closed:
-                self._count_dropped([batch])
-                dropped = {line: [batch]}
+                self._count_dropped([delivery])
+                dropped = {destination: [delivery]}
             else:
-                self._backlog.add(line, batch)
-                dropped = self._keep_bound()
-        for dropped_line, batches in dropped.items():
-            self._tell_dropped("callback dropped", dropped_line, batches)
+                self._outbox.add(destination, delivery)
+                dropped = self._drop_excess()
+        for dropped_from, deliveries in dropped.items():
+            self._report_dropped("callback dropped", dropped_from, deliveries)
 
     # Called with the lock held.
 
-    def _wake(self, line: Line) -> None:
+    def _wake(self, destination: Destination) -> None:
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(line.wake.set)
+            self._loop.call_soon_threadsafe(destination.wake.set)
 
-    def _keep_bound(self) -> dict[Line, list[Batch]]:
-        dropped = self._backlog.drop_excess()
-        for line, batches in dropped.items():
-            self._count_dropped(batches)
-            self._forget_if_empty(line)
+    def _drop_excess(self) -> dict[Destination, list[Delivery]]:
+        dropped = self._outbox.drop_excess()
+        for destination, deliveries in dropped.items():
+            self._count_dropped(deliveries)
+            self._forget_if_empty(destination)
         return dropped
 
-    def _count_dropped(self, batches: list[Batch]) -> None:
-        self._dropped += len(batches)
-        self._dropped_nonces += sum(len(batch.nonces) for batch in batches)
+    def _count_dropped(self, deliveries: list[Delivery]) -> None:
+        self._dropped += len(deliveries)
+        self._dropped_nonces += sum(len(each.nonces) for each in deliveries)
 
-    def _forget_if_empty(self, line: Line) -> None:
-        """The task of a forgotten line ends; the next batch for that destination starts another line."""
-        if line.empty and self._lines.pop(line.url, None) is not None:
-            self._wake(line)
-            if not self._lines:
+    def _forget_if_empty(self, destination: Destination) -> None:
+        """Forget a destination without deliveries, which ends its task; the next delivery makes a new one."""
+        if destination.empty and self._destinations.pop(destination.url, None) is not None:
+            self._wake(destination)
+            if not self._destinations:
                 self._all_sent.notify_all()
 
     # Called without the lock.
 
-    def _tell_dropped(self, message: str, line: Line, batches: list[Batch]) -> None:
-        logger.warning(message, extra=line.fields(batches))
-        for batch in batches:
-            self._tell("dropped", line.kind, len(batch.nonces))
+    def _report_dropped(self, message: str, destination: Destination, deliveries: list[Delivery]) -> None:
+        logger.warning(message, extra=destination.fields(deliveries))
+        for each in deliveries:
+            self._tell("dropped", destination.kind, len(each.nonces))
 
     def _tell(self, event: Literal["delivered", "failed", "dropped"], *arguments: Any) -> None:
-        """Tell the observer. Its faults must cost neither a proof nor the round."""
+        """Call the observer, whose errors must cost neither a proof nor the round."""
         if self._observer is None:
             return
         try:
@@ -308,8 +311,8 @@ class CallbackSender:
     # On the thread.
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Names are resolved in threads: many, so that names without an answer do not hold up others, and unlike
-        # those of asyncio.run not waited for at the end.
+        # Names are resolved in many threads, so that names without an answer do not delay others. Unlike those of
+        # asyncio.run, these threads are not waited for at the end.
         loop.set_default_executor(ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="poc-callbacks-resolver"))
         try:
             loop.run_until_complete(self._serve_until_stopped())
@@ -323,73 +326,73 @@ class CallbackSender:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.aclose()
 
-    def _spawn(self, line: Line) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(line))
+    def _spawn(self, destination: Destination) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(destination))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, line: Line) -> None:
-        """One post at a time, until the line is empty."""
+    async def _serve(self, destination: Destination) -> None:
+        """Post to destination, one post at a time, until it has no deliveries."""
         while not self._closed:
-            line.wake.clear()
+            destination.wake.clear()
             with self._lock:
-                if line.empty:
+                if destination.empty:
                     return
                 now = time.monotonic()
-                post, look_again = line.next_post(now, self._max_nonces_per_post, self._flushing)
-                self._backlog.sent(post)
+                post, look_again = destination.next_post(now, self._max_nonces_per_post, self._flushing)
+                self._outbox.sent(post)
             if post:
-                await self._post(line, post)
+                await self._post(destination, post)
             else:
-                alarm = asyncio.get_running_loop().call_later(look_again - now, line.wake.set)
-                await line.wake.wait()
+                alarm = asyncio.get_running_loop().call_later(look_again - now, destination.wake.set)
+                await destination.wake.wait()
                 alarm.cancel()
 
-    async def _post(self, line: Line, post: list[Batch]) -> None:
+    async def _post(self, destination: Destination, post: list[Delivery]) -> None:
         body = canonical_json(merged(post))
         try:
-            failure = await self._attempt(line.url, body)
+            failure = await self._attempt(destination.url, body)
         except asyncio.TimeoutError:
             failure = Failure("TimeoutError", f"no answer in {self._timeout_seconds} s")
-        except Exception as error:  # of whatever kind: the batches stay in the line
+        except Exception as error:  # whatever it is: the deliveries are kept
             failure = Failure(type(error).__name__, str(error))
         with self._lock:
             if self._closed:
                 return
-            line.on_the_way = []
-            dropped: dict[Line, list[Batch]] = {}
+            destination.in_flight = []
+            dropped: dict[Destination, list[Delivery]] = {}
             retry_seconds = 0.0
             if failure is None:
                 self._delivered += len(post)
-                line.taken(post)
-                self._backlog.taken(post)
+                destination.delivered(post)
+                self._outbox.delivered(post)
             else:
                 self._failed += 1
-                self._last_error = f"{line.kind}: {failure.cause}"
-                retry_seconds = line.put_back(post, failure, time.monotonic())
-                self._backlog.put_back(post)
-                dropped = self._keep_bound()
-            self._forget_if_empty(line)
+                self._last_error = f"{destination.kind}: {failure.cause}"
+                retry_seconds = destination.put_back(post, failure, time.monotonic())
+                self._outbox.put_back(post)
+                dropped = self._drop_excess()
+            self._forget_if_empty(destination)
         if failure is None:
-            self._tell("delivered", line.kind, sum(len(batch.nonces) for batch in post))
+            self._tell("delivered", destination.kind, sum(len(each.nonces) for each in post))
             return
-        fields = line.fields(post)
+        fields = destination.fields(post)
         logger.warning("callback failed", extra={**fields, "error": failure.text, "retry_seconds": retry_seconds})
-        self._tell("failed", line.kind)
-        for dropped_line, batches in dropped.items():
-            self._tell_dropped("callback dropped", dropped_line, batches)
+        self._tell("failed", destination.kind)
+        for dropped_from, deliveries in dropped.items():
+            self._report_dropped("callback dropped", dropped_from, deliveries)
 
     async def _attempt(self, url: str, body: bytes) -> Failure | None:
         headers = {"Content-Type": "application/json"}
         if self._key is not None:
             headers[SIGNATURE_HEADER] = sign(body, self._key)
         request = self._client.build_request("POST", url, content=body, headers=headers)
-        # The client's time-outs are between bytes; these are for the whole.
+        # The client's timeouts are between bytes; these are for the whole.
         response = await asyncio.wait_for(self._client.send(request, stream=True), self._timeout_seconds)
         try:
             text = await asyncio.wait_for(_answer(response), self._timeout_seconds)
         except (asyncio.TimeoutError, httpx2.HTTPError) as error:
-            text = f"({type(error).__name__} in its answer)"  # the status counts, and that is known
+            text = f"({type(error).__name__} in its answer)"  # the status is known, and only that counts
         finally:
             await response.aclose()
         if response.is_success:
@@ -401,7 +404,7 @@ class CallbackSender:
 
 
 async def _answer(response: httpx2.Response) -> str:
-    """The beginning of the answer's text. Read in full where it is short, so that the connection can serve again."""
+    """Return the beginning of the answer's text; a short one is read in full so that the connection can be reused."""
     content = bytearray()
     async for chunk in response.aiter_raw():
         content += chunk
@@ -411,7 +414,7 @@ async def _answer(response: httpx2.Response) -> str:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, a number or a date; 0 for one that is neither."""
+    """Return the seconds of a Retry-After header, which is a number or a date; 0 for one that is neither."""
     try:
         if value is None or value.isdecimal():
             return float(value or 0)

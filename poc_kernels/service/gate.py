@@ -1,54 +1,99 @@
-"""In front of every route: the gate that GENERATING shuts for users, bounds on bodies, the token of the PoC routes."""
+"""The gate before an app: ASGI wrappers of one job each, and `Gate`, which puts them together.
+
+Users' requests go through Shut, InFlight, Body, Shut again, Departure and, where the app does not end them itself,
+DoneEvent; all others through Token, Places and Body.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 import contextlib
-import functools
 import hmac
 import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import AdmissionError
 
-USER_PREFIX = "/v1/"
 POC_PREFIX = "/api/v1/pow"
+_BODY_ROUTES = (f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
+_MAX_PLACES = 256
+"""Requests with a body at once on PoC routes: their bodies, each within its bound, lie in memory until answered."""
+_MAX_SMALL_BODY = 1024
+"""Bound on the bodies of routes that take none."""
 _DONE = b"data: [DONE]\n\n"
-_LARGE = (f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
-"""Routes outside /v1 that take a body."""
-_MAX_LARGE = 256
-"""Requests for these routes at once: their bodies, each within its bound, lie in memory until they are answered. A
-client with some there gets no more than it leaves to others."""
+_TRY_AGAIN_LATER = 1013
+"""Close code of a websocket that is refused for now."""
 
-_MAX_OTHER_BODY = 1024  # no other route takes one
+Closed = Callable[[], tuple[str, str, int] | None]
+"""Returns (code, message, Retry-After in seconds) while users are refused, else None."""
+
+
+def under(*prefixes: str) -> Callable[[Scope], bool]:
+    """Return a predicate of requests whose path begins with one of ``prefixes``."""
+    return lambda scope: scope["path"].startswith(prefixes)
+
+
+def posted_under(*prefixes: str) -> Callable[[Scope], bool]:
+    """Return a predicate of POST requests whose path begins with one of ``prefixes``."""
+    return lambda scope: scope.get("method") == "POST" and scope["path"].startswith(prefixes)
+
+
+_TAKES_BODY = posted_under(*_BODY_ROUTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRules:
+    """What a gate has to know of the app behind it.
+
+    Args:
+        is_user: whether a request (``http`` or ``websocket``) is a user's: shut out while the node proves its compute,
+            counted, and answered with OpenAI's error objects. It has to be true of every route that computes.
+        takes_body: whether a request that is no user's takes a body of up to max_pow_body_bytes.
+        ends_streams: whether the app ends its event streams with ``data: [DONE]`` itself.
+    """
+
+    is_user: Callable[[Scope], bool]
+    takes_body: Callable[[Scope], bool] = _TAKES_BODY
+    ends_streams: bool = False
+
+
+class Refuse(Protocol):
+    """Answers a request with a refusal: an error, or the close of a websocket."""
+
+    def __call__(
+        self, scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
+    ) -> Awaitable[None]:
+        """Send the answer."""
+        ...
 
 
 class Gate:
     """Refuses what cannot be served now, and counts what is being served.
 
-    Users' requests, under /v1, get 503 with Retry-After while ``closed`` gives a reason, and 429 above
-    ``max_in_flight``; their errors are OpenAI error objects. Their event streams end with ``data: [DONE]``.
-    Bodies are read here, to their bound and in ``body_seconds``: larger ones get 413, slower ones 408.
-    With a token, the PoC routes get 401 without it.
+    Users get 503 with Retry-After while ``closed`` gives a reason, and 429 above ``max_in_flight``. Bodies are read
+    here, to their bound and in ``body_seconds``: larger ones get 413, slower ones 408. With a token, the PoC routes
+    answer 401 to requests without it.
 
     Args:
         app: what is behind the gate.
-        closed: (code, message, Retry-After in seconds) while users are refused, else None. Asked for each request,
-            before and after its body is read.
+        rules: what has to be known of it.
+        closed: asked for each user's request, before and after its body is read.
         refused: told the reason of each refusal.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        rules: GateRules,
         *,
-        closed: Callable[[], tuple[str, str, int] | None],
+        closed: Closed,
         refused: Callable[[str], None],
         max_in_flight: int,
         max_body_bytes: int,
@@ -56,99 +101,190 @@ class Gate:
         body_seconds: float,
         token: str | None,
     ) -> None:
+        def refuse_user(
+            scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
+        ) -> Awaitable[None]:
+            refused(code)
+            if scope["type"] == "websocket":
+                return send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": message})
+            kind = "rate_limit_error" if status == 429 else None
+            return _answer(send, status, AdmissionError(status, message, code=code, kind=kind).body(), retry_after)
+
+        def refuse_other(
+            scope: Scope, send: Send, status: int, code: str, message: str, retry_after: int | None = None
+        ) -> Awaitable[None]:
+            refused(code)
+            return _answer(send, status, {"detail": message}, retry_after)
+
+        def limit_of_other(scope: Scope) -> int:
+            return max_pow_body_bytes if rules.takes_body(scope) else min(max_pow_body_bytes, _MAX_SMALL_BODY)
+
         self._app = app
-        self._closed = closed
-        self._refused = refused
-        self._max_in_flight = max_in_flight
-        self._max_body_bytes = max_body_bytes
-        self._max_pow_body_bytes = max_pow_body_bytes
-        self._body_seconds = body_seconds
-        self._token = None if token is None else token.encode()
-        self._in_flight = 0
-        self._large: collections.Counter[str] = collections.Counter()  # by client
-        self._idle = threading.Condition()
+        self._is_user = rules.is_user
+        served = Departure(app if rules.ends_streams else DoneEvent(app))
+        body = Body(Shut(served, closed, refuse_user), lambda scope: max_body_bytes, body_seconds, refuse_user)
+        self._users = InFlight(body, max_in_flight, refuse_user)
+        self._shut_users = Shut(self._users, closed, refuse_user)
+        others = Places(Body(app, limit_of_other, body_seconds, refuse_other), rules.takes_body, refuse_other)
+        self._others = others if token is None else Token(others, token, refused)
 
     @property
     def in_flight(self) -> int:
         """Users' requests that are being served."""
-        return self._in_flight
-
-    def wait_idle(self, timeout_seconds: float) -> bool:
-        """Wait until no user's request is being served; whether none is. Not for the event loop's thread."""
-        with self._idle:
-            return self._idle.wait_for(lambda: self._in_flight == 0, timeout_seconds)
+        return self._users.count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI interface."""
+        """Serve one request: the ASGI interface."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif self._is_user(scope):
+            await self._shut_users(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._others(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class Shut:
+    """Refuses users while ``closed`` gives a reason."""
+
+    def __init__(self, app: ASGIApp, closed: Closed, refuse: Refuse) -> None:
+        self._app, self._closed, self._refuse = app, closed, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closed = self._closed()
+        if closed is None:
+            await self._app(scope, receive, send)
+        else:
+            code, message, seconds = closed
+            await self._refuse(scope, send, 503, code, message, seconds)
+
+
+class InFlight:
+    """Counts requests, and refuses those above a maximum."""
+
+    def __init__(self, app: ASGIApp, max_in_flight: int, refuse: Refuse) -> None:
+        self._app, self._max, self._refuse = app, max_in_flight, refuse
+        self._lock = threading.Lock()
+        self.count = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._lock:
+            admitted = self.count < self._max
+            self.count += admitted
+        if not admitted:
+            message = f"at most {self._max} requests are served at once"
+            await self._refuse(scope, send, 429, "overloaded", message, 1)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            with self._lock:
+                self.count -= 1
+
+
+class Places:
+    """Refuses requests with a body above a maximum, and those of a client that leaves less to others than it has.
+
+    Other routes, including /stop and /health, are answered however many proofs wait.
+    """
+
+    def __init__(self, app: ASGIApp, takes_body: Callable[[Scope], bool], refuse: Refuse) -> None:
+        self._app, self._takes_body, self._refuse = app, takes_body, refuse
+        self._taken: collections.Counter[str] = collections.Counter()  # by client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._takes_body(scope):
+            await self._app(scope, receive, send)
+            return
+        client = (scope.get("client") or ("",))[0]
+        left, own = _MAX_PLACES - self._taken.total() - 1, self._taken[client]
+        if left < 0 or (own > 0 and own + 1 > left):
+            message = (
+                f"at most {_MAX_PLACES} requests are served at once, of one client no more than it leaves to others"
+            )
+            await self._refuse(scope, send, 429, "overloaded", message, 1)
+            return
+        self._taken[client] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._taken[client] -= 1
+            if self._taken[client] == 0:
+                del self._taken[client]
+
+
+class Token:
+    """Answers 401 on the PoC routes unless a request has the bearer token."""
+
+    def __init__(self, app: ASGIApp, token: str, refused: Callable[[str], None]) -> None:
+        self._app, self._token, self._refused = app, token.encode(), refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        authorized = scheme.lower() == b"bearer" and hmac.compare_digest(given, self._token)
+        if authorized or not scope["path"].startswith(POC_PREFIX):
+            await self._app(scope, receive, send)
+            return
+        self._refused("token")
+        content = {"detail": "the PoC routes ask for the node's bearer token"}
+        await _answer(send, 401, content, headers=[(b"www-authenticate", b"Bearer")])
+
+
+class Body:
+    """Reads the whole body before the app is called: refuses one that is too large or too slow."""
+
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], seconds: float, refuse: Refuse) -> None:
+        self._app, self._limit_of, self._seconds, self._refuse = app, limit_of, seconds, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"].startswith(USER_PREFIX):
-            await self._user(scope, receive, send)
-        else:
-            await self._other(scope, receive, send)
-
-    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"].startswith(POC_PREFIX) and not self._authorized(scope):
-            self._refused("token")
-            headers = [(b"www-authenticate", b"Bearer")]
-            await _answer(send, 401, {"detail": "the PoC routes ask for the node's bearer token"}, headers)
             return
-        refuse: Callable[[int, str, str], Awaitable[None]] = functools.partial(self._refuse_other, send)
-        # The others, among them /stop and /health, are answered however many proofs wait.
-        large = scope["method"] == "POST" and scope["path"].startswith(_LARGE)
-        client = (scope.get("client") or ("",))[0]
-        if large:
-            left, own = _MAX_LARGE - self._large.total() - 1, self._large[client]
-            if left < 0 or (own > 0 and own + 1 > left):
-                message = (
-                    f"at most {_MAX_LARGE} requests are served at once, of one client no more than it leaves to others"
-                )
-                await self._refuse_other(send, 429, "overloaded", message, 1)
-                return
-            self._large[client] += 1
-        limit = self._max_pow_body_bytes if large else min(self._max_pow_body_bytes, _MAX_OTHER_BODY)
-        try:
-            body = await self._read_body(scope, receive, limit, refuse)
-            if body is not None:
-                await self._app(scope, _play_back(body, receive), send)
-        finally:
-            if large:
-                self._large[client] -= 1
-                if self._large[client] == 0:
-                    del self._large[client]
+        body = await self._read(scope, receive, send)
+        if body is not None:
+            await self._app(scope, _play_back(body, receive), send)
 
-    def _authorized(self, scope: Scope) -> bool:
-        if self._token is None:
-            return True
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(given, self._token)
+    async def _read(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
+        """Return the body; None if it was refused, or if the client went away."""
+        limit = self._limit_of(scope)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        size = int(declared[:20]) if declared.isdigit() else 0
+        parts: list[bytes] = []
+        received, more = 0, True
+        deadline = time.monotonic() + self._seconds
+        while more and max(size, received) <= limit:
+            try:
+                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
+            except asyncio.TimeoutError:
+                await self._refuse(scope, send, 408, "body_too_slow", f"the body must come within {self._seconds:g} s")
+                return None
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            received += len(parts[-1])
+            more = message.get("more_body", False)
+        if max(size, received) > limit:
+            got = f"got {size}" if size > limit else "got more"
+            await self._refuse(scope, send, 413, "body_too_large", f"the body must have at most {limit} bytes, {got}")
+            return None
+        return b"".join(parts)
 
-    async def _user(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if await self._shut(send):
+
+class Departure:
+    """Serves a client as long as it is there: one that leaves before its answer begins frees the engine.
+
+    The body must have been read: whatever else comes from the client is its departure.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        with self._idle:
-            admitted = self._in_flight < self._max_in_flight
-            self._in_flight += admitted
-        if not admitted:
-            message = f"at most {self._max_in_flight} requests are served at once"
-            await self._refuse_user(send, 429, "overloaded", message, 1)
-            return
-        try:
-            await self._admitted(scope, receive, send)
-        finally:
-            with self._idle:
-                self._in_flight -= 1
-                self._idle.notify_all()
-
-    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refuse: Callable[[int, str, str], Awaitable[None]] = functools.partial(self._refuse_user, send)
-        body = await self._read_body(scope, receive, self._max_body_bytes, refuse)
-        # Asked again: the gate may have been shut while the body came.
-        if body is not None and not await self._shut(send):
-            await self._serve(scope, body, receive, send)
-
-    async def _serve(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Serve a user as long as the user is there: whoever leaves before the answer begins frees the engine."""
+        body = await receive()
         gone, begun = asyncio.Event(), False
 
         async def listen() -> None:
@@ -165,9 +301,8 @@ class Gate:
             begun = True
             await send(message)
 
-        app: asyncio.Future[None] = asyncio.ensure_future(
-            self._app(scope, _play_back(body, left), _ends_streams(sending))
-        )
+        serving = self._app(scope, _play_back(body["body"], left), sending)
+        app: asyncio.Future[None] = asyncio.ensure_future(serving)
         listener = asyncio.ensure_future(listen())
         try:
             await asyncio.wait({app, listener}, return_when=asyncio.FIRST_COMPLETED)
@@ -180,58 +315,32 @@ class Gate:
             listener.cancel()
             await asyncio.gather(app, listener, return_exceptions=True)
 
-    async def _shut(self, send: Send) -> bool:
-        """Whether users are refused now; then this one is."""
-        closed = self._closed()
-        if closed is not None:
-            code, message, seconds = closed
-            await self._refuse_user(send, 503, code, message, seconds)
-        return closed is not None
 
-    async def _refuse_user(
-        self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
-    ) -> None:
-        self._refused(code)
-        kind = "rate_limit_error" if status == 429 else None
-        headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
-        await _answer(send, status, AdmissionError(status, message, code=code, kind=kind).body(), headers)
+class DoneEvent:
+    """Ends event streams with ``data: [DONE]``, as OpenAI's end, unless the app has."""
 
-    async def _refuse_other(
-        self, send: Send, status: int, code: str, message: str, retry_after: int | None = None
-    ) -> None:
-        self._refused(code)
-        headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
-        await _answer(send, status, {"detail": message}, headers)
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-    async def _read_body(
-        self, scope: Scope, receive: Receive, limit: int, refuse: Callable[[int, str, str], Awaitable[None]]
-    ) -> bytes | None:
-        """Read the whole body; None if it was refused, or if the client went away."""
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        size = int(declared[:20]) if declared.isdigit() else 0
-        parts: list[bytes] = []
-        received, more = 0, True
-        deadline = time.monotonic() + self._body_seconds
-        while more and max(size, received) <= limit:
-            try:
-                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
-            except asyncio.TimeoutError:
-                await refuse(408, "body_too_slow", f"the body must come within {self._body_seconds:g} s")
-                return None
-            if message["type"] == "http.disconnect":
-                return None
-            parts.append(message.get("body", b""))
-            received += len(parts[-1])
-            more = message.get("more_body", False)
-        if max(size, received) > limit:
-            got = f"got {size}" if size > limit else "got more"
-            await refuse(413, "body_too_large", f"the body must have at most {limit} bytes, {got}")
-            return None
-        return b"".join(parts)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streaming, tail = False, b""
+
+        async def sending(message: Message) -> None:
+            nonlocal streaming, tail
+            if message["type"] == "http.response.start":
+                content_type = dict(message["headers"]).get(b"content-type", b"")
+                streaming = message["status"] == 200 and content_type.startswith(b"text/event-stream")
+            elif streaming and message["type"] == "http.response.body":
+                tail = (tail + message.get("body", b""))[-len(_DONE) :]
+                if not message.get("more_body", False) and tail != _DONE:
+                    message = {**message, "body": message.get("body", b"") + _DONE}
+            await send(message)
+
+        await self._app(scope, receive, sending)
 
 
 def _play_back(body: bytes, then: Receive) -> Receive:
-    """A ``receive`` that gives ``body`` once, and then what ``then`` gives."""
+    """Return a ``receive`` that gives ``body`` once, and then what ``then`` gives."""
     waiting = [body]
 
     async def receive() -> Message:
@@ -242,24 +351,12 @@ def _play_back(body: bytes, then: Receive) -> Receive:
     return receive
 
 
-def _ends_streams(send: Send) -> Send:
-    """``send``, with the end that OpenAI's event streams have."""
-    streaming = False
-
-    async def sending(message: Message) -> None:
-        nonlocal streaming
-        if message["type"] == "http.response.start":
-            content_type = dict(message["headers"]).get(b"content-type", b"")
-            streaming = message["status"] == 200 and content_type.startswith(b"text/event-stream")
-        elif streaming and message["type"] == "http.response.body" and not message.get("more_body", False):
-            message = {**message, "body": message.get("body", b"") + _DONE}
-        await send(message)
-
-    return sending
-
-
 async def _answer(
-    send: Send, status: int, content: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None
+    send: Send,
+    status: int,
+    content: dict[str, Any],
+    retry_after: int | None = None,
+    headers: list[tuple[bytes, bytes]] | None = None,
 ) -> None:
     body = json.dumps(content).encode()
     start = [
@@ -267,6 +364,7 @@ async def _answer(
         (b"content-length", str(len(body)).encode()),
         # The request's body may be unread: the connection cannot be used again.
         *([(b"connection", b"close")] if status in (408, 413) else []),
+        *([(b"retry-after", str(retry_after).encode())] if retry_after is not None else []),
         *(headers or []),
     ]
     await send({"type": "http.response.start", "status": status, "headers": start})

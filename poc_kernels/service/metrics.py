@@ -1,4 +1,4 @@
-"""What the node tells Prometheus. One registry a node."""
+"""What a node tells Prometheus."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
 
-from ..protocol import BatchReport, PoCState
-from ..protocol.round import PARTS
+from ..protocol import BatchReport, PoCState, ProofForm
 from .queue import JobState
 
-# Distances gather around sqrt(2), the closer the larger the vocabulary: within 0.1 for 1,000 tokens, 0.01 for 150,000.
-_OFFSETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1)
-_DISTANCE_BUCKETS = tuple(
-    round(math.sqrt(2) + offset, 4) for offset in (*(-value for value in reversed(_OFFSETS)), 0, *_OFFSETS)
-)
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 _WAIT_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _SLICE_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
 
 
 class Metrics:
-    """The metrics of a node; also the observer of its manager and of its callbacks."""
+    """The metrics of a node, in a registry of its own; also the observer of its manager and of its callbacks.
 
-    def __init__(self) -> None:
+    Args:
+        form: of the proofs; its outcomes have a histogram.
+    """
+
+    def __init__(self, form: ProofForm) -> None:
         registry = self.registry = CollectorRegistry()
         self.state = Enum("poc_state", "State of the node", states=[s.value for s in PoCState], registry=registry)
         self._checked = Counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"], registry=registry)
         self._valid = Counter("poc_nonces_valid", "Nonces below r_target, by phase", ["phase"], registry=registry)
         self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=registry)
-        self._distances = Histogram("poc_distance", "Distances computed", buckets=_DISTANCE_BUCKETS, registry=registry)
+        name, description, buckets = form.histogram
+        self._outcomes = Histogram(name, description, buckets=buckets, registry=registry)
         self._batch_seconds = Histogram(
             "poc_batch_seconds", "Time of a forward of a round", ["phase"], buckets=_SECONDS_BUCKETS, registry=registry
         )
@@ -40,9 +39,7 @@ class Metrics:
         self._slice_seconds = Histogram(
             "poc_slice_seconds", "Time of a slice of a forward of a round", buckets=_SLICE_BUCKETS, registry=registry
         )
-        self._waited = Counter(
-            "poc_waited_seconds", "Time that forwards of a round were held back for users", registry=registry
-        )
+        self._waited = Counter("poc_waited_seconds", "Time that slices of a round waited for users", registry=registry)
         self._validations = Counter(
             "poc_validations", "Batches to validate that ended, by outcome", ["outcome"], registry=registry
         )
@@ -60,7 +57,7 @@ class Metrics:
         self._dropped = Counter(
             "poc_callback_dropped_nonces", "Nonces whose callback was dropped", ["kind"], registry=registry
         )
-        for part in PARTS:
+        for part in form.parts:
             self._part_seconds.labels(part)
         for phase in ("generate", "validate"):
             self._checked.labels(phase)
@@ -73,57 +70,57 @@ class Metrics:
             self._dropped.labels(kind)
 
     def watch(self, name: str, description: str, value: Callable[[], float]) -> None:
-        """A gauge read when it is asked for."""
+        """Add a gauge that is read when metrics are asked for."""
         Gauge(name, description, registry=self.registry).set_function(value)
 
     def batch(self, report: BatchReport) -> None:
-        """Observer of a `PoCManager`."""
-        self._checked.labels(report.phase).inc(len(report.distances))
-        self._valid.labels(report.phase).inc(sum(distance < report.r_target for distance in report.distances))
+        """Count a forward: the observer of a `PoCManager`."""
+        self._checked.labels(report.phase).inc(len(report.outcomes))
+        self._valid.labels(report.phase).inc(report.valid)
         self._batch_seconds.labels(report.phase).observe(report.seconds)
         for part, seconds in report.part_seconds.items():
             self._part_seconds.labels(part).inc(seconds)
-        for distance in report.distances:
-            self._distances.observe(distance if math.isfinite(distance) else math.inf)
+        for outcome in report.outcomes:
+            self._outcomes.observe(outcome if math.isfinite(outcome) else math.inf)
 
     def slice(self, seconds: float) -> None:
-        """A slice of a forward ended."""
+        """Count a slice of a forward."""
         self._slice_seconds.observe(seconds)
 
     def waited(self, seconds: float) -> None:
-        """A slice had to wait so long for its turn."""
+        """Add the time that a slice waited for its turn."""
         self._waited.inc(seconds)
 
     def validation_ended(self, outcome: JobState, waited_seconds: float | None) -> None:
-        """A batch to validate ended; None if none of its forwards had begun."""
+        """Count a validation that ended, and the time that it waited: None if none of its forwards had begun."""
         self._validations.labels(outcome.value.lower()).inc()
         if waited_seconds is not None:
             self._validation_wait.observe(waited_seconds)
 
     def batch_failed(self) -> None:
-        """A forward of a round raised."""
+        """Count a forward of a round that raised."""
         self._batch_failures.inc()
 
     def fraud(self) -> None:
-        """A batch was judged to be fraud."""
+        """Count a batch judged to be fraud."""
         self._frauds.inc()
 
     def refused(self, reason: str) -> None:
-        """A request was refused at the gate."""
+        """Count a request that was refused at the gate."""
         self._refusals.labels(reason).inc()
 
     def delivered(self, kind: str, nonces: int) -> None:
-        """A callback was delivered."""
+        """Count a callback that was delivered."""
         self._delivered.labels(kind).inc()
 
     def failed(self, kind: str) -> None:
-        """An attempt at a callback failed."""
+        """Count a failed attempt at a callback."""
         self._failures.labels(kind).inc()
 
     def dropped(self, kind: str, nonces: int) -> None:
-        """A callback was dropped."""
+        """Count the nonces of a callback that was dropped."""
         self._dropped.labels(kind).inc(nonces)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,8 @@
-"""The lines in which callbacks wait: what is posted next, when, and what is given up. No clock, no network in here."""
+"""The outbox of callbacks: what waits, what is posted next and when, what is dropped. No clock and no network in here.
+
+A `Delivery` is one body as it was handed in, a `Destination` orders the deliveries for one URL, and the `Outbox` bounds
+those of all destinations together. A post is one delivery, or several merged ones. Times are of time.monotonic.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,9 @@ from typing import Any
 GENERATED = "generated"
 VALIDATED = "validated"
 
-_PER_NONCE = ("nonces", "dist")
-
 
 def canonical_json(obj: object) -> bytes:
-    """The body of a callback: JSON with sorted keys and compact separators, in UTF-8.
+    """Serialise the body of a callback: JSON with sorted keys and compact separators, in UTF-8.
 
     Parsing these bytes and calling this on the result gives the same bytes.
 
@@ -30,56 +32,70 @@ def canonical_json(obj: object) -> bytes:
 
 
 def printable(text: str) -> str:
-    """text with what is not printable escaped: in a log it stays on its line."""
+    """Escape what is not printable in text, so that it cannot begin another line of a log."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @dataclass
 class Failure:
+    """Why an attempt to post failed."""
+
     cause: str
     """The status of the answer, or the class of the error: nothing that the receiver can write."""
     details: str = ""
     """What the receiver or the error says; for logs."""
     refused: bool = False
-    """The receiver is there and does not want this body."""
+    """Whether the receiver is there and does not want this body."""
     retry_after: float = 0.0
-    """Seconds."""
+    """Seconds that the receiver asks to wait."""
 
     @property
     def text(self) -> str:
-        """For logs, in one line."""
+        """Cause and details in one line; for logs."""
         return printable(f"{self.cause}: {self.details}" if self.details else self.cause)
 
 
-class Batch:
-    """One batch as it arrived. Times are of time.monotonic."""
+class Delivery:
+    """The body of a callback as it was handed in, and where it stands.
 
-    __slots__ = ("arrival", "behind", "common", "due", "per_nonce", "refused", "waiting")
+    Args:
+        body: JSON; copied.
+        per_nonce: names of the lists in body that have one value per nonce; the first name is "nonces".
 
-    def __init__(self, kind: str, content: Mapping[str, Any]) -> None:
-        if not isinstance(content, Mapping):
-            raise TypeError(f"batch must be a mapping, got {type(content).__name__}")
-        copy: dict[str, Any] = json.loads(canonical_json(dict(content)))  # that is sure to be JSON
-        self.per_nonce = {name: copy.pop(name) for name in _PER_NONCE if name in copy}
-        self.common = copy
-        for name in _PER_NONCE if kind == GENERATED else _PER_NONCE[:1]:
-            if not isinstance(self.per_nonce.get(name), list):
-                raise TypeError(f"batch[{name!r}] must be a list, got {type(self.per_nonce.get(name)).__name__}")
-        if kind == GENERATED and len(self.per_nonce["dist"]) != len(self.nonces):
-            raise ValueError(
-                f"batch['dist'] must have one entry per nonce, got {len(self.per_nonce['dist'])} for {len(self.nonces)}"
-            )
+    Raises:
+        TypeError, ValueError: body is not JSON, one of the lists is missing or has another length than the nonces, or
+            per_nonce does not begin with "nonces".
+    """
+
+    __slots__ = ("arrival", "common", "due", "goes_after", "per_nonce", "refused", "waiting")
+
+    def __init__(self, body: Mapping[str, Any], per_nonce: tuple[str, ...]) -> None:
+        if not isinstance(body, Mapping):
+            raise TypeError(f"body must be a mapping, got {type(body).__name__}")
+        if not isinstance(per_nonce, tuple) or per_nonce[:1] != ("nonces",):
+            raise ValueError(f'per_nonce must be a tuple of names that begins with "nonces", got {per_nonce!r}')
+        self.common: dict[str, Any] = json.loads(canonical_json(dict(body)))  # a copy that is guaranteed to be JSON
+        self.per_nonce = {name: self.common.pop(name, None) for name in per_nonce}
+        for name, values in self.per_nonce.items():
+            if not isinstance(values, list):
+                raise TypeError(f"body[{name!r}] must be a list, got {type(values).__name__}")
+            if len(values) != len(self.nonces):
+                raise ValueError(
+                    f"body[{name!r}] must have {len(self.nonces)} values, one per nonce, got {len(values)}"
+                )
         self.arrival = 0
+        """A number that grows from one delivery to the next."""
         self.due = 0.0
+        """When it is sent even if nothing was merged with it."""
         self.waiting = True
-        """Not on its way."""
+        """False while it is in flight."""
         self.refused = False
-        """A receiver has said no to it, alone or merged; it is not merged again."""
-        self.behind = -1
-        """Of a refused batch: the arrival of the last batch that goes before it."""
+        """Whether a receiver has refused it, alone or merged; it is then posted alone."""
+        self.goes_after = -1
+        """If refused: the arrival of the last delivery that goes before it."""
 
     @property
-    def content(self) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         return {**self.common, **self.per_nonce}
 
     @property
@@ -89,40 +105,46 @@ class Batch:
 
     @property
     def weight(self) -> int:
-        """Nonces that it counts as: without any it takes memory, too."""
+        """The nonces that it counts as: at least one, because a delivery without nonces takes memory too."""
         return max(1, len(self.nonces))
 
+    def merges_with(self, other: Delivery) -> bool:
+        """Check that the two differ only in what they say of each nonce."""
+        return self.per_nonce.keys() == other.per_nonce.keys() and self.common == other.common
 
-def merged(post: list[Batch]) -> dict[str, Any]:
+
+def merged(post: list[Delivery]) -> dict[str, Any]:
+    """Join deliveries that merge into one body."""
     if len(post) == 1:
-        return post[0].content
-    joined = {name: [item for batch in post for item in batch.per_nonce[name]] for name in _PER_NONCE}
+        return post[0].body
+    joined = {name: [value for each in post for value in each.per_nonce[name]] for name in post[0].per_nonce}
     return {**post[0].common, **joined}
 
 
 class Backoff:
-    """When to try again: doubling waits, with a little jitter so that senders do not come all at once."""
+    """Doubling waits, shortened by up to a quarter at random so that senders do not all retry at the same moment."""
 
-    def __init__(self, first: float, longest: float) -> None:
-        self._first, self._longest = first, longest
+    def __init__(self, first_seconds: float, max_seconds: float) -> None:
+        self._first_seconds, self._max_seconds = first_seconds, max_seconds
         self.reset()
 
     def reset(self) -> None:
         self._seconds = 0.0
         self.until = 0.0
 
-    def failed(self, now: float, at_least: float = 0.0) -> None:
-        self._seconds = min(self._longest, 2 * self._seconds or self._first)
+    def failed(self, now: float, min_seconds: float = 0.0) -> None:
+        """Set `until` after a failure: at least min_seconds from now, except that max_seconds is never exceeded."""
+        self._seconds = min(self._max_seconds, 2 * self._seconds or self._first_seconds)
         wait = self._seconds * random.uniform(0.75, 1.0)
-        self.until = now + max(wait, min(at_least, self._longest))
+        self.until = now + max(wait, min(min_seconds, self._max_seconds))
 
 
-class Line:
-    """The batches for one destination, in the order in which they are to be tried.
+class Destination:
+    """The deliveries for one URL, in the order in which they are tried.
 
     Args:
         kind: "generated" or "validated".
-        url: where they are posted to, whole.
+        url: the complete URL that they are posted to.
         retry_seconds: first and longest wait of a `Backoff`.
     """
 
@@ -130,178 +152,185 @@ class Line:
         self.kind = kind
         self.url = url
         self.label = printable(re.sub("//[^/]*@", "//", url))  # for logs: no password
-        self.batches: deque[Batch] = deque()
-        """By arrival, those not refused."""
-        self.refused: OrderedDict[int, Batch] = OrderedDict()
-        """By arrival as key, in the order in which they are to be tried again."""
-        self.on_the_way: list[Batch] = []
+        self.fresh: deque[Delivery] = deque()
+        """Waiting deliveries that were never refused, by arrival."""
+        self.refused: OrderedDict[int, Delivery] = OrderedDict()
+        """Waiting deliveries that were refused, by arrival as key, in the order in which they are tried again."""
+        self.in_flight: list[Delivery] = []
+        """Deliveries of the post that is being sent."""
         self.retry = Backoff(*retry_seconds)
-        """Of the destination."""
+        """Waits of the whole destination."""
         self.refusals = Backoff(*retry_seconds)
-        """Of the refused batches, one at a time; the others pass them."""
+        """Waits of the refused deliveries, which are tried one at a time; the fresh ones pass them."""
         self.wake = asyncio.Event()
+        """Set when there may be something to do."""
 
     @property
     def empty(self) -> bool:
-        return not self.batches and not self.refused and not self.on_the_way
+        return not self.fresh and not self.refused and not self.in_flight
 
     @property
-    def all(self) -> list[Batch]:
-        return [*self.on_the_way, *self.batches, *self.refused.values()]
+    def all(self) -> list[Delivery]:
+        return [*self.in_flight, *self.fresh, *self.refused.values()]
 
-    def add(self, batch: Batch) -> None:
-        """To the end of the line."""
-        if self.batches and self.batches[-1].common == batch.common:
-            batch.common = self.batches[-1].common  # held once
-        self.batches.append(batch)
+    def add(self, delivery: Delivery) -> None:
+        """Append a new delivery."""
+        if self.fresh and self.fresh[-1].common == delivery.common:
+            delivery.common = self.fresh[-1].common  # retained once
+        self.fresh.append(delivery)
 
-    def drop(self, batch: Batch) -> None:
-        """Take out a batch that waits; of those not refused, the oldest."""
-        if batch.refused:
-            del self.refused[batch.arrival]
+    def drop(self, delivery: Delivery) -> None:
+        """Remove a waiting delivery; of the fresh ones, only the oldest."""
+        if delivery.refused:
+            del self.refused[delivery.arrival]
         else:
-            self.batches.popleft()
+            self.fresh.popleft()
 
-    def next_post(self, now: float, max_nonces: int, flush: bool) -> tuple[list[Batch], float]:
-        """Send these batches on their way; if there are none, look again at this time."""
+    def next_post(self, now: float, max_nonces: int, flush: bool) -> tuple[list[Delivery], float]:
+        """Put the deliveries of the next post in flight, and return them; if there are none, also when to look again.
+
+        Deliveries are merged up to max_nonces; flush also posts those that are not due.
+        """
         if now < self.retry.until:
             return [], self.retry.until
         refused = next(iter(self.refused.values()), None)
-        if refused is not None and self.batches and self.batches[0].arrival <= refused.behind:
+        if refused is not None and self.fresh and self.fresh[0].arrival <= refused.goes_after:
             refused = None  # not its turn yet
         if refused is not None and now >= self.refusals.until:
             del self.refused[refused.arrival]
-            self.on_the_way = [refused]
+            self.in_flight = [refused]
         else:
-            post, complete = self._first_not_refused(max_nonces)
+            post, complete = self._first_fresh(max_nonces)
             due = post[0].due if post else math.inf
             if not post or not (complete or flush or now >= due):
                 return [], due if refused is None else min(due, self.refusals.until)
             for _ in post:
-                self.batches.popleft()
-            self.on_the_way = post
-        return self.on_the_way, now
+                self.fresh.popleft()
+            self.in_flight = post
+        return self.in_flight, now
 
-    def _first_not_refused(self, max_nonces: int) -> tuple[list[Batch], bool]:
-        """The next batches that share a post, and whether no later one could join them."""
-        post: list[Batch] = []
+    def _first_fresh(self, max_nonces: int) -> tuple[list[Delivery], bool]:
+        """Return the next fresh deliveries that share a post, and whether no later one could join them."""
+        post: list[Delivery] = []
         nonces = 0
-        for batch in self.batches:
-            fits = nonces + len(batch.nonces) <= max_nonces and self.kind == GENERATED
-            if post and not (fits and batch.common == post[0].common):
+        for delivery in self.fresh:
+            fits = nonces + len(delivery.nonces) <= max_nonces and self.kind == GENERATED
+            if post and not (fits and delivery.merges_with(post[0])):
                 return post, True
-            post.append(batch)
-            nonces += len(batch.nonces)
+            post.append(delivery)
+            nonces += len(delivery.nonces)
         return post, nonces >= max_nonces
 
-    def taken(self, post: list[Batch]) -> None:
+    def delivered(self, post: list[Delivery]) -> None:
+        """End the waits that the post's success makes needless."""
         self.retry.reset()
         if post[0].refused:
             self.refusals.reset()
 
-    def put_back(self, post: list[Batch], failure: Failure, now: float) -> float:
-        """To the front of the line, or to its back if the body was refused; gives the seconds until the next try."""
+    def put_back(self, post: list[Delivery], failure: Failure, now: float) -> float:
+        """Put a failed post before the others, or behind them if it was refused; return the seconds until a retry."""
         if not failure.refused:
             if post[0].refused:  # alone, and still its turn
                 self.refused[post[0].arrival] = post[0]
                 self.refused.move_to_end(post[0].arrival, last=False)
             else:
-                self.batches.extendleft(reversed(post))
+                self.fresh.extendleft(reversed(post))
             self.retry.failed(now, failure.retry_after)
             return self.retry.until - now
         self.retry.reset()
-        if post[0].refused or now >= self.refusals.until:  # a newcomer does not put off those refused before it
+        if post[0].refused or now >= self.refusals.until:  # a new refusal does not delay those refused before it
             self.refusals.failed(now)
-        for batch in post:
-            batch.refused = True
-            batch.behind = self.batches[-1].arrival if self.batches else -1
-            self.refused[batch.arrival] = batch
+        for delivery in post:
+            delivery.refused = True
+            delivery.goes_after = self.fresh[-1].arrival if self.fresh else -1
+            self.refused[delivery.arrival] = delivery
         return self.refusals.until - now
 
-    def fields(self, batches: list[Batch]) -> dict[str, Any]:
-        """What a log record says of batches."""
-        nonces = [nonce for batch in batches for nonce in batch.nonces]
+    def fields(self, deliveries: list[Delivery]) -> dict[str, Any]:
+        """Return what a log record says of deliveries."""
+        nonces = [nonce for each in deliveries for nonce in each.nonces]
         return {
             "kind": self.kind,
             "url": self.label,
-            "block_hash": printable(", ".join(sorted({str(batch.common.get("block_hash")) for batch in batches}))),
-            "batches": len(batches),
+            "block_hash": printable(", ".join(sorted({str(each.common.get("block_hash")) for each in deliveries}))),
+            "batches": len(deliveries),
             "nonces": len(nonces),
             "first_nonce": nonces[0] if nonces else None,
             "last_nonce": nonces[-1] if nonces else None,
         }
 
 
-class Backlog:
-    """The batches of all lines by age, and the bound on those that wait.
+class Outbox:
+    """The deliveries of all destinations by age, and the bound on those that wait.
 
-    A batch weighs its nonces, at least one. How long a call takes grows with the batches that it moves and with those
-    on their way, not with those that are kept.
+    A delivery weighs its nonces, at least one. A call takes time in proportion to the deliveries that it moves and to
+    those in flight, not to those that are retained.
 
     Args:
-        max_nonces: the most that waiting batches may weigh, but for the last of them.
+        max_nonces: the most that waiting deliveries may weigh together; a single one that waits may weigh more.
     """
 
     def __init__(self, max_nonces: int) -> None:
         self.nonces = 0
-        """Of all batches."""
+        """Nonces of all deliveries, including those in flight."""
         self._max_nonces = max_nonces
-        self._batches: OrderedDict[int, tuple[Line, Batch]] = OrderedDict()  # by arrival, also those on their way
-        self._waiting = self._weight = 0  # batches that wait, and their weight
+        # By arrival, including those in flight.
+        self._deliveries: OrderedDict[int, tuple[Destination, Delivery]] = OrderedDict()
+        self._waiting = self._weight = 0  # deliveries that wait, and their weight
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._deliveries)
 
-    def add(self, line: Line, batch: Batch) -> None:
-        """The newest batch has joined line. Arrivals increase."""
-        self._batches[batch.arrival] = (line, batch)
-        self.nonces += len(batch.nonces)
-        self._wait([batch])
+    def add(self, destination: Destination, delivery: Delivery) -> None:
+        """Add the newest delivery, which was added to destination; arrivals grow."""
+        self._deliveries[delivery.arrival] = (destination, delivery)
+        self.nonces += len(delivery.nonces)
+        self._wait([delivery])
 
-    def sent(self, post: list[Batch]) -> None:
-        """These go on their way."""
+    def sent(self, post: list[Delivery]) -> None:
+        """Note that these deliveries no longer wait."""
         self._waiting -= len(post)
-        self._weight -= sum(batch.weight for batch in post)
-        for batch in post:
-            batch.waiting = False
+        self._weight -= sum(each.weight for each in post)
+        for each in post:
+            each.waiting = False
 
-    def put_back(self, post: list[Batch]) -> None:
-        """These are back in their line."""
+    def put_back(self, post: list[Delivery]) -> None:
+        """Note that these deliveries wait in their destination again."""
         self._wait(post)
 
-    def taken(self, post: list[Batch]) -> None:
-        """These were on their way and have arrived."""
-        for batch in post:
-            self._forget(batch)
+    def delivered(self, post: list[Delivery]) -> None:
+        """Forget these deliveries, which were in flight."""
+        for each in post:
+            self._forget(each)
 
-    def drop_excess(self) -> dict[Line, list[Batch]]:
-        """Take the oldest waiting batches out of their lines until the others keep to the bound, or one is left."""
-        excess, most = self._weight - self._max_nonces, self._waiting - 1
-        oldest: list[tuple[Line, Batch]] = []
-        for line, batch in self._batches.values():
-            if excess <= 0 or len(oldest) >= most:
+    def drop_excess(self) -> dict[Destination, list[Delivery]]:
+        """Drop the oldest waiting deliveries until the others keep to the bound, or only one waits; return them."""
+        excess, max_dropped = self._weight - self._max_nonces, self._waiting - 1
+        oldest: list[tuple[Destination, Delivery]] = []
+        for destination, delivery in self._deliveries.values():
+            if excess <= 0 or len(oldest) >= max_dropped:
                 break
-            if batch.waiting:
-                oldest.append((line, batch))
-                excess -= batch.weight
-        self.sent([batch for _, batch in oldest])
-        dropped: dict[Line, list[Batch]] = {}
-        for line, batch in oldest:
-            line.drop(batch)
-            self._forget(batch)
-            dropped.setdefault(line, []).append(batch)
+            if delivery.waiting:
+                oldest.append((destination, delivery))
+                excess -= delivery.weight
+        self.sent([delivery for _, delivery in oldest])
+        dropped: dict[Destination, list[Delivery]] = {}
+        for destination, delivery in oldest:
+            destination.drop(delivery)
+            self._forget(delivery)
+            dropped.setdefault(destination, []).append(delivery)
         return dropped
 
     def clear(self) -> None:
-        self._batches.clear()
+        self._deliveries.clear()
         self.nonces = self._waiting = self._weight = 0
 
-    def _wait(self, batches: list[Batch]) -> None:
-        self._waiting += len(batches)
-        self._weight += sum(batch.weight for batch in batches)
-        for batch in batches:
-            batch.waiting = True
+    def _wait(self, deliveries: list[Delivery]) -> None:
+        self._waiting += len(deliveries)
+        self._weight += sum(each.weight for each in deliveries)
+        for each in deliveries:
+            each.waiting = True
 
-    def _forget(self, batch: Batch) -> None:
-        del self._batches[batch.arrival]
-        self.nonces -= len(batch.nonces)
+    def _forget(self, delivery: Delivery) -> None:
+        del self._deliveries[delivery.arrival]
+        self.nonces -= len(delivery.nonces)

@@ -1,4 +1,4 @@
-"""The validation queue: bounded, and fair between submitters. No server, no thread and no device in it."""
+"""The validation queue: bounded, and fair between submitters. There is no server, thread or device in it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from ..protocol import PoCConfig, RoundEndedError, ValidatedBatch
+from ..protocol import Round, RoundEndedError, Validation
 
 logger = logging.getLogger("poc_kernels")
 
 _RATE_SECONDS = 30.0
-"""How far back the measured rate remembers: what is so old weighs 1 / e."""
+"""Memory of the measured rate: a measurement of this age weighs 1 / e."""
 
-_LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1, 600
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 1, 600
 _UNMEASURED_RETRY_SECONDS = 5
 """Before the first forward, when nothing tells how long one takes."""
 
@@ -54,23 +54,21 @@ _WAITING = (JobState.QUEUED, JobState.RUNNING)
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ValidationJob:
-    """A batch that is, was or will be validated. Made and changed by its queue alone; read it from any thread.
+    """A proof that is, was or will be validated. Its queue alone makes and changes it; read it from any thread.
 
     Args:
-        config: of the round that it belongs to.
+        forwards: its forwards, and the round that it belongs to.
         submitter: who sent it.
-        nonces: of the batch.
-        steps: gives None after each forward but the last, then the verdict (`PoCManager.validation`).
+        nonces: number of nonces of the proof.
         keep: whether its outcome is kept for `ValidationQueue.get`.
         submitted, started, finished: seconds of ``time.monotonic()``; None until then.
-        verdict, error: its outcome, one of them.
-        future: gets the outcome, once; cannot be cancelled by who waits for it.
+        verdict, error: its outcome, one of the two.
+        future: gets the outcome, once; a waiter cannot cancel it.
     """
 
-    config: PoCConfig
+    forwards: Validation
     submitter: str
     nonces: int
-    steps: Iterator[ValidatedBatch | None]
     keep: bool
     submitted: float
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -78,43 +76,48 @@ class ValidationJob:
     nonces_done: int = 0
     started: float | None = None
     finished: float | None = None
-    verdict: ValidatedBatch | None = None
+    verdict: Any = None
     error: Exception | None = None
-    future: Future[ValidatedBatch] = dataclasses.field(default_factory=Future)
+    future: Future[Any] = dataclasses.field(default_factory=Future)
 
     def __post_init__(self) -> None:
         self.future.set_running_or_notify_cancel()
 
     @property
+    def round(self) -> Round:
+        """The round that it belongs to."""
+        return self.forwards.round
+
+    @property
     def left(self) -> int:
-        """Places that it takes in the queue: nonces to compute, and one for a batch of none."""
+        """Places that it takes in the queue: nonces left to compute; 1 for a batch of none."""
         return max(1, self.nonces) - self.nonces_done
 
 
 @dataclasses.dataclass
-class _Line:
-    """What one submitter has waiting."""
+class _Share:
+    """Jobs of one submitter that wait, and their nonces."""
 
     jobs: collections.deque[ValidationJob] = dataclasses.field(default_factory=collections.deque)
     nonces: int = 0
 
 
 def _ignore(_: ValidationJob) -> None:
-    """The ``ended`` of a queue that nobody watches."""
+    """Do nothing: the ``ended`` of a queue that nobody watches."""
 
 
 class ValidationQueue:
-    """Batches that wait to be validated, the one in work among them. Thread-safe; no call blocks.
+    """Batches that wait to be validated, including the one in work. Thread-safe; no call blocks.
 
-    Forwards are given out in turn, one to each submitter that has something waiting; a submitter's own batches come
-    first come first served. A submitter with nothing waiting is admitted wherever its batch fits; one with something
-    waiting only while it then holds no more than the room that it leaves to others.
+    Forwards are given out in turn, one to each submitter that has something waiting; a submitter's own batches are
+    served first come, first served. A submitter with nothing waiting is admitted wherever its batch fits; one with
+    something waiting only while its share then is no larger than the room that it leaves to others.
 
     Args:
-        max_nonces: most nonces waiting; and most nonces of finished jobs that are kept.
+        max_nonces: maximum number of nonces waiting, and of nonces of finished jobs that are kept.
         result_seconds: how long finished jobs are kept.
-        ended: told of every job that is done, failed or cancelled, once, before its future is; in any thread. What it
-            raises is logged.
+        ended: called once with every job that is done, failed or cancelled, before its future is set; in any thread.
+            What it raises is logged.
 
     Raises:
         ValueError: max_nonces is not positive, or result_seconds is not.
@@ -131,7 +134,7 @@ class ValidationQueue:
         self._result_seconds = result_seconds
         self._ended = ended
         self._lock = threading.Lock()
-        self._lines: collections.OrderedDict[str, _Line] = collections.OrderedDict()  # the next to be served first
+        self._waiting: collections.OrderedDict[str, _Share] = collections.OrderedDict()  # the next to be served first
         self._batches = self._nonces = 0
         self._latest: ValidationJob | None = None
         self._closed: str | None = None
@@ -145,24 +148,26 @@ class ValidationQueue:
 
     @property
     def batches(self) -> int:
-        """Batches waiting to be validated, that in work among them."""
+        """Batches waiting to be validated, including the one in work."""
         return self._batches
 
     @property
     def nonces(self) -> int:
-        """Nonces waiting to be computed; a batch of none counts for one."""
+        """Nonces waiting to be computed; a batch of none counts as one."""
         return self._nonces
 
     def status(self) -> dict[str, Any]:
-        """queued_batches, queued_nonces, submitters that have something waiting, nonces_per_second while there was
-        something to do, and ``running``: id, nonces_done and nonces of the job that was served last; None if it ended.
+        """Return the queue's numbers for GET /status.
+
+        queued_batches, queued_nonces, submitters (that have something waiting), nonces_per_second (while there was
+        something to do), and running: id, nonces_done and nonces of the job served last; None if it ended.
         """
         with self._lock:
             job = self._latest
             return {
                 "queued_batches": self._batches,
                 "queued_nonces": self._nonces,
-                "submitters": len(self._lines),
+                "submitters": len(self._waiting),
                 "running": None
                 if job is None
                 else {"id": job.id, "nonces_done": job.nonces_done, "nonces": job.nonces},
@@ -170,7 +175,7 @@ class ValidationQueue:
             }
 
     def get(self, job_id: str) -> ValidationJob | None:
-        """A job that was put to be kept; None if it is not known, or not any more."""
+        """Return a job that was put with ``keep``; None if it is unknown or no longer kept."""
         with self._lock:
             self._forget(time.monotonic())
             return self._kept.get(job_id)
@@ -179,10 +184,9 @@ class ValidationQueue:
 
     def put(
         self,
-        steps: Iterator[ValidatedBatch | None],
+        forwards: Validation,
         *,
         nonces: int,
-        config: PoCConfig,
         submitter: str,
         keep: bool = False,
     ) -> ValidationJob:
@@ -202,12 +206,10 @@ class ValidationQueue:
             self._admit(max(1, nonces), nonces, submitter, now)
             if self._batches == 0:
                 self._rate_until = now  # idle time is no part of the rate
-            job = ValidationJob(
-                config=config, submitter=submitter, nonces=nonces, steps=steps, keep=keep, submitted=now
-            )
-            line = self._lines.setdefault(submitter, _Line())
-            line.jobs.append(job)
-            line.nonces += job.left
+            job = ValidationJob(forwards=forwards, submitter=submitter, nonces=nonces, keep=keep, submitted=now)
+            share = self._waiting.setdefault(submitter, _Share())
+            share.jobs.append(job)
+            share.nonces += job.left
             self._nonces += job.left
             self._batches += 1
             if keep:
@@ -215,14 +217,14 @@ class ValidationQueue:
         return job
 
     def _admit(self, places: int, nonces: int, submitter: str, now: float) -> None:
-        line = self._lines.get(submitter)
-        own = 0 if line is None else line.nonces
+        share = self._waiting.get(submitter)
+        own = 0 if share is None else share.nonces
         over = self._nonces + places - self._max_nonces
         unfair = own + self._nonces + 2 * places - self._max_nonces if own > 0 else 0
         if over <= 0 and unfair <= 0:
             return
         # Every k nonces that are computed take k from what waits and 1 from what each of k submitters has waiting.
-        count = len(self._lines)
+        count = len(self._waiting)
         until_fair = min(unfair * count / (count + 1), own * count)
         retry_seconds = self._seconds_for(max(over, until_fair), now)
         if over > 0:
@@ -237,29 +239,29 @@ class ValidationQueue:
     # ---- for whoever computes ----
 
     def next(self) -> ValidationJob | None:
-        """The job whose next forward is to run, which `advance` or `finish` ends; None if nothing waits."""
+        """Return the job whose next forward is to run, which `advance` or `finish` ends; None if nothing waits."""
         with self._lock:
-            if not self._lines:
+            if not self._waiting:
                 return None
-            job = self._latest = next(iter(self._lines.values())).jobs[0]
+            job = self._latest = next(iter(self._waiting.values())).jobs[0]
             if job.state == JobState.QUEUED:
                 job.started = time.monotonic()
                 job.state = JobState.RUNNING
             return job
 
     def advance(self, job: ValidationJob) -> None:
-        """Count a forward of ``job`` that was not its last. Nothing happens if it was cancelled meanwhile."""
+        """Count a forward of ``job`` that was not its last; do nothing if the job was cancelled meanwhile."""
         with self._lock:
             if job.state not in _WAITING:
                 return
-            computed = min(job.config.batch_size, job.nonces - job.nonces_done)
+            computed = min(job.round.config.batch_size, job.nonces - job.nonces_done)
             self._measure(computed)
             job.nonces_done += computed
-            self._lines[job.submitter].nonces -= computed
+            self._waiting[job.submitter].nonces -= computed
             self._nonces -= computed
-            self._lines.move_to_end(job.submitter)
+            self._waiting.move_to_end(job.submitter)
 
-    def finish(self, job: ValidationJob, outcome: ValidatedBatch | Exception) -> bool:
+    def finish(self, job: ValidationJob, outcome: Any) -> bool:
         """End ``job``: DONE with its verdict, CANCELLED by a `RoundEndedError`, FAILED by any other error.
 
         Returns:
@@ -271,8 +273,8 @@ class ValidationQueue:
             if not isinstance(outcome, Exception):
                 self._measure(job.nonces - job.nonces_done)
             self._end(job, outcome)
-            if job.submitter in self._lines:
-                self._lines.move_to_end(job.submitter)
+            if job.submitter in self._waiting:
+                self._waiting.move_to_end(job.submitter)
         self._notify(job)
         return True
 
@@ -281,26 +283,26 @@ class ValidationQueue:
     def cancel(self, ended: Callable[[ValidationJob], bool], reason: str) -> None:
         """End every job of which ``ended`` is true, the one in work too, with a `RoundEndedError` of that reason."""
         with self._lock:
-            jobs = [job for line in self._lines.values() for job in line.jobs if ended(job)]
+            jobs = [job for share in self._waiting.values() for job in share.jobs if ended(job)]
             for job in jobs:
                 self._end(job, RoundEndedError(reason))
         for job in jobs:
             self._notify(job)
 
     def close(self, reason: str) -> None:
-        """Cancel everything and admit nothing more. Harmless twice: the first reason stays."""
+        """Cancel everything and admit nothing more. Idempotent: the first reason stays."""
         with self._lock:
             self._closed = self._closed or reason
         self.cancel(lambda job: True, reason)
 
     # ---- under the lock ----
 
-    def _end(self, job: ValidationJob, outcome: ValidatedBatch | Exception) -> None:
-        line = self._lines[job.submitter]
-        line.jobs.remove(job)
-        line.nonces -= job.left
-        if not line.jobs:
-            del self._lines[job.submitter]
+    def _end(self, job: ValidationJob, outcome: Any) -> None:
+        share = self._waiting[job.submitter]
+        share.jobs.remove(job)
+        share.nonces -= job.left
+        if not share.jobs:
+            del self._waiting[job.submitter]
         self._nonces -= job.left
         self._batches -= 1
         if self._latest is job:
@@ -344,9 +346,9 @@ class ValidationQueue:
         rate = self._rate(now)
         if rate == 0:
             return _UNMEASURED_RETRY_SECONDS
-        return max(_LEAST_RETRY_SECONDS, math.ceil(min(nonces / rate, _MOST_RETRY_SECONDS)))
+        return max(_MIN_RETRY_SECONDS, math.ceil(min(nonces / rate, _MAX_RETRY_SECONDS)))
 
-    # ---- outside of it: others' code runs here ----
+    # ---- without the lock: others' code runs here ----
 
     def _notify(self, job: ValidationJob) -> None:
         try:

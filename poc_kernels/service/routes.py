@@ -1,35 +1,42 @@
-"""The PoC routes, under /api/v1/pow, and /health and /metrics."""
+"""The PoC routes, under /api/v1/pow, and /health and /metrics.
+
+Nothing long runs on the event loop: bodies are read into their models, and large answers written, in threads.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..protocol import UNSET, IllegalTransitionError, PoCConfig, PoCState, ProofBatch, RoundEndedError, ValidatedBatch
-from .gate import POC_PREFIX, USER_PREFIX
+from ..protocol import UNSET, IllegalTransitionError, PoCState, RoundEndedError
+from ..protocol.distances import DISTANCES
+from ..protocol.distances import wire as distances_wire
+from .gate import POC_PREFIX
 from .queue import QueueFullError, ValidationJob
+from .round_service import RoundService
 
-if TYPE_CHECKING:
-    from ..node.node import Node
+WIRES = {DISTANCES.name: distances_wire}
+"""How each proof form is told in HTTP: a module with ProofBody and ValidateAnswer."""
 
 _BUSY_SECONDS = 5
-_MAX_LOGITS = 2**26
-"""Logits of a batch: each takes some 30 bytes, with its permutation and what the distance needs."""
+_MAX_DETAILS = 20
+_MAX_SHOWN = 200
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class RoundBody(_Body):
+class RoundBody(BaseModel):
     """Body of /init, /init/generate and /init/validate: a `PoCConfig`; unknown keys are ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     block_hash: str
     block_height: int
@@ -46,36 +53,11 @@ class RoundBody(_Body):
     n_groups: int = 1
 
 
-class ProofBody(_Body):
-    """Body of /validate: a `ProofBatch`."""
-
-    public_key: str
-    block_hash: str
-    block_height: int
-    # The first wrong value ends it: a body can have a million of them.
-    nonces: Annotated[list[int], Field(fail_fast=True)]
-    dist: Annotated[list[float], Field(fail_fast=True)] = []
-    node_id: int = UNSET
-
-
 class PhaseAnswer(BaseModel):
     """Answer of the routes that change the state."""
 
     status: str
     pow_status: dict[str, Any]
-
-
-class ValidateAnswer(BaseModel):
-    """Answer of /validate; computed_distances repeats distances for older clients."""
-
-    status: str
-    nonces: list[int]
-    distances: list[float]
-    computed_distances: list[float]
-    valid: list[bool]
-    fraud_detected: bool
-    n_invalid: int
-    probability_honest: float
 
 
 class WaitingAnswer(BaseModel):
@@ -87,134 +69,210 @@ class WaitingAnswer(BaseModel):
     nonces: int
 
 
-def poc_router(node: Node) -> APIRouter:
-    """The routes of a node's rounds."""
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "A value that a round does not take, or no round was begun"},
+    409: {"description": "The state does not allow it"},
+    422: {"description": "The body is no JSON, or of wrong types"},
+    503: {"description": "The server is shutting down, or the batch could not be computed"},
+}
+_WAITING: dict[int | str, dict[str, Any]] = {202: {"description": "No verdict yet", "model": WaitingAnswer}}
+
+
+# ---- bodies ----
+
+
+def _body(model: type[BaseModel]) -> Any:
+    """Return the dependency that reads a request's body into ``model``, in a thread."""
+
+    async def read(request: Request) -> Any:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return await run_in_threadpool(_parse, model, await request.body(), content_type)
+
+    return Depends(read)
+
+
+def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
+    """Return the body as ``model``; errors are those that FastAPI gives."""
+    if not body:
+        raise _invalid(("body",), "missing", "Field required", None)
+    is_json = content_type == "application/json" or content_type.endswith("+json")
+    with contextlib.suppress(ValidationError):
+        if is_json:
+            return model.model_validate_json(body)  # holds the interpreter for a fifth of the time of json.loads
+    try:
+        content: Any = json.loads(body) if is_json else body
+    except json.JSONDecodeError as error:
+        raise _invalid(("body", error.pos), "json_invalid", "JSON decode error", {}) from error
+    except Exception as error:  # too deep, too long a number, no text: whatever it holds
+        raise HTTPException(400, "There was an error parsing the body") from error
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        details = error.errors(include_url=False)[:_MAX_DETAILS]
+        raise RequestValidationError(
+            [{**detail, "loc": ("body", *detail["loc"]), "input": _shown(detail["input"])} for detail in details]
+        ) from error
+
+
+def _invalid(loc: tuple[Any, ...], kind: str, message: str, value: object) -> RequestValidationError:
+    return RequestValidationError([{"loc": loc, "type": kind, "msg": message, "input": value}])
+
+
+def _takes(model: type[BaseModel]) -> dict[str, Any]:
+    """Return what OpenAPI says of a route that takes ``model``."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _shown(value: object) -> object:
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    text = ascii(value) if not isinstance(value, int) else "an int beyond 64 bits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def handle_invalid_bodies(app: FastAPI) -> None:
+    """Answer bodies of PoC routes that do not fit their model with 422, whatever they hold: also what JSON cannot say.
+
+    Other routes keep the handler that ``app`` has.
+    """
+    others: Callable[..., Awaitable[Response]] = app.exception_handlers[RequestValidationError]  # type: ignore[assignment]
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if not request.url.path.startswith(POC_PREFIX):
+            return await others(request, error)
+        details = [
+            {"loc": list(detail["loc"]), "msg": detail["msg"], "type": detail["type"], "input": _shown(detail["input"])}
+            for detail in error.errors()[:_MAX_DETAILS]
+        ]
+        return JSONResponse({"detail": details}, 422)
+
+
+# ---- rounds ----
+
+
+def poc_router(service: RoundService) -> APIRouter:
+    """Make the routes of a node's rounds."""
     router = APIRouter(prefix=POC_PREFIX, tags=["pow"])
-    manager = node.manager
+    manager, wire = service.manager, WIRES[service.form.name]
 
-    def to_config(body: RoundBody) -> PoCConfig:
-        values = body.model_dump()
-        if values["use_random_projection"] is None:
-            values["use_random_projection"] = node.settings.random_projection
-        config = PoCConfig(**values)
-        tokens, most = config.batch_size * config.seq_len, node.settings.max_proof_tokens
-        if tokens > most:
-            raise ValueError(f"batch_size * seq_len must be at most {most} on this node, got {tokens}")
-        rows = max(1, _MAX_LOGITS // node.engine.vocab_size)
-        if config.batch_size > rows:
-            raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")
-        return config
-
-    def changed(change: Callable[[], None]) -> PhaseAnswer:
-        if node.stopping:
+    def changed(change: Callable[[], None]) -> Response:
+        if service.stopping:
             raise HTTPException(503, "the server is shutting down")
         try:
             change()
         except (ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
         except IllegalTransitionError as error:
-            raise HTTPException(400 if manager.config is None else 409, str(error)) from error
-        finally:
-            node.worker.wake()
-        return PhaseAnswer(status="OK", pow_status=node.status())
+            raise _not_allowed(error) from error
+        return JSONResponse({"status": "OK", "pow_status": service.status()})
 
-    errors: dict[int | str, dict[str, Any]] = {
-        400: {"description": "A value that a round does not take, or no round was begun"},
-        409: {"description": "The state does not allow it"},
-        503: {"description": "The server is shutting down, or the batch could not be computed"},
-    }
+    def _not_allowed(error: Exception) -> HTTPException:
+        return HTTPException(400 if manager.config is None else 409, str(error))
 
-    @router.post("/init", responses=errors)
-    def init(body: RoundBody) -> PhaseAnswer:
+    def begun(body: RoundBody, state: PoCState) -> Response:
+        return changed(lambda: service.begin(body.model_dump(), state))
+
+    phase: dict[str, Any] = {"response_model": PhaseAnswer, "responses": _ERRORS}
+    begin: dict[str, Any] = {**phase, "openapi_extra": _takes(RoundBody)}
+
+    round_body, proof_body = _body(RoundBody), _body(wire.ProofBody)
+
+    @router.post("/init", **begin)
+    def init(body: RoundBody = round_body) -> Response:
         """Begin a round; no phase runs yet."""
-        return changed(lambda: manager.init_round(to_config(body)))
+        return begun(body, PoCState.IDLE)
 
-    @router.post("/init/generate", responses=errors)
-    def init_generate(body: RoundBody) -> PhaseAnswer:
+    @router.post("/init/generate", **begin)
+    def init_generate(body: RoundBody = round_body) -> Response:
         """Begin a round and look for nonces in the background. Users get 503 meanwhile."""
-        return changed(lambda: manager.start_round(to_config(body), PoCState.GENERATING))
+        return begun(body, PoCState.GENERATING)
 
-    @router.post("/init/validate", responses=errors)
-    def init_validate(body: RoundBody) -> PhaseAnswer:
+    @router.post("/init/validate", **begin)
+    def init_validate(body: RoundBody = round_body) -> Response:
         """Begin a round and validate the proofs that come. Users are served meanwhile."""
-        return changed(lambda: manager.start_round(to_config(body), PoCState.VALIDATING))
+        return begun(body, PoCState.VALIDATING)
 
-    @router.post("/phase/generate", responses=errors)
-    def phase_generate() -> PhaseAnswer:
+    @router.post("/phase/generate", **phase)
+    def phase_generate() -> Response:
         """Look for nonces in the round that was begun."""
         return changed(lambda: manager.set_phase(PoCState.GENERATING))
 
-    @router.post("/phase/validate", responses=errors)
-    def phase_validate() -> PhaseAnswer:
+    @router.post("/phase/validate", **phase)
+    def phase_validate() -> Response:
         """Validate proofs in the round that was begun."""
         return changed(lambda: manager.set_phase(PoCState.VALIDATING))
 
-    def enqueued(body: ProofBody, submitter: str, keep: bool) -> ValidationJob:
+    def enqueued(body: Any, submitter: str, keep: bool) -> ValidationJob:
         try:
-            return node.worker.enqueue(ProofBatch(**body.model_dump()), submitter, keep)
+            return service.enqueue(body.proof(), submitter, keep)
         except (ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
         except QueueFullError as error:
             raise HTTPException(429, str(error), {"Retry-After": str(error.retry_seconds)}) from error
         except IllegalTransitionError as error:
-            raise HTTPException(400 if manager.config is None else 409, str(error)) from error
+            raise _not_allowed(error) from error
         except RoundEndedError as error:
             raise HTTPException(409, str(error)) from error
 
-    waiting: dict[int | str, dict[str, Any]] = {202: {"description": "No verdict yet", "model": WaitingAnswer}}
+    def answered(verdict: Any) -> Response:
+        return Response(wire.ValidateAnswer.of(verdict).model_dump_json(), media_type="application/json")
 
     @router.post(
         "/validate",
-        response_model=ValidateAnswer,
+        response_model=wire.ValidateAnswer,
         responses={
-            **errors,
-            **waiting,
+            **_ERRORS,
+            **_WAITING,
             429: {"description": "Too many nonces wait to be validated, of all submitters or of this one"},
         },
+        openapi_extra=_takes(wire.ProofBody),
     )
-    async def validate(
-        request: Request, body: ProofBody, wait: Literal["true", "false"] = "true"
-    ) -> ValidateAnswer | Response:
+    async def validate(request: Request, body: Any = proof_body, wait: Literal["true", "false"] = "true") -> Response:
         """Recompute the distances of a proof batch, and judge it if it has distances.
 
         With wait=false the answer comes at once: its Location has the verdict later.
         """
         submitter = "" if request.client is None else request.client.host
-        job = enqueued(body, submitter, keep=wait == "false")
+        job = await run_in_threadpool(enqueued, body, submitter, wait == "false")
         if wait == "false":
             return _waiting(job, {"Location": f"{POC_PREFIX}/validate/{job.id}"})
         try:
             # Shielded: the verdict goes to the callback even if this client does not wait for it.
-            return _answer(await asyncio.shield(asyncio.wrap_future(job.future)))
+            verdict = await asyncio.shield(asyncio.wrap_future(job.future))
         except Exception as error:
             raise _refusal(error) from error
+        return await run_in_threadpool(answered, verdict)
 
     @router.get(
         "/validate/{job_id}",
-        response_model=ValidateAnswer,
+        response_model=wire.ValidateAnswer,
         responses={
-            **waiting,
+            **_WAITING,
             404: {"description": "There is no such job, or not any more"},
             409: {"description": "The round ended before there was a verdict"},
-            503: errors[503],
+            503: _ERRORS[503],
         },
     )
-    def validated(job_id: str) -> ValidateAnswer | Response:
-        """The verdict on a batch that was posted with wait=false."""
-        job = node.worker.queue.get(job_id)
+    def validated(job_id: str) -> Response:
+        """Return the verdict on a batch that was posted with wait=false."""
+        job = service.worker.queue.get(job_id)
         if job is None:
             raise HTTPException(404, f"id must be of a batch posted with wait=false and kept still, got {job_id!r}")
         if job.error is not None:
             raise _refusal(job.error)
-        return _waiting(job) if job.verdict is None else _answer(job.verdict)
+        return _waiting(job) if job.verdict is None else answered(job.verdict)
 
-    @router.get("/status")
-    def status() -> dict[str, Any]:
-        """State and progress of the round."""
-        return node.status()
+    @router.get("/status", response_model=dict[str, Any])
+    def status() -> Response:
+        """Return state and progress of the round."""
+        return JSONResponse(service.status())
 
-    @router.post("/stop", responses=errors)
-    def stop() -> PhaseAnswer:
+    @router.post("/stop", **phase)
+    def stop() -> Response:
         """End the round."""
         return changed(manager.stop_round)
 
@@ -230,67 +288,33 @@ def _waiting(job: ValidationJob, headers: dict[str, str] | None = None) -> Respo
 
 
 def _refusal(error: Exception) -> HTTPException:
-    """What became of a batch that has no verdict."""
+    """Return the answer to who waits for a batch that has no verdict."""
     if isinstance(error, (ValueError, IllegalTransitionError, RoundEndedError)):
         return HTTPException(409, str(error))
     return HTTPException(503, f"the batch could not be computed: {error}", {"Retry-After": str(_BUSY_SECONDS)})
 
 
-def _answer(verdict: ValidatedBatch) -> ValidateAnswer:
-    return ValidateAnswer(
-        status="OK",
-        nonces=verdict.nonces,
-        distances=verdict.dist,
-        computed_distances=verdict.dist,
-        valid=[distance < verdict.r_target for distance in verdict.dist],
-        fraud_detected=verdict.fraud_detected,
-        n_invalid=verdict.n_invalid,
-        probability_honest=verdict.probability_honest,
-    )
+# ---- operation ----
 
 
-def operation_router(node: Node) -> APIRouter:
-    """/health and /metrics."""
+def operation_router(service: RoundService) -> APIRouter:
+    """Make /health and /metrics."""
     router = APIRouter(tags=["operation"])
 
     @router.get("/health", responses={503: {"description": "Something makes no progress"}})
     def health() -> JSONResponse:
-        """Whether inference and proofs make progress."""
-        troubles = node.troubles()
-        content = {"status": "unhealthy" if troubles else "ok", "state": node.manager.state.value, "reasons": troubles}
+        """Say whether inference and proofs make progress."""
+        troubles = service.troubles()
+        content = {
+            "status": "unhealthy" if troubles else "ok",
+            "state": service.manager.state.value,
+            "reasons": troubles,
+        }
         return JSONResponse(content, 503 if troubles else 200)
 
     @router.get("/metrics")
     def metrics() -> Response:
-        """All metrics in Prometheus' text format."""
-        return Response(node.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Return all metrics in Prometheus' text format."""
+        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
-
-
-def handle_invalid_bodies(app: FastAPI) -> None:
-    """Answer bodies that do not fit their model with 422, whatever they hold: also what JSON cannot say back.
-
-    Users' routes keep the handler that ``app`` has.
-    """
-    users: Any = app.exception_handlers[RequestValidationError]
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        if request.url.path.startswith(USER_PREFIX):
-            answer: Response = await users(request, error)
-            return answer
-        details = [
-            {"loc": list(detail["loc"]), "msg": detail["msg"], "type": detail["type"], "input": _shown(detail["input"])}
-            for detail in error.errors()[:20]
-        ]
-        return JSONResponse({"detail": details}, 422)
-
-
-def _shown(value: object) -> object:
-    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, int) and abs(value) < 2**63:
-        return value
-    text = ascii(value) if not isinstance(value, int) else "an int beyond 64 bits"
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,6 +1,6 @@
-"""The proof worker: one thread that computes all batches of a node, for its rounds and for proofs to validate.
+"""The proof worker: one thread that computes all batches, those of the round and those to validate.
 
-While GENERATING it holds inference; otherwise its batches take turns with inference on the device (`Turns`).
+While GENERATING it pauses users; otherwise its slices share the device with them (`Device`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from ..protocol import IllegalTransitionError, PoCManager, PoCState, ProofBatch, RoundEndedError, ValidatedBatch
-from ..scheduling import InFlight, PriorityLanes, Turns, TurnsClosed
+from ..protocol import IllegalTransitionError, PoCManager, PoCState, RoundEndedError
+from ..scheduling import TurnsClosed
+from .device import Device
 from .queue import ValidationJob, ValidationQueue
 
 if TYPE_CHECKING:  # what they need, a process without a server may lack
@@ -28,79 +28,66 @@ _SHUTTING_DOWN = "the node is shutting down"
 
 
 class ProofWorker:
-    """Computes the batches of a `PoCManager`.
+    """Computes the batches of a `PoCManager`, and listens to its changes.
 
     Args:
         manager: whose rounds to run.
-        turns: the device, shared with inference.
-        streams: batches run on the stream of validation.
+        device: shared with users.
         callbacks: where proofs and verdicts go.
-        metrics: told of failures and frauds.
-        drain: waits up to so many seconds until no request is in flight; whether none is.
+        metrics: told of slices, failures and frauds.
         drain_seconds: how long requests in flight may go on once GENERATING begins, before they are paused.
-        max_queued_nonces: most nonces waiting to be validated, and most nonces of results that are kept.
+        max_queued_nonces: maximum number of nonces waiting to be validated, and of nonces of results that are kept.
         result_seconds: how long results are kept.
-        stall_seconds: without progress for so long, `trouble` says so.
-        max_slices_in_flight: slices that a GPU is given before the first of them is done.
-        low_priority: compute in a thread of the lowest priority, where threads have priorities: for turns that hold no
-            slice back.
+        stall_seconds: after this long without progress, `trouble` says so.
     """
 
     def __init__(
         self,
         manager: PoCManager,
-        turns: Turns,
-        streams: PriorityLanes,
+        device: Device,
         callbacks: CallbackSender,
         metrics: Metrics,
         *,
-        drain: Callable[[float], bool],
         drain_seconds: float,
         max_queued_nonces: int,
         stall_seconds: float,
         result_seconds: float = 3600.0,
-        max_slices_in_flight: int = 2,
-        low_priority: bool = False,
     ) -> None:
         self._manager = manager
-        self._turns = turns
-        self._low_priority = low_priority and streams.lowers_threads
-        # A thread of low priority stands still where inference computes: it pays with what it computed itself.
-        self._turn = turns.proof(time.thread_time if self._low_priority else None)
-        self._streams = streams
-        self._in_flight = InFlight(manager.engine.device, max_slices_in_flight)
+        self._form = manager.prover.form
+        self._device = device
         self._callbacks = callbacks
         self._metrics = metrics
-        self._drain = drain
         self._drain_seconds = drain_seconds
         self._stall_seconds = stall_seconds
         self.queue = ValidationQueue(max_queued_nonces, result_seconds, self._ended)
         self._condition = threading.Condition()
-        self._holding = False
+        self._users_paused = False
         self._drain_end: float | None = None
         self._closing = False
         self._idle = False
         self._progressed = time.monotonic()
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="poc-proofs", daemon=True)
+        manager.on_change(self._round_changed)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def close(self, timeout_seconds: float) -> None:
-        """Cancel what waits to be validated, and stop once the slice that runs is done. Harmless twice."""
+        """Cancel what waits to be validated, and stop once the slice that runs is done. Idempotent."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()
         self.queue.close(_SHUTTING_DOWN)
-        self._turn.cancel()  # a slice that is held back is not waited for
+        self._device.cancel()  # a slice that waits for users is not waited for
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
-    def wake(self) -> None:
-        """Look at the manager's state anew: call it after every change. Validations of a round that ended end."""
-        self.queue.cancel(self._is_over, "the round ended while the batch was validated")
+    def _round_changed(self) -> None:
+        """Look at the manager's state anew. Validations of a round that ended end."""
+        self.queue.cancel(lambda job: job.round.ended, "the round ended while the batch was validated")
         self._drain_left()
         self._notify()
 
@@ -110,48 +97,40 @@ class ProofWorker:
                 self._progressed = time.monotonic()  # the clock of a stall begins with the work
             self._condition.notify_all()
 
-    def _is_over(self, job: ValidationJob) -> bool:
-        return self._manager.state == PoCState.STOPPED or self._manager.config is not job.config
-
-    def enqueue(self, batch: ProofBatch, submitter: str, keep: bool = False) -> ValidationJob:
-        """Queue ``batch`` to be validated.
+    def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
+        """Queue ``proof`` to be validated. Its future does not stop the work when nobody waits for it any more.
 
         Args:
-            submitter: between whom the queue is fair.
+            submitter: the queue is fair between submitters.
             keep: keep the outcome for `ValidationQueue.get`.
 
         Raises:
             QueueFullError: there is no room for it now.
-            IllegalTransitionError, ValueError: as `PoCManager.check_batch`, or the batch has more nonces than can ever
-                wait.
+            IllegalTransitionError, TypeError, ValueError: as `PoCManager.validation`, or the proof has more nonces than
+                can ever wait.
             RoundEndedError: the worker is closed.
         """
-        config = self._manager.check_batch(batch)
-        steps = self._manager.validation(batch, self._pause)
-        job = self.queue.put(steps, nonces=len(batch), config=config, submitter=submitter, keep=keep)
-        if self._is_over(job):  # since `check_batch`: whoever ended the round may not have seen this job
-            self.wake()
+        forwards = self._manager.validation(proof, self._pause)
+        job = self.queue.put(forwards, nonces=len(proof), submitter=submitter, keep=keep)
+        if job.round.ended:  # since then: whoever ended the round may not have seen this job
+            self._round_changed()
         self._notify()
         return job
 
-    def submit(self, batch: ProofBatch, submitter: str = "this process") -> Future[ValidatedBatch]:
-        """`enqueue`; the result's errors are those of `PoCManager.validate`. Who stops waiting does not stop it."""
-        return self.enqueue(batch, submitter).future
-
     @property
     def queued_nonces(self) -> int:
-        """Nonces waiting to be validated, those of the batch in work among them."""
+        """Nonces waiting to be validated, including those of the batch in work."""
         return self.queue.nonces
 
     def trouble(self) -> str | None:
-        """Why the worker makes no progress; None if it does, or has nothing to do."""
+        """Return why the worker makes no progress; None if it does, or has nothing to do."""
         if not self._thread.is_alive():
             return "the proof thread is not running"
         if self._failure is not None:
             return f"proof batches fail: {self._failure}"
         silent = time.monotonic() - self._progressed
-        # Held back is not stalled; that inference lets go of the device is for `Inference.trouble` to see to.
-        if self._has_work() and silent > self._stall_seconds and not self._turn.waiting:
+        # To wait for users is not to stall; that users let go of the device is for the engine's own watch to see to.
+        if self._has_work() and silent > self._stall_seconds and not self._device.waiting:
             return f"no proof batch for {silent:.0f} s in state {self._manager.state.value}"
         return None
 
@@ -162,22 +141,20 @@ class ProofWorker:
 
     def _run(self) -> None:
         try:
-            if self._low_priority:
-                self._streams.lower_thread()
-            with self._streams.validation():
+            with self._device.lane():
                 while self._wait():
                     self._step()
         except TurnsClosed:
             logger.info("the proof thread ends: the device is closed")
         finally:
-            self._turns.resume_inference()
+            self._device.resume_users()
             with self._condition:
                 self._closing = True  # whatever ended it: nobody would compute what comes
             self.queue.close("the proof thread ended")
 
     def _wait(self) -> bool:
         with self._condition:
-            while not (self._closing or self._has_work() or self._holding):
+            while not (self._closing or self._has_work() or self._users_paused):
                 self._idle, self._failure = True, None
                 self._condition.wait()
             self._idle = False
@@ -185,11 +162,11 @@ class ProofWorker:
 
     def _step(self) -> None:
         generating = self._manager.state == PoCState.GENERATING
-        if generating and not self._holding:
-            self._pause_inference()
-        self._resume_inference()
+        if generating and not self._users_paused:
+            self._pause_users()
+        self._resume_users()
         failed = self._validate_some()
-        if self._holding and generating:
+        if self._users_paused and generating:
             failed = self._generate() or failed
         if failed:
             with self._condition:
@@ -197,9 +174,9 @@ class ProofWorker:
                     self._condition.wait(_RETRY_SECONDS)
 
     def _drain_left(self) -> float | None:
-        """Seconds until requests in flight are paused; None where nothing is generated.
+        """Return the seconds until requests in flight are paused; None while nothing is generated.
 
-        They begin with the phase, whatever forward is under way then.
+        They count from the beginning of the phase, whatever forward is under way then.
         """
         with self._condition:
             if self._closing or self._manager.state != PoCState.GENERATING:
@@ -209,35 +186,36 @@ class ProofWorker:
                 self._drain_end = time.monotonic() + self._drain_seconds
             return self._drain_end - time.monotonic()
 
-    def _pause_inference(self, wait: bool = True) -> None:
-        """Once no request is in flight, or those that are had their time; without ``wait`` only if that is so now.
+    def _pause_users(self, wait: bool = True) -> None:
+        """Pause users once no request is in flight or the time of those in flight is over, unless the phase ends first.
 
-        Not if the phase ends meanwhile.
+        Args:
+            wait: wait for that; else look once.
         """
         while (left := self._drain_left()) is not None:
-            drained = left > 0 and self._drain(min(left, 0.1) if wait else 0.0)
+            drained = left > 0 and self._device.drain_users(min(left, 0.1) if wait else 0.0)
             self._progressed = time.monotonic()
             if drained or left <= 0:
                 if not drained:
                     logger.warning("requests in flight are paused until the round's generating phase ends")
-                self._turns.pause_inference()
-                self._holding = True
+                self._device.pause_users()
+                self._users_paused = True
                 return
             if not wait:
                 return
 
-    def _resume_inference(self) -> None:
-        """Once the phase is over for which it is held."""
-        if self._holding and self._manager.state != PoCState.GENERATING:
-            self._turns.resume_inference()
-            self._holding = False
+    def _resume_users(self) -> None:
+        """Resume users if the phase for which they are paused is over."""
+        if self._users_paused and self._manager.state != PoCState.GENERATING:
+            self._device.resume_users()
+            self._users_paused = False
             logger.info("inference goes on")
 
     def _generate(self) -> bool:
-        """Compute the next batch of the round; whether that failed."""
+        """Compute the next batch of the round; return whether that failed."""
         try:
-            with self._device():
-                config, batch = self._manager.advance(self._pause)
+            with self._slices():
+                config, _, valid = self._manager.advance(self._pause)
         except (RoundEndedError, IllegalTransitionError):
             return False  # the state changed meanwhile: nothing to report
         except TurnsClosed:
@@ -246,19 +224,18 @@ class ProofWorker:
             self._failed(error)
             return True
         self._succeeded()
-        valid = batch.below(config.r_target)
         if config.callback_url is not None and len(valid) > 0:
-            self._callbacks.generated(config.callback_url, valid.to_dict())
+            self._callbacks.generated(config.callback_url, valid.to_dict(), per_nonce=self._form.per_nonce)
         return False
 
     def _validate_some(self) -> bool:
-        """One forward for the batch whose turn it is; whether that failed."""
+        """Compute one forward of the batch whose turn it is; return whether that failed."""
         job = self.queue.next()
         if job is None:
             return False
         try:
-            with self._device():
-                verdict = next(job.steps)
+            with self._slices():
+                verdict = next(job.forwards)
         except TurnsClosed:
             raise
         except Exception as error:
@@ -270,8 +247,10 @@ class ProofWorker:
         self._succeeded()
         if verdict is None:
             self.queue.advance(job)
-        elif self.queue.finish(job, verdict) and job.config.callback_url is not None and verdict.received_dist:
-            self._callbacks.validated(job.config.callback_url, verdict.to_dict())
+            return False
+        url = job.round.config.callback_url
+        if self.queue.finish(job, verdict) and url is not None and verdict.judged:
+            self._callbacks.validated(url, verdict.to_dict())
         return False
 
     def _ended(self, job: ValidationJob) -> None:
@@ -293,32 +272,29 @@ class ProofWorker:
             )
 
     @contextlib.contextmanager
-    def _device(self) -> Iterator[None]:
-        """The device, for the first slice of a batch; it is given back after the last."""
-        asked = time.monotonic()
-        with self._turn:
-            self._metrics.waited(time.monotonic() - asked)
+    def _slices(self) -> Iterator[None]:
+        """Have the device from the first slice of a batch to the last."""
+        waited = self._device.take()
+        try:
+            self._metrics.waited(waited)
             self._progressed = time.monotonic()
-            try:
-                yield
-            finally:
-                seconds = self._turn.end()
-                if seconds > 0:
-                    self._metrics.slice(seconds)
+            yield
+        finally:
+            seconds = self._device.give_back()
+            if seconds > 0:
+                self._metrics.slice(seconds)
 
     def _pause(self) -> None:
-        """Between two slices of a batch."""
-        self._in_flight.mark()
-        asked = time.monotonic()
-        seconds = self._turn.pause()
-        self._metrics.waited(time.monotonic() - asked)
-        self._metrics.slice(seconds)
+        """Let users have the device between two slices of a batch."""
+        times = self._device.pause()
+        self._metrics.waited(times.waited)
+        self._metrics.slice(times.slice)
         self._progressed = time.monotonic()
         if self._closing:
             raise RoundEndedError(_SHUTTING_DOWN)
-        self._resume_inference()  # not only after a validation's forward
-        if not self._holding and self._manager.state == PoCState.GENERATING:
-            self._pause_inference(wait=False)  # what is left of a validation's forward is held back no more
+        self._resume_users()  # not only after a validation's forward
+        if not self._users_paused and self._manager.state == PoCState.GENERATING:
+            self._pause_users(wait=False)  # what is left of a validation's forward waits no more
 
     def _succeeded(self) -> None:
         self._progressed = time.monotonic()

@@ -1,4 +1,4 @@
-"""Users and the chain's node, against an application whose answers are known."""
+"""The clients of the demonstration, against an application whose answers are known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from poc_kernels.demo.client import Chatter, Node, chatting
+from poc_kernels.demo.client import Chatter, NodeClient, chatting
 
 
 def chunk(text: str | None) -> str:
@@ -89,7 +89,7 @@ def test_pieces_of_a_streamed_answer_are_timed(chatter):
     chat = chatter.ask("hi", "IDLE")
     assert chat.served
     assert chat.text == "Hello you"
-    # Of the clock's readings the first is the question, then one a piece of text, and the end.
+    # The clock is read at the question, once per piece of text, and at the end.
     assert (chat.began, chat.arrivals, chat.ended) == (0.0, (1.0, 2.0), 3.0)
 
 
@@ -148,7 +148,7 @@ def test_users_stop_when_the_block_raises(served):
 def test_routes_of_a_round(served):
     app, url = served
     app.state.seen.clear()
-    node = Node(url)
+    node = NodeClient(url)
     config, batch = {"block_hash": "a"}, {"block_hash": "a", "nonces": [1], "dist": []}
     assert node.status()["state"] == "IDLE"
     node.begin("generate", config)
@@ -170,7 +170,7 @@ def test_routes_of_a_round(served):
 
 
 def test_metrics_by_label(served):
-    node = Node(served[1])
+    node = NodeClient(served[1])
     assert node.metrics("poc_part_seconds_total") == {"inputs": 0.5, "forward": 2.0}
     assert node.metrics("poc_other") == {"": 3.0}
     assert node.metrics("poc_nothing") == {}

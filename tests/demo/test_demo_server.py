@@ -1,4 +1,4 @@
-"""The server as a process: ready, dead, silent, ended; with small programs in the server's place."""
+"""The server process: ready, dead, silent, stopped; small programs stand in for the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from poc_kernels.demo import server
-from poc_kernels.demo.server import Server, ServerFailedError, serving
+from poc_kernels.demo.server import ServerFailedError, ServerProcess, serving
 
 ANSWERS = """
     import http.server, sys
@@ -33,7 +33,7 @@ DEAF = """
 def started(tmp_path):
     running = []
 
-    def start(script: str) -> Server:
+    def start(script: str) -> ServerProcess:
         port = server.free_port()
         log = tmp_path / "server.log"
         with log.open("wb") as output:
@@ -41,7 +41,7 @@ def started(tmp_path):
                 [sys.executable, "-c", textwrap.dedent(script), str(port)], stdout=output, stderr=subprocess.STDOUT
             )
         running.append(process)
-        return Server(process, f"http://127.0.0.1:{port}", log)
+        return ServerProcess(process, f"http://127.0.0.1:{port}", log)
 
     yield start
     for process in running:
@@ -53,33 +53,34 @@ def test_ready_when_health_says_so(started):
     ready = started(ANSWERS.format(status=200))
     ready.wait_ready(30)
     ready.check()
-    assert ready.stop() == -15
+    ready.stop()
     with pytest.raises(ServerFailedError, match="the server ended with status -15"):
         ready.check()
-    assert ready.stop() == -15
+    ready.stop()
+    assert ready.process.returncode == -15
 
 
-def test_a_dead_server_is_said_with_the_end_of_its_log(started):
+def test_a_dead_server_is_reported_with_the_end_of_its_log(started):
     dead = started("print('\\n'.join(f'line {n}' for n in range(100))); raise SystemExit(3)")
     with pytest.raises(ServerFailedError, match=r"(?s)status 3.*line 75\n.*line 99") as raised:
         dead.wait_ready(30)
     assert "line 74\n" not in str(raised.value)
 
 
-def test_a_server_that_is_not_ready_in_time_is_said(started):
+def test_a_server_that_is_not_ready_in_time_is_reported(started):
     slow = started(ANSWERS.format(status=503))
-    with pytest.raises(ServerFailedError, match="not ready after 3 s, /health says 503 not yet"):
+    with pytest.raises(ServerFailedError, match="not ready after 3 s, /health answered 503 not yet"):
         slow.wait_ready(3)
 
 
-def test_a_server_that_does_not_listen_to_sigterm_is_killed(started, monkeypatch):
+def test_a_server_that_ignores_sigterm_is_killed(started, monkeypatch):
     monkeypatch.setattr(server, "_SHUTDOWN_SECONDS", 0.5)
     deaf = started(DEAF)
     deadline = time.monotonic() + 30
     while "deaf" not in deaf.end_of_log():
         deaf.check()
         assert time.monotonic() < deadline
-    assert deaf.stop() is None
+    deaf.stop()
     assert deaf.process.returncode == -9
 
 

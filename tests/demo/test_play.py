@@ -1,4 +1,4 @@
-"""The acts of the demonstration, against a node of a few lines: what a right one passes, and what a wrong one fails."""
+"""The acts of the demonstration, against a node of a few lines: a right one passes, a wrong one fails its check."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAN = Plan(idle_seconds=0.05, generate_seconds=0.05, proofs=64, survey=64, user
 
 
 def distance(batch: dict, nonce: int) -> float:
-    """As geometry says, and as good as random in all that it depends on."""
+    """A distance distributed as geometry predicts, pseudo-random in block hash, public key and nonce."""
     text = f"{batch['block_hash']} {batch['public_key']} {nonce}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return 2 * float(np.random.default_rng(seed).beta(2047 / 2, 2047 / 2)) ** 0.5
@@ -120,7 +120,7 @@ class RightUser:
 
 class LivingServer:
     def check(self):
-        """It runs."""
+        """Find it running."""
 
 
 def played(monkeypatch, node_type=RightNode, user_type=RightUser, plan=PLAN, geometric=True):
@@ -140,13 +140,13 @@ def played(monkeypatch, node_type=RightNode, user_type=RightUser, plan=PLAN, geo
 
 
 def failures(outcome):
-    return [check.name for check in outcome.checks if not check.held]
+    return [check.name for check in outcome.checks if not check.passed]
 
 
 def test_a_right_node_passes(monkeypatch):
     outcome, shown = played(monkeypatch)
     assert failures(outcome) == []
-    assert outcome.held
+    assert outcome.passed
     assert len(outcome.checks) == 16
     assert shown.count("ok  ") == 16
     assert "FAILED" not in shown
@@ -173,7 +173,7 @@ class Distrustful(RightNode):
 
 
 class Forgetful(RightNode):
-    """Takes whatever block a batch names for its own."""
+    """Accepts batches of any block."""
 
     def refusal(self, batch):
         return 200, "OK"
@@ -185,14 +185,14 @@ class Imprecise(RightNode):
 
 
 class Lazy(RightNode):
-    """Keys do not matter to it."""
+    """Ignores the public key."""
 
     def recomputed(self, batch):
         return super().recomputed({**batch, "public_key": acts.PUBLIC_KEY})
 
 
 class Replayed(RightNode):
-    """Blocks do not matter to it."""
+    """Ignores the block hash."""
 
     def distance(self, batch, nonce):
         return distance({**batch, "block_hash": acts.BLOCK_HASH}, nonce)
@@ -210,7 +210,7 @@ class Biased(RightNode):
 
 class Silent(RightNode):
     def post(self, path, batch):
-        """No callback."""
+        """Send no callback."""
 
 
 class Unsigned(RightNode):
@@ -219,10 +219,10 @@ class Unsigned(RightNode):
 
 
 class Stubborn(RightNode):
-    """Does not go on to validate."""
+    """Stays in GENERATING."""
 
     def phase(self, name):
-        """Stays."""
+        """Do nothing."""
 
 
 class Rude(RightUser):
@@ -245,13 +245,13 @@ class CutOff(RightUser):
 
 REFUSED = "chats are refused with 503 and Retry-After while GENERATING"
 HONEST = "honest proofs are accepted"
-BITS = "recomputed beside chats, distances have the very bits of the proofs"
-SURVEY = "distances lie where geometry says"
+BITS = "distances recomputed while users are served are bit-identical to the proofs"
+SURVEY = "distances are distributed as geometry predicts"
 MADE_UP = "made-up distances: fraud detected"
 OTHER_KEY = "proofs of another public key: fraud detected"
-REPLAY = "proofs of the block before, under this block's hash: fraud detected"
-PROOFS = "every proof reached the callback's receiver, once"
-VERDICTS = "the verdicts reached it, three frauds among them"
+REPLAY = "proofs of the previous block, under this block's hash: fraud detected"
+PROOFS = "every proof reached the callback receiver exactly once"
+VERDICTS = "the verdicts reached the receiver, including three frauds"
 SIGNED = "every callback was signed with the shared key"
 
 
@@ -260,7 +260,7 @@ SIGNED = "every callback was signed with the shared key"
     [
         (Gullible, RightUser, [MADE_UP, OTHER_KEY, REPLAY]),
         (Distrustful, RightUser, [HONEST]),
-        (Forgetful, RightUser, ["a batch of another block hash is refused with 400"]),
+        (Forgetful, RightUser, ["a batch with another block hash is refused with 400"]),
         (Imprecise, RightUser, [BITS]),
         (Lazy, RightUser, [OTHER_KEY, VERDICTS]),
         (Replayed, RightUser, [REPLAY, VERDICTS]),
@@ -276,12 +276,12 @@ SIGNED = "every callback was signed with the shared key"
 def test_what_is_wrong_fails_its_check_and_no_other(monkeypatch, node_type, user_type, expected):
     outcome, shown = played(monkeypatch, node_type, user_type)
     assert failures(outcome) == expected
-    assert not outcome.held
+    assert not outcome.passed
     assert shown.count("FAILED") == len(expected)
 
 
 class Shifted(RightNode):
-    """Its logits have a mean of their own: distances lie closer together, elsewhere."""
+    """Its logits have a mean other than zero: distances lie closer together, around another centre."""
 
     def distance(self, batch, nonce):
         return 1.43 + 0.5 * (super().distance(batch, nonce) - 2**0.5)
@@ -294,7 +294,7 @@ def test_a_model_whose_logits_have_a_mean_passes_by_a_survey(monkeypatch):
     assert 1.41 < outcome.r_target < 1.43
     assert outcome.expected_share == 0.2
     assert 0.1 < outcome.valid / outcome.checked < 0.35
-    assert "as many nonces are valid as in a survey" in shown
+    assert "the share of valid nonces is that of a survey" in shown
     assert [band.state for band in outcome.bands][:3] == ["IDLE", "VALIDATING", "STOPPED"]
 
 
@@ -305,13 +305,13 @@ def test_a_node_that_finds_more_than_the_survey_is_noticed(monkeypatch):
 
     plan = Plan(idle_seconds=0.01, generate_seconds=0.05, survey=256)
     outcome, _ = played(monkeypatch, Generous, plan=plan, geometric=False)
-    assert failures(outcome) == ["as many nonces are valid as in a survey"]
+    assert failures(outcome) == ["the share of valid nonces is that of a survey"]
 
 
 def test_a_node_that_stays_in_a_state_is_noticed(monkeypatch):
     outcome, shown = played(monkeypatch, Stubborn)
     assert "the node is VALIDATING" in failures(outcome)
-    assert "it says GENERATING" in shown
+    assert "it reports GENERATING" in shown
 
 
 def test_generating_ends_where_nothing_is_found(monkeypatch):
@@ -319,7 +319,7 @@ def test_generating_ends_where_nothing_is_found(monkeypatch):
         def begin(self, name, config):
             super().begin(name, config if config["block_hash"] == acts.EARLIER_HASH else {**config, "r_target": 0.1})
 
-    outcome, _ = played(monkeypatch, Fruitless, plan=Plan(idle_seconds=0.01, generate_most_seconds=0.1, survey=32))
+    outcome, _ = played(monkeypatch, Fruitless, plan=Plan(idle_seconds=0.01, max_generate_seconds=0.1, survey=32))
     assert "64 proofs are found within 0 s" in failures(outcome)
     assert HONEST in failures(outcome)
 

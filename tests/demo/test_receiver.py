@@ -53,7 +53,7 @@ def test_what_is_no_batch_is_refused(receiver, body):
     assert receiver.calls == []
 
 
-def test_the_first_messages_are_refused_to_be_sent_again():
+def test_the_first_messages_are_refused_so_that_they_are_sent_again():
     with receiving(KEY, lambda: 0.0, refuse=2) as receiver:
         assert [post(receiver, BATCH) for _ in range(3)] == [503, 503, 200]
         assert receiver.nonces("/generated", "0xabc") == [3, 5]

@@ -1,4 +1,4 @@
-"""The report: one file, valid, escaped, with no link out of it."""
+"""The report: one valid file, escaped, without links out of it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_elements_nest_and_the_tables_are_there(text):
     assert page.open == []
     assert text.startswith("<!DOCTYPE html>")
     assert page.seen.count("table") == 5
-    assert "All 1 checks held." in text
+    assert "All 1 checks passed." in text
     assert {"500.0 per second", "honest proofs are accepted", "3 batches", "/generated", "90.00 %"} <= set(page.cells)
 
 
@@ -115,7 +115,7 @@ def test_verdicts_and_signatures_of_callbacks(fraud):
         "1.00",
         "/validated",
         "401",
-        "WRONG",
+        "INVALID",
         "2",
         "key",
         "hash",
@@ -127,7 +127,7 @@ def test_a_long_callback_log_is_cut_in_the_middle():
     calls = [Callback(float(at), f"/call{at}", 200, True, "hash", "key", (), None) for at in range(100)]
     text = report.html(results(callbacks=calls))
     cells = Page(text).cells
-    assert "60 more in the middle are left out." in text
+    assert "60 callbacks in the middle are not shown." in text
     assert {"/call0", "/call19", "/call80", "/call99"} <= set(cells)
     assert not {"/call20", "/call79"} & set(cells)
 

@@ -1,4 +1,4 @@
-"""What is computed from the records."""
+"""What is computed from the records of a demonstration."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def test_times_are_those_of_the_chats_served_in_a_state():
     assert given.firsts("GENERATING") == []
 
 
-def test_it_holds_only_if_all_checks_held():
-    assert results().held
-    assert not results(checks=[]).held
-    assert not results(checks=[Check("a", True), Check("b", False)]).held
+def test_results_pass_only_if_all_checks_passed():
+    assert results().passed
+    assert not results(checks=[]).passed
+    assert not results(checks=[Check("a", True), Check("b", False)]).passed
 
 
 def test_summary_says_what_was_measured():
     rows = dict(results().summary())
-    assert rows["nonces checked, generating"] == "500.0 per second"
-    assert rows["nonces recomputed, validating beside chats"] == "250.0 per second"
+    assert rows["nonces checked while generating"] == "500.0 per second"
+    assert rows["nonces recomputed while users are served"] == "250.0 per second"
     assert rows["valid nonces, distance below 1.4010"] == "210 of 1000: 21.0%, expected 20.0%"
     assert rows["share of the round spent in the two projections"] == "1.00%"
-    assert rows["bytes held for P"] == "8 B, its seed; stored it would take 512 KiB"
-    assert rows["time to first token, idle"] == "median 20.0 ms, 95 % below 20.0 ms"
-    assert rows["time between tokens, validating"] == "median 50.0 ms, 95 % below 50.0 ms"
+    assert rows["memory for P"] == "8 B, its seed; stored, P would take 512 KiB"
+    assert rows["time to first token, idle"] == "median 20.0 ms, 95th percentile 20.0 ms"
+    assert rows["time between tokens, validating"] == "median 50.0 ms, 95th percentile 50.0 ms"
 
 
 def test_summary_of_nothing_says_so():
@@ -52,8 +52,8 @@ def test_summary_of_nothing_says_so():
 
 
 def test_median_and_tail():
-    assert median_and_tail([0.004]) == "median 4.0 ms, 95 % below 4.0 ms"
-    assert median_and_tail([value / 1000 for value in range(101)]) == "median 50.0 ms, 95 % below 95.0 ms"
+    assert median_and_tail([0.004]) == "median 4.0 ms, 95th percentile 4.0 ms"
+    assert median_and_tail([value / 1000 for value in range(101)]) == "median 50.0 ms, 95th percentile 95.0 ms"
 
 
 @pytest.mark.parametrize(

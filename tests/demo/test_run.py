@@ -1,4 +1,4 @@
-"""The demonstration from beginning to end, and how it ends where it cannot go on."""
+"""The demonstration from beginning to end, and how it ends when it cannot continue."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_a_round_on_the_real_server(shown, tmp_path):
     status = demo.run(report=report, plan=plan, show=Kept(Console(file=shown, width=120)))
     text = shown.getvalue()
     assert status == 0, text
-    assert "all 16 checks held" in text
-    assert "All 16 checks held." in report.read_text(encoding="utf-8")
+    assert "all 16 checks passed" in text
+    assert "All 16 checks passed." in report.read_text(encoding="utf-8")
     (results,) = outcome
     assert (results.hidden_size, results.vocab_size) == (256, 2048)
-    assert (results.held_bytes, results.stored_bytes) == (8, 2 * 256 * 256 * 4)
+    assert (results.retained_bytes, results.stored_bytes) == (8, 2 * 256 * 256 * 4)
     assert set(results.parts) == {"inputs", "projection", "forward", "distance"}
     assert 0 < results.projection_share < 0.5
     assert results.generating_rate > 0
@@ -82,7 +82,7 @@ def test_a_check_that_failed_is_the_exit_status(monkeypatch, shown, tmp_path):
     assert "FAILED" in report.read_text(encoding="utf-8")
 
 
-def test_a_server_that_fails_is_said(monkeypatch, shown, tmp_path):
+def test_a_server_that_fails_is_reported(monkeypatch, shown, tmp_path):
     @contextlib.contextmanager
     def dead(*_args, **_arguments):
         raise ServerFailedError("the server ended with status 3")
@@ -94,7 +94,7 @@ def test_a_server_that_fails_is_said(monkeypatch, shown, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_an_answer_that_never_comes_is_said_with_the_servers_log(monkeypatch, shown, tmp_path):
+def test_an_answer_that_never_comes_is_reported_with_the_servers_log(monkeypatch, shown, tmp_path):
     class Logging:
         def end_of_log(self):
             return "its last words"
@@ -111,13 +111,13 @@ def test_an_answer_that_never_comes_is_said_with_the_servers_log(monkeypatch, sh
     assert "no answer; the end of the server's log:\nits last words" in shown.getvalue()
 
 
-def test_a_model_that_is_not_there_is_said(shown, tmp_path):
+def test_a_missing_model_is_reported(shown, tmp_path):
     show = Show(Console(file=shown, width=500))
     assert demo.run(model=str(tmp_path / "no-model"), report=tmp_path / "report.html", show=show) == 1
     assert "no-model" in shown.getvalue()
 
 
-def test_it_runs_beside_the_main_thread(monkeypatch, shown, tmp_path):
+def test_it_runs_outside_the_main_thread(monkeypatch, shown, tmp_path):
     quick(monkeypatch, lambda server, key, plan, results, show: results.checks.append(Check("a", True)))
     statuses = []
     show = Show(Console(file=shown))

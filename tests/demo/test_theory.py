@@ -1,4 +1,4 @@
-"""The distribution of distances that geometry gives."""
+"""The distribution of distances that geometry predicts."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vectors import VECTORS
 
 import poc_kernels
 from poc_kernels import backends, reference
-from poc_kernels.kernels import Backend, native, self_test
+from poc_kernels.kernels import Backend, cpu, self_test, trial
 
 X = rows_of_every_kind(6, 40, torch.float32, 1)
 SEED = poc_kernels.seed_tensor(7)
@@ -30,8 +30,8 @@ SMALL = {
 }
 
 
-def one_wrong_bit(*arguments, **options):
-    y = reference.project(*arguments, **options)
+def one_wrong_bit(*arguments):
+    y = reference.project(*arguments)
     integer = torch.int32 if y.dtype == torch.float32 else torch.int16
     y.view(integer)[-1, -1] ^= 1
     return y
@@ -43,12 +43,12 @@ def one_wrong_entry(*arguments):
     return e
 
 
-def raising(*arguments, **options):
+def raising(*arguments):
     raise RuntimeError("a kernel that does not launch")
 
 
-def made(name, project=reference.project, entries=reference.entries, unavailable=None):
-    return Backend(name, project, entries, unavailable=lambda device: unavailable)
+def made(name, project=reference.project, entries=reference.entries, unavailable=None, **options):
+    return Backend(name, project, entries, unavailable=lambda device: unavailable, **options)
 
 
 def install(monkeypatch, *candidates):
@@ -109,8 +109,8 @@ def test_an_exception_is_a_wrong_answer(part):
     ids=lambda flaw: next(iter(flaw)),
 )
 def test_a_backend_that_ignores_an_argument_is_found(flaw):
-    def careless(*arguments, **options):
-        return reference.project(*arguments, **{**options, **flaw})
+    def careless(x, seed, request):
+        return reference.project(x, seed, request._replace(**flaw))
 
     assert self_test.wrong_answers(made("careless", project=careless), CPU)
 
@@ -147,10 +147,9 @@ def test_a_broken_backend_is_never_used(broken, what, monkeypatch, caplog):
 
 
 def test_no_backend_left_is_an_error(monkeypatch):
-    install(monkeypatch, made("broken", project=one_wrong_bit), made("absent", unavailable="it has no such processor"))
+    install(monkeypatch, made("broken", project=one_wrong_bit), made("absent", unavailable="it has no such CPU"))
     message = (
-        "no poc_kernels backend can be used on cpu "
-        "(broken: wrong answers in its self-test; absent: it has no such processor)"
+        "no poc_kernels backend can be used on cpu (broken: wrong answers in its self-test; absent: it has no such CPU)"
     )
     for _ in range(2):
         with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -160,7 +159,7 @@ def test_no_backend_left_is_an_error(monkeypatch):
 def test_an_unavailable_backend_is_not_tried(monkeypatch):
     install(monkeypatch, made("absent", project=raising, unavailable="no"), made("good"))
     assert backends.select(CPU).name == "good"
-    assert [name for name, _ in backends._verdicts] == ["good"]
+    assert [name for name, _ in trial.verdicts] == ["backend good"]
 
 
 def test_a_backend_that_is_trusted_is_not_tried(monkeypatch):
@@ -169,7 +168,7 @@ def test_a_backend_that_is_trusted_is_not_tried(monkeypatch):
         backends.trust("abacus", CPU)
     backends.trust("broken", CPU)
     assert backends.select(CPU).name == "broken"
-    assert backends._verdicts == {("broken", CPU): []}, "elsewhere it is tried"
+    assert trial.verdicts == {("backend broken", CPU): []}, "elsewhere it is tried"
 
 
 def test_a_backend_is_tried_once_on_each_device(monkeypatch):
@@ -213,57 +212,75 @@ def test_native_kernels_run_on_the_cpu_only():
     assert backends.backends()[-1].unavailable(torch.device("cuda")) is None
 
 
-# ---- the tiles of the Triton backend -------------------------------------------------------------------------------
+# ---- what known answers do not reach --------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def tiles(monkeypatch):
-    """Sets what the Triton kernels say of their tiles; returns the devices that were asked about."""
-    asked = []
+def asked():
+    """The devices for which a backend was asked what of its tiles is wrong."""
+    return []
 
-    class Kernels:
-        @staticmethod
-        def wrong_tiles(device):
+
+@pytest.fixture
+def tiled(asked):
+    """Makes a backend that says what of its tiles is wrong, or raises it."""
+
+    def with_tiles(found, **options):
+        def wrong(device):
             asked.append(device)
-            if isinstance(Kernels.answer, Exception):
-                raise Kernels.answer
-            return Kernels.answer
+            if isinstance(found, Exception):
+                raise found
+            return found
 
-    def answer(what):
-        Kernels.answer = what
-        return asked
+        return made("tiled", wrong=wrong, **options)
 
-    monkeypatch.setattr(backends, "_triton", lambda: Kernels)
-    return answer
+    return with_tiles
 
 
-def test_a_tile_that_the_known_answers_do_not_reach_is_tried(tiles, monkeypatch, caplog):
-    asked = tiles(["16 bits in int8 by a tile, K whole"])
-    install(monkeypatch, made("triton"), made("good"))
+def test_a_tile_that_the_known_answers_do_not_reach_is_tried(tiled, asked, monkeypatch, caplog):
+    backend = tiled(["16 bits in int8 by a tile, K whole"])
+    install(monkeypatch, backend, made("good"))
     assert backends.select(CPU).name == "good"
-    assert backends.verdict(made("triton"), CPU) == ["16 bits in int8 by a tile, K whole"]
+    assert backends.verdict(backend, CPU) == ["16 bits in int8 by a tile, K whole"]
     assert asked == [CPU], "once"
     assert "will not be used there: 16 bits in int8 by a tile, K whole" in caplog.text
 
 
 @pytest.mark.parametrize("error", PASSING_ERRORS, ids=repr)
-def test_an_exception_of_a_tile_is_a_wrong_answer_but_for_a_condition_that_passes(error, tiles, monkeypatch):
-    tiles(error)
+def test_an_exception_of_a_tile_is_a_wrong_answer_except_for_a_condition_that_passes(error, tiled):
     with pytest.raises(type(error)) as raised:
-        backends.verdict(made("triton"), CPU)
+        backends.verdict(tiled(error), CPU)
     assert raised.value is error
-    tiles(RuntimeError("a tile that does not launch"))
-    assert backends.verdict(made("triton"), CPU) == ["RuntimeError: a tile that does not launch"]
+    broken = tiled(RuntimeError("a tile that does not launch"))
+    assert backends.verdict(broken, CPU) == ["RuntimeError: a tile that does not launch"]
 
 
-def test_tiles_are_tried_of_a_triton_backend_that_gives_the_known_answers(tiles):
-    asked = tiles([])
+def test_tiles_are_tried_of_a_backend_that_gives_the_known_answers(tiled, asked):
     assert backends.verdict(made("good"), CPU) == []
-    assert backends.verdict(made("triton", entries=raising), CPU) == ["RuntimeError: a kernel that does not launch"]
+    assert backends.verdict(tiled([], entries=raising), CPU) == ["RuntimeError: a kernel that does not launch"]
     assert asked == []
-    backends._verdicts.clear()
-    assert backends.verdict(made("triton"), CPU) == []
+    trial.verdicts.clear()
+    assert backends.verdict(tiled([]), CPU) == []
     assert asked == [CPU]
+
+
+def test_the_triton_backend_has_its_tiles_tried(monkeypatch):
+    asked = []
+    check = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.check")
+    monkeypatch.setattr(check, "wrong_tiles", lambda device: asked.append(device) or ["a tile"])
+    monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: [])
+    assert backends.verdict(next(each for each in backends.backends() if each.name == "triton"), CPU) == ["a tile"]
+    assert asked == [CPU]
+
+
+def test_a_backend_may_serve_a_device_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: [])
+    install(monkeypatch, made("shy", by_name_only=("cpu",)), made("good"))
+    assert backends.select(CPU).name == "good"
+    assert backends.select(torch.device("meta")).name == "shy"
+    with poc_kernels.use_backend("shy"):
+        assert backends.select(CPU).name == "shy"
+    assert backends.unavailable(backends.backends()[0], CPU) == "serves a cpu only where it is asked for by name"
 
 
 # ---- use_backend ---------------------------------------------------------------------------------------------------
@@ -299,9 +316,9 @@ def test_use_backend_refuses_an_unknown_name():
 def test_use_backend_serves_the_backend_it_names(monkeypatch):
     calls = []
 
-    def counting(*arguments, **options):
-        calls.append(options["columns"])
-        return reference.project(*arguments, **options)
+    def counting(x, seed, request):
+        calls.append(request.columns)
+        return reference.project(x, seed, request)
 
     install(monkeypatch, made("good"), made("counted", project=counting))
     with poc_kernels.use_backend("counted"):
@@ -326,7 +343,7 @@ def test_plain_torch_serves_where_there_is_no_native_core(no_native_core):
         warnings.simplefilter("always")
         for _ in range(2):
             assert_same_bits(poc_kernels.residual_projection(X, SEED), expected(X))
-        assert native.instruction_sets() == []
+        assert cpu.instruction_sets() == []
         assert [backend.name for backend in backends.backends()] == ["triton", "reference"]
     assert [w.category for w in caught] == [RuntimeWarning]
     assert "without its native core" in str(caught[0].message)
@@ -344,10 +361,10 @@ def test_no_native_core_is_a_known_state_of_the_environment(no_native_core, monk
 
 @pytest.mark.parametrize("error", PASSING_ERRORS, ids=repr)
 def test_a_condition_that_passes_is_not_remembered(error, monkeypatch, caplog):
-    def unlucky(*arguments, **options):
+    def unlucky(*arguments):
         if errors:
             raise errors.pop()
-        return reference.entries(*arguments, **options)
+        return reference.entries(*arguments)
 
     errors = [error]
     install(monkeypatch, made("unlucky", entries=unlucky), made("slow"))
@@ -363,5 +380,5 @@ def test_a_condition_that_passes_is_not_remembered(error, monkeypatch, caplog):
     [ValueError("out of memory"), ImportError("no name capture_begin"), RuntimeError("out of resource: shared memory")],
 )
 def test_other_errors_tell_of_the_backend(error):
-    assert not self_test.is_transient(error)
-    assert self_test.is_transient(MemoryError())
+    assert not trial.is_transient(error)
+    assert trial.is_transient(MemoryError())

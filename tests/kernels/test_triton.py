@@ -31,13 +31,11 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 
 from poc_kernels import backends, definition, reference
-from poc_kernels.kernels import (
-    Backend,
-    self_test,
-)
+from poc_kernels.kernels import Backend, self_test, trial
+from poc_kernels.kernels.triton import check
 from poc_kernels.kernels.triton import device as triton_device
 from poc_kernels.kernels.triton import product as kernels
-from poc_kernels.kernels.triton import tiles as triton_configs
+from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
 
 if isinstance(kernels.product_kernel, triton.runtime.JITFunction):
@@ -172,9 +170,9 @@ def test_rows_of_every_kind(dtype, bits):
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 @pytest.mark.parametrize("bits", [16, 8])
 def test_every_tile_of_the_tables(bits, arithmetic, splits):
-    capabilities = [triton_configs.HIP, (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
+    capabilities = [tile_table.HIP, (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
     tiles = {  # stages are the compiler's alone
-        tile._replace(stages=1) for each in capabilities for tile in triton_configs.tiles(each, bits, arithmetic)
+        tile._replace(stages=1) for each in capabilities for tile in tile_table.tiles(each, bits, arithmetic)
     }
     x = rows_of_every_kind(max(tile.rows for tile in tiles), 140, torch.bfloat16, bits)
     y = expected(x, activation_bits=bits, columns=20)
@@ -288,16 +286,16 @@ def test_the_known_answers_of_a_first_use():
 def test_a_tile_that_only_calls_of_many_rows_take_is_found_before_its_use(fresh_choice, monkeypatch):
     whole = kernels.project
 
-    def broken(x, *arguments, tile=None, splits=None, **options):
+    def broken(x, seed, request, tile=None, splits=None, **options):
         """One bit is wrong where the largest tile of 8 bits sums K in one part."""
-        y = whole(x, *arguments, tile=tile, splits=splits, **options)
-        tile = tile or triton_configs.choose((9, 0), len(x), options["activation_bits"], "int8")
-        if tile == triton_configs.tiles((9, 0), 8, "int8")[-1] and splits == 1:
+        y = whole(x, seed, request, tile=tile, splits=splits, **options)
+        tile = tile or tile_table.choose((9, 0), len(x), request.activation_bits, "int8")
+        if tile == tile_table.tiles((9, 0), 8, "int8")[-1] and splits == 1:
             y.view(torch.int16)[-1, -1] ^= 1
         return y
 
     monkeypatch.setattr(kernels, "project", broken)
-    monkeypatch.setattr(kernels, "_LONGEST_BLOCK", 256)  # for the interpreter's sake
+    monkeypatch.setattr(kernels, "LONGEST_BLOCK", 256)  # for the interpreter's sake
     few = {"entries": [], "residual": [], "projection": [], "edge": self_test._known_answers()["edge"]}
     monkeypatch.setattr(self_test, "_known_answers", lambda: few)
     monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
@@ -312,33 +310,33 @@ def test_a_tile_that_only_calls_of_many_rows_take_is_found_before_its_use(fresh_
         backends.select(CPU)
 
 
-@pytest.mark.parametrize(("capability", "parts"), [((9, 0), 2), (triton_configs.HIP, 1)])
+@pytest.mark.parametrize(("capability", "parts"), [((9, 0), 2), (tile_table.HIP, 1)])
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 def test_the_tiles_of_a_device_are_tried_whole_and_in_parts_and_with_every_dtype(
     arithmetic, capability, parts, monkeypatch
 ):
     calls = []
 
-    def recorded(x, *arguments, **options):
-        calls.append((x.dtype, x.shape[1], options["activation_bits"], options["tile"], options["splits"]))
+    def recorded(x, seed, request, **options):
+        calls.append((x.dtype, x.shape[1], request.activation_bits, options["tile"], options["splits"]))
         assert options["arithmetic"] == arithmetic
-        return torch.zeros(len(x), options["columns"], dtype=x.dtype)
+        return torch.zeros(len(x), request.columns, dtype=x.dtype)
 
     monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", arithmetic)
     monkeypatch.setattr(kernels, "project", recorded)
-    monkeypatch.setattr(kernels, "_hardware", lambda device: (capability, 4))
-    wrong = kernels.wrong_tiles(CPU)
+    monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 4))
+    wrong = check.wrong_tiles(CPU)
     assert len(wrong) == len(set(wrong)) == len(calls)
     cut = {1: "whole", 2: "in 2 parts"}
     assert wrong[1] == f"bfloat16, 16 bits in {arithmetic} by {calls[1][3]}, K = 140 {cut[calls[1][4]]}"
     short = {
         (torch.bfloat16, 140, bits, tile, splits)
         for bits in (16, 8)
-        for tile in triton_configs.tiles(capability, bits, arithmetic)
+        for tile in tile_table.tiles(capability, bits, arithmetic)
         for splits in range(1, parts + 1)
     }
     beyond_a_block = {
-        (dtype, 8320, bits, triton_configs.tiles(capability, bits, arithmetic)[-1], splits)
+        (dtype, 8320, bits, tile_table.tiles(capability, bits, arithmetic)[-1], splits)
         for dtype, bits, splits in [
             *((torch.bfloat16, bits, 1) for bits in (16, 8)),
             *((torch.float32, 16, 1), (torch.float32, 8, parts)),
@@ -371,12 +369,12 @@ def test_the_factor_goes_to_the_kernel_as_its_bits_whatever_becomes_of_subnormal
 
 
 def test_tiles_by_rows():
-    for capability in [triton_configs.HIP, (8, 0), (8, 9), (9, 0), (10, 0), (12, 1), (13, 0)]:
+    for capability in [tile_table.HIP, (8, 0), (8, 9), (9, 0), (10, 0), (12, 1), (13, 0)]:
         for bits in (16, 8):
-            tiles = triton_configs.tiles(capability, bits, "int8")
+            tiles = tile_table.tiles(capability, bits, "int8")
             assert [tile.rows for tile in tiles] == sorted(tile.rows for tile in tiles)
             for rows in (1, 16, 17, 64, 65, 10**6):
-                tile = triton_configs.choose(capability, rows, bits, "int8")
+                tile = tile_table.choose(capability, rows, bits, "int8")
                 assert tile.rows >= rows or tile == tiles[-1]
             assert all(tile.columns % (16 * tile.warps) == 0 for tile in tiles)
 
@@ -385,7 +383,7 @@ FEW, MANY = Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)
 
 
 @pytest.mark.parametrize(
-    ("tile", "tiles", "panels", "multiprocessors", "parts"),
+    ("tile", "tiles", "panels", "sms", "parts"),
     [
         (MANY, 1000, 64, 132, 1),
         (MANY, 132, 64, 132, 1),
@@ -399,10 +397,8 @@ FEW, MANY = Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)
         (FEW, 1, 1, 132, 1),
     ],
 )
-def test_few_tiles_are_cut_along_k_until_there_is_work_for_every_multiprocessor(
-    tile, tiles, panels, multiprocessors, parts
-):
-    assert triton_configs.splits((8, 0), tile, tiles, panels, multiprocessors) == parts
+def test_few_tiles_are_cut_along_k_until_there_is_work_for_every_sm(tile, tiles, panels, sms, parts):
+    assert tile_table.splits((8, 0), tile, tiles, panels, sms) == parts
 
 
 @pytest.mark.parametrize(("numbers", "arch"), [((9, 4), "gfx942"), ((9, 0), "gfx90a"), ((10, 3), "gfx1030")])
@@ -410,20 +406,20 @@ def test_an_amd_gpu_takes_no_tile_arithmetic_or_parts_by_numbers_that_mean_other
     properties = mock.Mock(major=numbers[0], minor=numbers[1], multi_processor_count=304, gcnArchName=arch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    capability, multiprocessors = kernels._hardware.__wrapped__(torch.device("cuda", 0))
-    assert (capability, multiprocessors) == (triton_configs.HIP, 304)
-    assert kernels._arithmetic(capability) == "int8"
-    assert kernels._forms_of_k(capability) == (1,)
+    capability, sms = kernels.hardware.__wrapped__(torch.device("cuda", 0))
+    assert (capability, sms) == (tile_table.HIP, 304)
+    assert kernels.choose_arithmetic(capability) == "int8"
+    assert kernels.forms_of_k(capability) == (1,)
     for bits in (16, 8):
-        tiles = triton_configs.tiles(capability, bits, "int8")
+        tiles = tile_table.tiles(capability, bits, "int8")
         assert {tile.stages for tile in tiles} == {2}
-        assert {triton_configs.splits(capability, tile, 1, 64, 304) for tile in tiles} == {1}
+        assert {tile_table.splits(capability, tile, 1, 64, 304) for tile in tiles} == {1}
     monkeypatch.setattr(torch.version, "hip", None)
-    assert kernels._hardware.__wrapped__(torch.device("cuda", 0)) == (numbers, 304)
+    assert kernels.hardware.__wrapped__(torch.device("cuda", 0)) == (numbers, 304)
 
 
 def test_arithmetic_by_capability_and_by_the_environment(monkeypatch):
-    assert [triton_configs.arithmetic(each) for each in [(8, 0), (9, 0), (10, 0), (10, 3)]] == [*["int8"] * 3, "fp16"]
+    assert [tile_table.arithmetic(each) for each in [(8, 0), (9, 0), (10, 0), (10, 3)]] == [*["int8"] * 3, "fp16"]
     monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", "fp16")
     x = rows_of_every_kind(3, 40, torch.float32, 1)
     assert_same_bits(triton_project(x, tile=SMALL[0]), expected(x))
@@ -435,35 +431,37 @@ def test_arithmetic_by_capability_and_by_the_environment(monkeypatch):
 def test_a_wrong_arithmetic_in_the_environment_is_an_error_at_the_first_call(place, fresh_choice, monkeypatch):
     """Not a wrong answer of the kernels, upon which another backend would serve."""
     monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", "in8")
-    monkeypatch.setattr(kernels, "_hardware", lambda device: ((9, 0), 4))
+    monkeypatch.setattr(kernels, "hardware", lambda device: ((9, 0), 4))
     if place == "cpu":
         monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
     for _ in range(2):
         with pytest.raises(ValueError, match="POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got in8"):
             backends.select(torch.device(place, 0) if place == "cuda" else CPU)
-    assert not backends._verdicts
+    assert not trial.verdicts
     assert not backends._selected
 
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "needs compute capability 8.0"), ((8, 0), None)])
 def test_old_cards_are_refused(capability, reason, monkeypatch):
-    monkeypatch.setattr(kernels, "_hardware", lambda device: (capability, 4))
+    monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 4))
     assert kernels.unavailable(torch.device("cuda", 0)) == reason
 
 
-@pytest.mark.parametrize(("capability", "forms"), [((9, 0), {1, 2}), (triton_configs.HIP, {1})])
+@pytest.mark.parametrize(("capability", "forms"), [((9, 0), {1, 2}), (tile_table.HIP, {1})])
 @pytest.mark.parametrize("dim", [1, 200])
 def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_hardware", lambda device: (capability, 4))
-        patch.setattr(triton_configs, "tiles", lambda *_: SMALL[:2])
+        patch.setattr(kernels, "hardware", lambda device: (capability, 4))
+        patch.setattr(tile_table, "tiles", lambda *_: SMALL[:2])
         patch.setattr(kernels, "project", lambda *arguments, **options: calls.append((arguments, options)))
         kernels.warmup("cpu", dim, dtype=torch.float16, activation_bits=8)
     assert {options["tile"] for _, options in calls} == set(SMALL[:2])
     assert {options["splits"] for _, options in calls} == forms
     for arguments, options in calls:
-        assert kernels.project(*arguments, **options).shape == (2, min(dim, options["columns"]))
+        x, _, request = arguments
+        assert x.shape[1] == dim
+        assert kernels.project(*arguments, **options).shape == (2, min(dim, request.columns))
 
 
 COMPILED = f"""
@@ -472,12 +470,12 @@ import itertools, torch
 from poc_kernels import definition
 from poc_kernels.kernels import self_test
 from poc_kernels.kernels import Backend
-from poc_kernels.kernels.triton import tiles as triton_configs
-from poc_kernels.kernels.triton import product as kernels
+from poc_kernels.kernels.triton import tiles as tile_table
+from poc_kernels.kernels.triton import check, product as kernels
 """
 NO_COMPILATION_AFTER_WARMUP = """
-for multiprocessors, bits in itertools.product((132, 30), (16, 8)):
-    kernels._hardware = lambda device: ((9, 0), multiprocessors)
+for sms, bits in itertools.product((132, 30), (16, 8)):
+    kernels.hardware = lambda device: ((9, 0), sms)
     for dim in (256, 1000, 1001, 1):
         kernels.warmup("cpu", dim, dtype=torch.bfloat16, activation_bits=bits)
         before = len(compiled)
@@ -490,8 +488,8 @@ for multiprocessors, bits in itertools.product((132, 30), (16, 8)):
         for i, (m, (stride, offset), (start, columns)) in enumerate(itertools.product(sizes, strides, shards)):
             mask = [None, torch.ones(m, dtype=torch.bool), torch.ones(m + 5, dtype=torch.bool)[3:-2]][i % 3]
             x = memory.as_strided((m, dim), (stride, 1), offset)
-            options = {"row_mask": mask, "column_start": start, "columns": columns, "residual": i % 2 == 0}
-            kernels.project(x, seeds[i % 3 :][:1], domain=i, coefficient=0.5 + i, activation_bits=bits, **options)
+            request = definition.Request(i, 0.5 + i, bits, mask, start, columns, i % 2 == 0)
+            kernels.project(x, seeds[i % 3 :][:1], request)
         assert len(compiled) == before, (dim, bits, len(compiled) - before)
 print(len(compiled))
 """
@@ -503,12 +501,12 @@ def test_nothing_is_compiled_after_warmup(tmp_path):
 
 FIRST_USE = """
 for arithmetic in ("int8", "fp16"):
-    kernels._hardware = lambda device: ((9, 0), 132)
-    kernels._arithmetic = lambda *_: arithmetic
+    kernels.hardware = lambda device: ((9, 0), 132)
+    kernels.choose_arithmetic = lambda *_: arithmetic
     compiled.clear()
     self_test.wrong_answers(Backend("triton", kernels.project, kernels.entries, None), torch.device("cpu"))
     answers = len(compiled)
-    kernels.wrong_tiles(torch.device("cpu"))
+    check.wrong_tiles(torch.device("cpu"))
     print(answers, len(compiled) - answers)
 """
 
@@ -520,10 +518,12 @@ def test_what_a_first_use_compiles(tmp_path):
 
 def test_the_cpu_is_served_by_the_interpreter_only_when_it_is_asked_for(fresh_choice, monkeypatch):
     triton_backend = next(backend for backend in backends.backends() if backend.name == "triton")
-    assert triton_backend.unavailable(CPU) == "runs on GPUs only"
+    assert backends.unavailable(triton_backend, CPU) == "serves a cpu only where it is asked for by name"
     monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
-    assert triton_backend.unavailable(CPU) is None
+    assert backends.unavailable(triton_backend, CPU) is None
     x = rows_of_every_kind(3, 40, torch.float32, 2)
     assert_same_bits(project(triton_backend, x), expected(x))
     assert triton_backend.entries(definition.seed_tensor(1), 0, 0, 2, 0, 2).shape == (2, 2)
     assert triton_backend.unavailable(torch.device("meta")) == "runs on GPUs only"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert triton_backend.unavailable(CPU) == "runs on GPUs only"

@@ -16,7 +16,7 @@ from triton_compiled import CAPABILITIES, compile_for, shared_bytes_on_amd
 
 from poc_kernels.kernels.triton import device as triton_device
 from poc_kernels.kernels.triton import product as kernels
-from poc_kernels.kernels.triton import tiles as triton_configs
+from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
 
 # Types of the kernels' arguments; int32 unless said.
@@ -155,7 +155,7 @@ def product(
 
 
 def tiles(capability, bits, arithmetic="int8"):
-    return triton_configs.tiles(divmod(capability, 10), bits, arithmetic)
+    return tile_table.tiles(divmod(capability, 10), bits, arithmetic)
 
 
 def shared_limit(capability):
@@ -191,7 +191,7 @@ def test_every_tile_of_the_table_keeps_to_its_limits(capability, bits, arithmeti
 @pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
 @pytest.mark.parametrize("bits", [16, 8])
 def test_every_tile_of_amd_s_table_fits_the_shared_memory_of_gfx942(bits, arithmetic):
-    for tile in triton_configs.tiles(triton_configs.HIP, bits, arithmetic):
+    for tile in tile_table.tiles(tile_table.HIP, bits, arithmetic):
         constants, types = product_form(bits, tile, False, arithmetic, byte_perm=False)
         signature, aligned = arguments_of(kernels.product_kernel, constants, types)
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
@@ -259,7 +259,7 @@ def test_every_tile_of_newer_cards_compiles_without_spills(capability, arithmeti
     """B300, by the rule of the table in float16, and RTX 50."""
     if capability == 103 and _TRITON == "before 3.7":
         pytest.skip("this Triton's cuobjdump does not know sm_103")
-    assert triton_configs.arithmetic(divmod(capability, 10)) == arithmetic
+    assert tile_table.arithmetic(divmod(capability, 10)) == arithmetic
     forms = [(bits, tile) for bits in (16, 8) for tile in tiles(capability, bits, arithmetic)]
     cases = [(capability, *form, split, arithmetic) for form, split in itertools.product(forms, (False, True))]
     with concurrent.futures.ThreadPoolExecutor() as threads:  # each waits for a process that compiles

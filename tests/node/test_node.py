@@ -26,7 +26,7 @@ from nodes import (
     status,
 )
 from poc2_oracle import distance as oracle_distance
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 
 from poc_kernels.node.node import Node
 from poc_kernels.protocol import nonce_inputs

@@ -28,7 +28,7 @@ from nodes import (
     slowed,
     status,
 )
-from served import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
+from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
 
 from poc_kernels.node.node import Node
 from poc_kernels.service.callbacks import verify
@@ -38,7 +38,7 @@ pytest_plugins = ["node_fixtures"]
 
 def hurried(node: Node) -> None:
     """Callbacks are tried again at once."""
-    node.callbacks._retry_seconds = (0.01, 0.05)
+    node.service.callbacks._retry_seconds = (0.01, 0.05)
 
 
 def received(receiver: Receiver, height: int = ROUND["block_height"]) -> list[tuple[int, float]]:
@@ -141,8 +141,8 @@ def test_a_client_that_leaves_mid_stream(
         begin(http, state)
         if state == "generate":
             eventually(lambda: node.turns.inference_paused)
-        assert node.gate.in_flight == 1
-    eventually(lambda: node.gate.in_flight == 0)
+        assert node.app.in_flight == 1
+    eventually(lambda: node.app.in_flight == 0)
     posted(http, "/stop")
     assert node.inference.wait_idle(TIMEOUT)
     monkeypatch.undo()
@@ -155,7 +155,7 @@ def test_a_client_that_leaves_before_its_answer_frees_the_engine(
     monkeypatch.setattr(node.inference.model, "forward", slowed(node.inference.model.forward, 0.02))
     with pytest.raises(httpx2.ReadTimeout):
         http.post(CHAT, json=chat(max_tokens=1000), timeout=0.3)
-    eventually(lambda: node.gate.in_flight == 0)
+    eventually(lambda: node.app.in_flight == 0)
     assert node.inference.wait_idle(TIMEOUT / 4)  # a thousand steps would take longer
 
 
@@ -163,10 +163,10 @@ def test_a_slow_body_does_not_delay_a_round(model_dir: Path) -> None:
     with running(model_dir, drain_seconds=2 * TIMEOUT) as (node, http):
         with socket.create_connection((http.base_url.host, http.base_url.port), TIMEOUT) as connection:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
-            eventually(lambda: node.gate.in_flight == 1)
+            eventually(lambda: node.app.in_flight == 1)
             begin(http)
             checked(http, 1)
-            assert node.gate.in_flight == 1
+            assert node.app.in_flight == 1
         posted(http, "/stop")
 
 
@@ -202,7 +202,7 @@ def test_malformed_requests(http: httpx2.Client, node: Node, sent: bytes) -> Non
         connection.shutdown(socket.SHUT_WR)
         answer = connection.makefile("rb").read()
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
-    eventually(lambda: node.gate.in_flight == 0)
+    eventually(lambda: node.app.in_flight == 0)
     assert http.get("/health").status_code == 200
 
 

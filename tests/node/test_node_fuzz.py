@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nodes import JSON, POW, ROUND, Alone, begin, claim, posted, running
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from served import CHAT, chat, text_of
+from web import CHAT, chat, text_of
 
 from poc_kernels.node.node import Node
 

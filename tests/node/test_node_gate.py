@@ -13,7 +13,8 @@ import openai
 import pytest
 import torch
 from nodes import Alone, Blocked, begin, checked, claim, posted, slowed, status
-from served import CHAT, NAME, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
+from served import NAME
+from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
 
 from poc_kernels.node.node import Node
 
@@ -95,12 +96,12 @@ def test_a_stream_is_drained_before_the_first_nonce(
     http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = streamed(http, max_tokens=60)
-    monkeypatch.setattr(node.worker, "_drain_seconds", TIMEOUT)
+    monkeypatch.setattr(node.service.worker, "_drain_seconds", TIMEOUT)
     in_flight = []
     forward = node.engine.forward
 
     def watched(*arguments: Any) -> torch.Tensor:
-        in_flight.append(node.inference.in_flight())
+        in_flight.append(node.inference._router.in_flight())
         return forward(*arguments)
 
     monkeypatch.setattr(node.engine, "forward", watched)
@@ -131,7 +132,7 @@ def test_a_stream_beyond_the_deadline_is_paused_and_finishes_afterwards(
         checked(http, first + 100)
         assert batching._manager.current_batch == before
         assert 0 < len(stream.text) < 150
-        assert node.gate.in_flight == node.inference.in_flight() == 1
+        assert node.app.in_flight == node.inference._router.in_flight() == 1
         assert http.get("/health").status_code == 200
         posted(http, path)
         assert stream.result() == expected
@@ -178,18 +179,18 @@ def test_every_event_stream_ends_with_done(http: httpx2.Client, node: Node, monk
 
 
 def test_too_many_users(http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node.gate, "_max_in_flight", 1)
+    monkeypatch.setattr(node.app._users, "_max", 1)
     blocked = Blocked(node.inference.model.forward)
     monkeypatch.setattr(node.inference.model, "forward", blocked)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(http.post, CHAT, json=chat(max_tokens=2))
-        eventually(lambda: node.gate.in_flight == 1)
+        eventually(lambda: node.app.in_flight == 1)
         refused = http.post(CHAT, json=chat())
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert (error_of(refused)["type"], error_of(refused)["code"]) == ("rate_limit_error", "overloaded")
         blocked.release()
         assert text_of(first.result(TIMEOUT))
-    eventually(lambda: node.gate.in_flight == 0)
+    eventually(lambda: node.app.in_flight == 0)
     assert text_of(http.post(CHAT, json=chat(max_tokens=2)))
 
 
@@ -219,7 +220,7 @@ def test_openai_errors(
         ask(openai_client, model="another")
     assert missing.value.code == "model_not_found"
     with monkeypatch.context() as patch:
-        patch.setattr(node.gate, "_max_in_flight", 0)
+        patch.setattr(node.app._users, "_max", 0)
         with pytest.raises(openai.RateLimitError) as limited:
             ask(openai_client)
         assert limited.value.response.headers["retry-after"] == "1"
@@ -234,19 +235,18 @@ def test_openai_retries_until_the_gate_opens(
     http: httpx2.Client, node: Node, openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(http)
-    shut = node.gate._closed
+    shut = node.app._shut_users._closed
     asked = itertools.count()
 
     def opens_at_the_second_try() -> tuple[str, str, int] | None:
         if next(asked) == 0:
             reason = shut()
-            node.manager.stop_round()
-            node.worker.wake()
+            node.service.manager.stop_round()
             assert reason is not None
             return (*reason[:2], 0)
         return shut()
 
-    monkeypatch.setattr(node.gate, "_closed", opens_at_the_second_try)
+    monkeypatch.setattr(node.app._shut_users, "_closed", opens_at_the_second_try)
     answer = ask(openai_client.with_options(max_retries=1), max_tokens=2)
     assert answer.choices[0].message.content
     assert next(asked) >= 2

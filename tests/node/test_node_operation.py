@@ -22,7 +22,7 @@ from nodes import (
     running,
     status,
 )
-from served import TIMEOUT, chat, error_of, eventually, text_of
+from web import TIMEOUT, chat, error_of, eventually, text_of
 
 from poc_kernels.node.node import Node
 from poc_kernels.protocol import ProofBatch
@@ -146,13 +146,13 @@ def test_a_failed_validation_does_not_stay_in_the_health(
 
 def test_a_dead_proof_thread_is_seen(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(model_dir) as (node, http):
-        node.worker.close(TIMEOUT)
+        node.service.worker.close(TIMEOUT)
         answer = http.get("/health")
         assert (answer.status_code, answer.json()["reasons"]) == (503, ["the proof thread is not running"])
         begin(http, "validate")
         assert http.post(f"{POW}/validate", json=claim([1])).status_code == 409
         with pytest.raises(RuntimeError):
-            node.worker.submit(ProofBatch("k", ROUND["block_hash"], ROUND["block_height"], [1], []))
+            node.service.enqueue(ProofBatch("k", ROUND["block_hash"], ROUND["block_height"], [1], []), "this process")
 
 
 def test_nothing_begins_while_the_node_shuts_down(model_dir: Path) -> None:

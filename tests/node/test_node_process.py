@@ -20,10 +20,12 @@ from typing import Any
 import httpx2
 import pytest
 from nodes import POW, begin, checked, claim, posted, settings, status
-from served import CHAT, NAME, TIMEOUT, chat, client, eventually
+from served import NAME
+from web import CHAT, TIMEOUT, chat, client, eventually
 
 import poc_kernels
-from poc_kernels.node.node import Node, serve
+from poc_kernels.node.node import Node
+from poc_kernels.node.server import serve
 
 pytest_plugins = ["node_fixtures"]
 

@@ -21,7 +21,7 @@ from nodes import (
     posted,
     running,
 )
-from served import TIMEOUT, error_of
+from web import TIMEOUT, error_of
 
 from poc_kernels.node.node import Node
 
@@ -156,7 +156,7 @@ def test_bodies_that_do_not_come(http: httpx2.Client, node: Node, path: str) -> 
         answer = connection.makefile("rb").read()  # to its end: the connection is closed
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"the body must come within 1 s" in answer
-    assert node.gate.in_flight == 0
+    assert node.app.in_flight == 0
 
 
 def test_the_token(model_dir: Path) -> None:

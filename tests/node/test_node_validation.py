@@ -25,7 +25,7 @@ from nodes import (
     running,
     status,
 )
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 
 from poc_kernels.node.node import Node
 from poc_kernels.service import queue as validation_queue

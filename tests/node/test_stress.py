@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 from nodes import POW, Alone, begin, checked, claim, posted, running, status
-from served import CHAT, TIMEOUT, chat, events, eventually, pieces, text_of
+from web import CHAT, TIMEOUT, chat, events, eventually, pieces, text_of
 
 pytest_plugins = ["node_fixtures"]
 

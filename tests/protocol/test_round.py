@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, requested
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -14,6 +14,7 @@ from small_engine import SmallEngine
 from poc_kernels import seed_from_block_hash
 from poc_kernels.protocol import (
     UNSET,
+    DistanceProver,
     IllegalTransitionError,
     PoCConfig,
     PoCManager,
@@ -47,7 +48,7 @@ def config(**changes):
 
 
 def manager(**changes):
-    return PoCManager(SmallEngine(**changes))
+    return PoCManager(DistanceProver(SmallEngine(**changes)))
 
 
 def claim(nonces, dist=(), **changes):
@@ -102,7 +103,7 @@ def test_time_is_counted_while_generating():
 
 def test_a_batch_is_the_pipeline_of_phases_1_to_3():
     engine = SmallEngine()
-    m = PoCManager(engine)
+    m = PoCManager(DistanceProver(engine))
     m.start_round(config())
     x = nonce_inputs("block", "key", range(5), 6, engine.hidden_size)
     logits = engine.compute_logits(engine.forward(x)[:, -1])
@@ -113,13 +114,12 @@ def test_a_batch_is_the_pipeline_of_phases_1_to_3():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_projections_go_around_the_model(dtype):
     engine = SmallEngine(dtype=dtype)
-    m = PoCManager(engine)
+    m = PoCManager(DistanceProver(engine))
     m.start_round(config(use_random_projection=True))
 
     def projected(rows, domain):
         seed = torch.tensor(seed_from_block_hash("block"))
-        options = {"std": 0.01, "activation_bits": 16}
-        return _reference(rows, seed, domain, **options)
+        return project(rows, seed, requested(rows, domain=domain))
 
     x = nonce_inputs("block", "key", range(5), 6, engine.hidden_size, dtype=dtype)
     x = projected(x.view(30, -1), 0).view_as(x)
@@ -128,45 +128,29 @@ def test_projections_go_around_the_model(dtype):
     expected = distances(engine.compute_logits(hidden), p, target("block", engine.vocab_size)).tolist()
     computed = m.run_batch().dist
     assert computed == expected
-    off = PoCManager(engine)
+    off = PoCManager(DistanceProver(engine))
     off.start_round(config())
     assert off.run_batch().dist != computed
 
 
-def _reference(rows, seed, domain, std, activation_bits):
-    from poc_kernels.definition import coefficient
-
-    return project(
-        rows,
-        seed,
-        domain=domain,
-        coefficient=coefficient(std),
-        activation_bits=activation_bits,
-        row_mask=None,
-        column_start=0,
-        columns=rows.shape[1],
-        residual=True,
-    )
-
-
 def test_a_new_round_changes_the_seed_of_the_projections_in_place():
     m = manager()
-    place = m._projection.seed.data_ptr()
+    place = m.prover._projection.seed.data_ptr()
     for block in ("one", "two", "one"):
         m.start_round(config(block_hash=block, use_random_projection=True))
         fresh = manager()
         fresh.start_round(config(block_hash=block, use_random_projection=True))
         assert m.run_batch().dist == fresh.run_batch().dist
-        assert int(m._projection.seed) == seed_from_block_hash(block)
+        assert int(m.prover._projection.seed) == seed_from_block_hash(block)
         m.stop_round()
-    assert m._projection.seed.data_ptr() == place
-    assert not list(m._projection.parameters())
+    assert m.prover._projection.seed.data_ptr() == place
+    assert not list(m.prover._projection.parameters())
 
 
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_distance_does_not_depend_on_the_batch(device, dtype, projection):
-    m = PoCManager(SmallEngine(dtype=dtype, device=device))
+    m = PoCManager(DistanceProver(SmallEngine(dtype=dtype, device=device)))
     m.start_round(config(use_random_projection=projection))
     known = {}
     for _ in range(3):
@@ -182,8 +166,8 @@ def test_every_forward_has_the_round_s_shape():
     m.run_batch()
     m.validate(claim(range(12)))
     m.validate(claim([3]))
-    assert set(m.engine.shapes) == {(5, 6, m.engine.hidden_size)}
-    assert len(m.engine.shapes) == 1 + 3 + 1
+    assert set(m.prover.engine.shapes) == {(5, 6, m.prover.engine.hidden_size)}
+    assert len(m.prover.engine.shapes) == 1 + 3 + 1
 
 
 def test_an_empty_batch_needs_no_forward():
@@ -191,7 +175,7 @@ def test_an_empty_batch_needs_no_forward():
     m.init_round(config())
     verdict = m.validate(claim([]))
     assert (verdict.dist, verdict.fraud_detected) == ([], False)
-    assert m.engine.shapes == []
+    assert m.prover.engine.shapes == []
 
 
 # ---- validation ----
@@ -244,7 +228,7 @@ def test_forged_proofs_are_caught(case):
 def test_batches_of_another_block_are_refused(changes, message):
     m = manager()
     m.init_round(config())
-    for refuse in (m.validate, m.check_batch):
+    for refuse in (m.validate, m.validation):
         with pytest.raises(ValueError, match=message):
             refuse(claim([1], [1.0], **changes))
     with pytest.raises(TypeError, match="batch must be a ProofBatch, got dict"):
@@ -256,7 +240,7 @@ def test_validation_step_by_step():
     m.init_round(config())
     steps = m.validation(claim(range(12)))
     assert next(steps) is None
-    assert len(m.engine.shapes) == 1
+    assert len(m.prover.engine.shapes) == 1
     assert next(steps) is None
     verdict = next(steps)
     assert verdict.nonces == list(range(12))
@@ -269,7 +253,7 @@ def test_validation_step_by_step():
 def test_a_round_stopped_during_a_batch_throws_it_away():
     m = manager()
     m.start_round(config())
-    m.engine.before_forward = m.stop_round
+    m.prover.engine.before_forward = m.stop_round
     with pytest.raises(RoundEndedError, match="left GENERATING"):
         m.run_batch()
     assert m.status()["total_checked"] == 0
@@ -280,11 +264,11 @@ def test_another_round_begun_during_a_batch_counts_its_own():
     m.start_round(config(block_hash="first"))
 
     def change():
-        m.engine.before_forward = lambda: None
+        m.prover.engine.before_forward = lambda: None
         m.stop_round()
         m.start_round(config(block_hash="second"))
 
-    m.engine.before_forward = change
+    m.prover.engine.before_forward = change
     with pytest.raises(RoundEndedError):
         m.run_batch()
     assert m.status()["total_checked"] == 0
@@ -294,7 +278,7 @@ def test_another_round_begun_during_a_batch_counts_its_own():
 def test_a_round_stopped_during_a_validation():
     m = manager()
     m.init_round(config())
-    m.engine.before_forward = m.stop_round
+    m.prover.engine.before_forward = m.stop_round
     with pytest.raises(RoundEndedError, match="while the batch was validated"):
         m.validate(claim(range(12)))
 
@@ -311,7 +295,7 @@ def test_validation_goes_on_through_phases():
 
 
 def test_the_latest_valid_nonces_are_listed():
-    m = PoCManager(SmallEngine(), max_listed=7)
+    m = PoCManager(DistanceProver(SmallEngine()), max_listed=7)
     m.start_round(config(r_target=2.0))
     for _ in range(4):
         m.run_batch()
@@ -343,7 +327,7 @@ class Ticks:
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
-    whole, m = PoCManager(SmallEngine(), slice_seconds=1e9), manager()
+    whole, m = PoCManager(DistanceProver(SmallEngine(), slice_seconds=1e9)), manager()
     for each in (whole, m):
         each.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
     whole.run_batch()  # which was timed
@@ -351,15 +335,16 @@ def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
     whole.start_round(config(batch_size=60, seq_len=6, use_random_projection=projection))
     pauses = []
     expected = [whole.run_batch(lambda: pauses.append(1)).dist for _ in range(2)]
-    assert len(pauses) == 2 * (1 + 1 + projection + 1 + 1 + 1)
+    assert len(pauses) == 2 * (1 + 1 + 2 * projection + 1 + 1 + 1)
     pauses.clear()
     assert [m.run_batch(lambda: pauses.append(1)).dist for _ in range(2)] == expected
-    # Inputs and permutations row by row, projections 256 of the 360 positions, twice in the forward, the logits.
-    assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
+    # Inputs and permutations row by row, projections 256 of the 360 positions and of the last 60, twice in the forward,
+    # the logits.
+    assert len(pauses) == 2 * (60 + 60 + 3 * projection + 1 + 1 + 1)
     pauses.clear()
     *_, verdict = m.validation(claim(range(120)), lambda: pauses.append(1))
     assert verdict.dist == [*expected[0], *expected[1]]
-    assert len(pauses) == 2 * (60 + 60 + 2 * projection + 1 + 1 + 1)
+    assert len(pauses) == 2 * (60 + 60 + 3 * projection + 1 + 1 + 1)
 
 
 @pytest.mark.parametrize("change", ["stop", "validate"])
@@ -376,7 +361,7 @@ def test_generating_ends_at_the_next_pause(small_pieces, change):
     with pytest.raises(RoundEndedError, match="left GENERATING"):
         m.run_batch(pause)
     assert len(pauses) == 3
-    assert not m.engine.shapes
+    assert not m.prover.engine.shapes
     assert m.status()["total_checked"] == 0
 
 
@@ -420,7 +405,7 @@ def test_a_round_that_ends_in_a_pause_computes_no_further(small_pieces, at, how)
     with pytest.raises(RoundEndedError, match="left GENERATING"):
         m.run_batch(end)
     assert pauses == at
-    assert len(m.engine.shapes) == (at > 11)  # 5 inputs, 5 permutations, a projection
+    assert len(m.prover.engine.shapes) == (at > 11)  # 5 inputs, 5 permutations, a projection
     assert m.status()["total_checked"] == 0
     m.stop_round()
 
@@ -462,7 +447,7 @@ def test_pauses_are_no_part_of_the_time_of_a_batch(small_pieces, monkeypatch):
         ticks.now += 1000.0
 
     reports = []
-    m = PoCManager(SmallEngine(), reports.append)
+    m = PoCManager(DistanceProver(SmallEngine()), reports.append)
     m.start_round(config(use_random_projection=True))
     m.run_batch(pause)
     (report,) = reports
@@ -473,13 +458,13 @@ def test_pauses_are_no_part_of_the_time_of_a_batch(small_pieces, monkeypatch):
 @pytest.mark.parametrize("projection", [False, True])
 def test_reports(projection):
     reports = []
-    m = PoCManager(SmallEngine(), reports.append)
+    m = PoCManager(DistanceProver(SmallEngine()), reports.append)
     m.start_round(config(use_random_projection=projection))
     batch = m.run_batch()
     m.validate(claim([4, 2]))
     generated, validated = reports
-    assert (generated.phase, generated.distances, generated.r_target) == ("generate", batch.dist, 1.4)
-    assert (validated.phase, len(validated.distances)) == ("validate", 2)
+    assert (generated.phase, generated.outcomes, generated.valid) == ("generate", batch.dist, len(batch.below(1.4)))
+    assert (validated.phase, len(validated.outcomes)) == ("validate", 2)
     for report in reports:
         assert set(report.part_seconds) == {"inputs", "projection", "forward", "distance"}
         assert (report.part_seconds["projection"] > 0) == projection
@@ -493,7 +478,7 @@ def test_what_does_not_fit_the_engine():
     with pytest.raises(TypeError, match="config must be a PoCConfig, got dict"):
         m.start_round({})
     with pytest.raises(ValueError, match=r"engine must have a hidden size in \[1, 65536\], got 65537"):
-        PoCManager(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
+        DistanceProver(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
     with pytest.raises(ValueError, match="node_id and node_count must be set to generate"):
         m.start_round(config(node_id=UNSET, node_count=UNSET))
     assert m.state == PoCState.IDLE
@@ -520,7 +505,7 @@ def test_the_engine_s_output_may_be_a_view_that_the_next_call_overwrites():
             return self.buffer.copy_(result)
 
     for seq_len in (1, 6):
-        plain, reusing = manager(), PoCManager(Reusing())
+        plain, reusing = manager(), PoCManager(DistanceProver(Reusing()))
         for m in (plain, reusing):
             m.start_round(config(seq_len=seq_len, use_random_projection=True))
         for _ in range(3):
@@ -537,14 +522,14 @@ def test_many_threads_compute_one_at_a_time():
             computing[0] += 1
             most[0] = max(most[0], computing[0])
 
-    original = m.engine.compute_logits
+    original = m.prover.engine.compute_logits
 
     def leave(hidden):
         with lock:
             computing[0] -= 1
         return original(hidden)
 
-    m.engine.before_forward, m.engine.compute_logits = enter, leave
+    m.prover.engine.before_forward, m.prover.engine.compute_logits = enter, leave
     found = []
     threads = [threading.Thread(target=lambda: found.append(m.run_batch()), daemon=True) for _ in range(6)] + [
         threading.Thread(target=lambda: found.append(m.validate(claim([1, 2]))), daemon=True) for _ in range(4)
@@ -560,10 +545,10 @@ def test_many_threads_compute_one_at_a_time():
 
 
 def test_the_seed_moves_to_the_engine_s_device(device):
-    m = PoCManager(SmallEngine(device=device))
+    m = PoCManager(DistanceProver(SmallEngine(device=device)))
     m.start_round(config(use_random_projection=True))
     m.run_batch()
-    assert m._projection.seed.device.type == device.type
+    assert m.prover._projection.seed.device.type == device.type
     cpu = manager()
     cpu.start_round(config(use_random_projection=True))
     pair = [x.run_batch().dist for x in (cpu, m)]
@@ -571,7 +556,7 @@ def test_the_seed_moves_to_the_engine_s_device(device):
     if device.type == "cpu":
         m.start_round(config(use_random_projection=True))
         assert m.run_batch().dist == pair[0]
-    assert_same_bits(m._projection.seed.cpu(), torch.tensor(seed_from_block_hash("block")))
+    assert_same_bits(m.prover._projection.seed.cpu(), torch.tensor(seed_from_block_hash("block")))
 
 
 # ---- the state machine ----

@@ -12,14 +12,18 @@ import torch
 from helpers import CPU, DTYPES, PASSING_ERRORS, assert_same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_engine import SmallEngine
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
 from triton_compiled import CAPABILITIES, compile_for
 
 from poc_kernels import backends
+from poc_kernels.kernels import trial
 from poc_kernels.protocol import (
+    DistanceProver,
     inputs,
+    permutations,
     triton_inputs,
 )
 
@@ -153,8 +157,10 @@ def test_the_kernels_pass_their_check():
 @pytest.fixture
 def fresh_kernels():
     inputs._kernels.cache_clear()
+    trial.verdicts.clear()
     yield
     inputs._kernels.cache_clear()
+    trial.verdicts.clear()
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -164,7 +170,8 @@ def test_a_gpu_gets_kernels_that_pass(monkeypatch, caplog, wrong):
     with caplog.at_level(logging.ERROR, logger="poc_kernels"):
         chosen = inputs._kernels(torch.device("cuda", 0))
     assert chosen is (None if wrong else triton_inputs)
-    assert ("its Triton kernels fail (hashes)" in caplog.text) == bool(wrong)
+    said = "draw of inputs by Triton gives wrong answers on cuda:0 and will not be used there: hashes"
+    assert (said in caplog.text) == bool(wrong)
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -184,7 +191,7 @@ def test_a_triton_that_cannot_be_imported_is_reported_and_not_used(monkeypatch, 
 
     monkeypatch.setattr(inputs.importlib, "import_module", broken)
     assert inputs._kernels(torch.device("cuda", 0)) is None
-    assert "its Triton kernels fail (OSError: libcuda.so.1 is too short)" in caplog.text
+    assert "will not be used there: OSError: libcuda.so.1 is too short" in caplog.text
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -200,7 +207,7 @@ def test_a_first_draw_while_a_graph_is_captured_is_refused_and_not_remembered(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(inputs, "_wrong_draws", lambda *_: [])
-    with pytest.raises(RuntimeError, match="what draws inputs on cuda:0 cannot be chosen while a CUDA graph"):
+    with pytest.raises(RuntimeError, match="draw of inputs by Triton on cuda:0 cannot be chosen while a CUDA graph"):
         inputs._kernels(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert inputs._kernels(torch.device("cuda", 0)) is triton_inputs
@@ -215,28 +222,22 @@ def test_seeds_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, devic
     local.return_value.unsqueeze.return_value.to.assert_called_once_with(device, non_blocking=True)
 
 
-@pytest.mark.parametrize("projections", [True, False])
-def test_a_node_on_a_gpu_has_its_kernels_compiled_before_it_serves(monkeypatch, projections):
-    """Those of the projection too where rounds do not take it unless they say so: one may."""
-    pytest.importorskip("transformers")
-    node = pytest.importorskip("poc_kernels.node.node")
+def test_kernels_of_a_gpu_are_compiled_before_they_are_wanted(monkeypatch):
+    """Those of the projection too, whether or not a round has asked for it yet."""
     device, calls = torch.device("cuda", 0), mock.Mock()
     monkeypatch.setattr(inputs, "normal", calls.normal)
     monkeypatch.setattr(inputs, "hash32", calls.hash32)
     monkeypatch.setattr(backends, "warmup", calls.warmup)
-    stub = mock.Mock()
-    stub.engine.device, stub.engine.dtype, stub.engine.hidden_size = device, torch.bfloat16, 64
-    stub.settings.random_projection = projections
-    node.Node._compile_kernels(stub)
-    wanted = [
+    prover = DistanceProver(SmallEngine(hidden_size=64, dtype=torch.bfloat16))
+    prover.compile_kernels()
+    assert not calls.mock_calls
+    prover.engine.device = device
+    prover.compile_kernels()
+    assert calls.mock_calls == [
         mock.call.normal([0], 1, device, torch.bfloat16),
         mock.call.hash32([0], 0, 1, device),
         mock.call.warmup(device, 64, dtype=torch.bfloat16),
     ]
-    assert calls.mock_calls == wanted
-    stub.engine.device = CPU
-    node.Node._compile_kernels(stub)
-    assert calls.mock_calls == wanted
 
 
 @pytest.mark.usefixtures("fresh_kernels")
@@ -262,12 +263,12 @@ def test_a_cpu_gets_torch_s_operators():
 @interpreted
 def test_the_public_functions_draw_by_the_kernels(monkeypatch):
     expected = inputs.nonce_inputs("block", "key", [1, 2], 5, 13, dtype=torch.bfloat16)
-    order = inputs.permutations("block", "key", [1, 2], 1000)
+    order = permutations("block", "key", [1, 2], 1000)
     monkeypatch.setattr(inputs, "_kernels", lambda device: triton_inputs)
     monkeypatch.setattr(inputs, "_plain_normal", None)
     monkeypatch.setattr(inputs, "_plain_hash32", None)
     assert_same_bits(inputs.nonce_inputs("block", "key", [1, 2], 5, 13, dtype=torch.bfloat16), expected)
-    assert_same_bits(inputs.permutations("block", "key", [1, 2], 1000), order)
+    assert_same_bits(permutations("block", "key", [1, 2], 1000), order)
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------

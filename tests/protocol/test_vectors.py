@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from poc_kernels.protocol import distances, nonce_inputs, permutations, target
-from poc_kernels.protocol.inputs import hash32, inputs_seed, normal, permutation_seed, seed32
+from poc_kernels.protocol.distances.distance import permutation_seed
+from poc_kernels.protocol.inputs import hash32, inputs_seed, normal, seed32
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "poc2_vectors.json").read_text())["cases"]
 TOLERANCE = 2e-5  # of the vectors' float values: they were printed in decimal

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-from interleaving import Deadlock, Endless, Instruments, World, explore
+from interleaving import Deadlock, Endless, Instruments, World, explore, simulate
 
 
 @pytest.mark.parametrize("operations", [(1, 1), (2, 2), (3, 2), (2, 2, 1)])
@@ -103,6 +103,30 @@ def test_time_passes_when_nobody_can_run_or_as_an_alternative(instruments: Instr
     woken.clear()
     explore(instruments, scenario, early_ticks=1)
     assert woken == {(True, 0.0), (True, 5.0), (False, 5.0)}
+
+
+def test_a_wait_that_times_out_takes_nobody_from_those_who_are_notified(instruments: Instruments) -> None:
+    woken = []
+
+    def scenario(world: World) -> Callable[[], None]:
+        condition = instruments.Condition()
+
+        def wait(seconds: float | None) -> None:
+            with condition:
+                woken.append(condition.wait(seconds))
+
+        def notify() -> None:
+            world.sleep(2.0)
+            with condition:
+                condition.notify_all()
+
+        world.spawn("patient", lambda: wait(None))
+        world.spawn("impatient", lambda: wait(1.0))
+        world.spawn("notify", notify)
+        return lambda: None
+
+    simulate(instruments, scenario)
+    assert woken == [False, True]
 
 
 def test_threads_that_never_end_are_found(instruments: Instruments) -> None:

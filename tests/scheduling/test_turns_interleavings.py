@@ -17,9 +17,9 @@ class Watched:
     def __init__(self, world: World, turns: Turns) -> None:
         self.world, self.turns = world, turns
         self.sides: tuple[list[Turn], list[Turn]] = ([], [])
-        self._lines: tuple[list[Turn], list[Turn]] = ([], [])
+        self._waiting: tuple[list[Turn], list[Turn]] = ([], [])
         self._had: tuple[Turn | None, Turn | None] = (None, None)
-        self._held = False
+        self._paused = False
         world.observe = self.observe
 
     def inference(self) -> Turn:
@@ -33,19 +33,21 @@ class Watched:
     def observe(self) -> None:
         """Called between all operations."""
         have: list[Turn | None] = []
-        for side, line, had in zip(self.sides, self._lines, self._had, strict=True):
+        for side, waiting, had in zip(self.sides, self._waiting, self._had, strict=True):
             computing = [turn for turn in side if turn.computing]
             assert len(computing) <= 1
             have.append(computing[0] if computing else None)
-            line += [turn for turn in side if turn.waiting and turn not in line]
+            waiting += [turn for turn in side if turn.waiting and turn not in waiting]
             granted = have[-1]
             if granted is not None and granted is not had:
                 assert had is None, "two compute at once"
-                assert line[:1] in ([], [granted]), "not first come first served"
-                assert side is self.sides[1] or not (self._held and self.turns.inference_paused), "granted while held"
-            line[:] = [turn for turn in line if turn.waiting]
+                assert waiting[:1] in ([], [granted]), "not first come first served"
+                assert side is self.sides[1] or not (self._paused and self.turns.inference_paused), (
+                    "granted while paused"
+                )
+            waiting[:] = [turn for turn in waiting if turn.waiting]
         self._had = (have[0], have[1])
-        self._held = self.turns.inference_paused
+        self._paused = self.turns.inference_paused
 
     def compute(self, turn: Turn, times: int = 1, slices: int = 1) -> str:
         """Take the turn so many times, for so many slices each; what ended it."""
@@ -99,14 +101,14 @@ def two_proofs_with_slices(world: World, watched: Watched) -> None:
         world.spawn(name, lambda turn=turn: watched.compute(turn, slices=3))
 
 
-def hold_and_release(world: World, watched: Watched) -> None:
+def pause_and_resume(world: World, watched: Watched) -> None:
     steps_and_slices(world, watched)
 
-    def hold() -> None:
+    def pause() -> None:
         watched.turns.pause_inference()
         watched.turns.resume_inference()
 
-    world.spawn("hold", hold)
+    world.spawn("pause", pause)
 
 
 def cancel_a_step(world: World, watched: Watched) -> None:
@@ -134,11 +136,11 @@ def close_all(world: World, watched: Watched) -> None:
     world.spawn("inference", lambda: watched.compute(step, times=2))
     world.spawn("proof", lambda: watched.compute(proof, slices=2))
 
-    def hold_and_close() -> None:
+    def pause_and_close() -> None:
         watched.turns.pause_inference()
         watched.turns.close()
 
-    world.spawn("close", hold_and_close)
+    world.spawn("close", pause_and_close)
 
 
 def end_from_outside(world: World, watched: Watched) -> None:
@@ -233,7 +235,7 @@ ALL = [
     several_steps_and_a_proof,
     a_step_and_several_proofs,
     two_proofs_with_slices,
-    hold_and_release,
+    pause_and_resume,
     cancel_a_step,
     cancel_a_waiting_step,
     cancel_a_proof,
@@ -290,7 +292,7 @@ class Owing(Turns):
 
     def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
         seconds = super()._seconds_to_wait(turn, now)
-        if seconds != 0 and turn._side == 0 and not (self._held or self._alone or self._computing[0]):
+        if seconds != 0 and turn._side is self._steps and not (self._paused or self._alone or self._steps.computing):
             type(self).waits += 1
         return seconds
 
@@ -310,8 +312,8 @@ class OwingInSilence(Owing):
 
     def _give_back(self, turn: Turn) -> float:
         with self._condition:
-            if self._computing[turn._side] is turn:
-                self._computing[turn._side] = None
+            if turn.computing:
+                turn._side.computing = None
         return 0.0
 
 
@@ -343,8 +345,8 @@ class SilentEnd(Turns):
 
     def _give_back(self, turn: Turn) -> None:
         with self._condition:
-            if self._computing[turn._side] is turn:
-                self._computing[turn._side] = None
+            if turn.computing:
+                turn._side.computing = None
 
 
 class SilentCancel(Turns):
@@ -374,13 +376,13 @@ class LooksBeforeTheLock(Turns):
     def _take(self, turn: Turn) -> None:
         while True:
             with self._condition:
-                free = self._computing[turn._side] is None
+                free = turn._side.computing is None
                 if not free:
                     self._condition.wait()
             if free:
                 break
         with self._condition:
-            self._computing[turn._side] = turn
+            turn._side.computing = turn
             turn._since = 0.0
 
 
@@ -388,23 +390,22 @@ class LastComeFirstServed(Turns):
     """Lets whoever came last go first."""
 
     def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
-        line = self._lines[turn._side]
-        line.reverse()
+        turn._side.waiting.reverse()
         try:
             return super()._seconds_to_wait(turn, now)
         finally:
-            line.reverse()
+            turn._side.waiting.reverse()
 
 
-class DeafToHolding(Turns):
-    """Lets steps begin while inference is held."""
+class DeafToPausing(Turns):
+    """Lets steps begin while inference is paused."""
 
     def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
-        held, self._held = self._held, False
+        paused, self._paused = self._paused, False
         try:
             return super()._seconds_to_wait(turn, now)
         finally:
-            self._held = held
+            self._paused = paused
 
 
 @pytest.mark.parametrize(
@@ -415,7 +416,7 @@ class DeafToHolding(Turns):
         (SilentPacing, free_a_proof, "a wake-up is missing"),
         (LooksBeforeTheLock, several_steps_and_a_proof, "two compute at once"),
         (LastComeFirstServed, three_steps, "not first come first served"),
-        (DeafToHolding, hold_and_release, "granted while held"),
+        (DeafToPausing, pause_and_resume, "granted while paused"),
     ],
 )
 def test_broken_turns_are_found(instruments: Instruments, broken: type[Turns], parties: Parties, found: str) -> None:

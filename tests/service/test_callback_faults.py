@@ -1,5 +1,6 @@
 """Callbacks to receivers that are dead, slow or refuse, on loopback."""
 
+import functools
 import itertools
 import logging
 import socket
@@ -7,7 +8,7 @@ import threading
 import time
 
 import pytest
-from callback_receivers import OK, SECONDS, alone, batch, records, verdict
+from callback_receivers import OK, SECONDS, alone, batch, generated, records, verdict
 
 from poc_kernels.service import callbacks
 
@@ -20,7 +21,7 @@ def test_a_dead_receiver_gets_everything_once_and_in_order_when_it_returns(dead,
     sender = senders(max_nonces=20)
     sender.start()
     for nonce in range(20):
-        sender.generated(dead.url, alone(nonce))
+        generated(sender, dead.url, alone(nonce))
     sender.observer.wait("failed", 5)
     assert sender.pending() == 20
     assert sender.status()["last_error"] == "generated: ConnectError"
@@ -34,12 +35,12 @@ def test_a_dead_receiver_gets_everything_once_and_in_order_when_it_returns(dead,
     assert status["failed_attempts"] == len(sender.observer.of("failed"))
 
 
-def test_beyond_the_bound_the_oldest_are_dropped_and_it_is_said(dead, receivers, senders, caplog):
+def test_beyond_the_bound_the_oldest_are_dropped_with_a_warning(dead, receivers, senders, caplog):
     sender = senders(max_nonces=32)  # ten batches, and two nonces more
     sender.start()
     for nonce in range(25):
-        sender.generated(dead.url, batch(nonce, nonce + 100, nonce + 200, block_height=nonce, block_hash=f"h{nonce}"))
-    sender.observer.wait("dropped", 15)  # an older one that was on its way has come back by then
+        generated(sender, dead.url, batch(nonce, nonce + 100, nonce + 200, block_height=nonce, block_hash=f"h{nonce}"))
+    sender.observer.wait("dropped", 15)  # an older one that was in flight has come back by then
     assert (sender.pending(), sender.pending_nonces()) == (10, 30)
     receiver = receivers(port=dead.port)
     sender.observer.wait("delivered", 10)
@@ -58,9 +59,9 @@ def test_beyond_the_bound_the_oldest_are_dropped_and_it_is_said(dead, receivers,
 def test_the_bound_is_on_nonces_not_on_batches(receiver, senders, caplog):
     sender = senders(max_nonces=100)
     for nonce in range(100):
-        sender.generated(receiver.url, batch(nonce))
+        generated(sender, receiver.url, batch(nonce))
     assert (sender.pending(), sender.pending_nonces()) == (100, 100)
-    sender.generated(receiver.url, batch(*range(100, 130)))
+    generated(sender, receiver.url, batch(*range(100, 130)))
     assert (sender.pending(), sender.pending_nonces()) == (71, 100)
     assert sender.observer.of("dropped") == [("generated", 1)] * 30
     (said,) = records(caplog, "callback dropped")
@@ -73,7 +74,7 @@ def test_the_bound_is_on_nonces_not_on_batches(receiver, senders, caplog):
 def test_a_batch_without_nonces_counts_as_one(receiver, senders):
     sender = senders(max_nonces=3)
     for height in range(5):
-        sender.generated(receiver.url, batch(block_height=height))
+        generated(sender, receiver.url, batch(block_height=height))
     assert (sender.pending(), sender.pending_nonces()) == (3, 0)
     assert sender.observer.of("dropped") == [("generated", 0)] * 2
     assert (sender.status()["dropped_batches"], sender.status()["dropped_nonces"]) == (2, 0)
@@ -81,8 +82,8 @@ def test_a_batch_without_nonces_counts_as_one(receiver, senders):
 
 def test_a_batch_above_the_bound_is_kept_until_a_newer_one_waits(receiver, senders):
     sender = senders(max_nonces=3)
-    sender.generated(receiver.url, batch(1))
-    sender.generated(receiver.url, batch(2, 3, 4, 5, block_height=8))
+    generated(sender, receiver.url, batch(1))
+    generated(sender, receiver.url, batch(2, 3, 4, 5, block_height=8))
     assert sender.observer.of("dropped") == [("generated", 1)]
     assert (sender.pending(), sender.pending_nonces()) == (1, 4)
     sender.validated(receiver.url, verdict(6))
@@ -90,7 +91,7 @@ def test_a_batch_above_the_bound_is_kept_until_a_newer_one_waits(receiver, sende
     assert (sender.pending(), sender.pending_nonces()) == (1, 1)
     sender.start()
     sender.observer.wait("delivered", 1)
-    sender.generated(receiver.url, batch(7, 8, 9, 10))
+    generated(sender, receiver.url, batch(7, 8, 9, 10))
     sender.observer.wait("delivered", 2)
     assert receiver.nonces() == [[6], [7, 8, 9, 10]]
 
@@ -107,12 +108,12 @@ def test_what_comes_back_is_older_than_what_came_meanwhile(receivers, senders):
 
     receiver = receivers(answer=fail_once)
     sender = senders(max_nonces=4, timeout_seconds=SECONDS)
-    sender.generated(receiver.url, batch(1, 2))
+    generated(sender, receiver.url, batch(1, 2))
     sender.start()
     try:
         assert reached.wait(SECONDS)
-        sender.generated(receiver.url, batch(3, 4, 5))
-        assert (sender.pending_nonces(), sender.observer.of("dropped")) == (5, [])  # on their way they do not count
+        generated(sender, receiver.url, batch(3, 4, 5))
+        assert (sender.pending_nonces(), sender.observer.of("dropped")) == (5, [])  # in flight they do not count
     finally:
         released.set()
     sender.observer.wait("delivered", 1)
@@ -126,7 +127,7 @@ def test_the_oldest_refused_batch_is_dropped_first(receivers, senders):
     sender = senders(max_nonces=3, first_retry_seconds=SECONDS, max_retry_seconds=SECONDS)
     sender.start()
     for nonce in range(6):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
         sender.observer.wait("failed", nonce + 1)
     sender.observer.wait("dropped", 3)
     accepts.set()
@@ -138,8 +139,8 @@ def test_the_bound_is_over_all_destinations(receivers, senders):
     one, other = receivers(), receivers()
     sender = senders(max_nonces=2)
     sender.validated(one.url, verdict(1))
-    sender.generated(other.url, alone(2))
-    sender.generated(other.url, alone(3))
+    generated(sender, other.url, alone(2))
+    generated(sender, other.url, alone(3))
     assert sender.observer.of("dropped") == [("validated", 1)]
     sender.start()
     sender.observer.wait("delivered", 2)
@@ -158,11 +159,11 @@ def test_a_slow_receiver_delays_neither_the_producer_nor_others(receiver, receiv
     sender = senders(timeout_seconds=SECONDS)
     sender.start()
     try:
-        sender.generated(slow.url, alone(0))
+        generated(sender, slow.url, alone(0))
         assert reached.wait(SECONDS)
         begin = time.monotonic()
         for nonce in range(1, 101):
-            sender.generated(slow.url, alone(nonce))
+            generated(sender, slow.url, alone(nonce))
             sender.validated(receiver.url, verdict(nonce))
         assert time.monotonic() - begin < 200 * 0.05
         sender.observer.wait("delivered", 100)
@@ -181,8 +182,8 @@ def test_many_dead_destinations_do_not_delay_another(receiver, receivers, sender
     sender.start()
     try:
         for number in range(120):  # more than an HTTP client's usual pool of connections
-            sender.generated(f"{slow.url}/{number}", batch(number))
-        sender.generated(receiver.url, batch(1))
+            generated(sender, f"{slow.url}/{number}", batch(number))
+        generated(sender, receiver.url, batch(1))
         receiver.wait(1)
     finally:
         released.set()
@@ -195,7 +196,7 @@ def test_no_answer_in_time_is_a_failure(receivers, senders):
     sender = senders(timeout_seconds=0.2)
     sender.start()
     try:
-        sender.generated(receiver.url, batch(1))
+        generated(sender, receiver.url, batch(1))
         sender.observer.wait("delivered", 1)
     finally:
         released.set()
@@ -209,7 +210,7 @@ def test_a_2xx_counts_even_if_its_body_never_ends(receivers, senders):
     sender = senders(timeout_seconds=0.2)
     sender.start()
     for nonce in (1, 2):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
     sender.observer.wait("delivered", 2)
     assert receiver.nonces() == [[1], [2]]
     assert not sender.observer.of("failed")
@@ -220,7 +221,7 @@ def test_a_connection_is_used_again(receivers, senders):
     sender = senders()
     sender.start()
     for nonce in range(5):
-        sender.generated(receiver.url, batch(nonce))
+        generated(sender, receiver.url, batch(nonce))
         sender.observer.wait("delivered", nonce + 1)
     assert len(receiver.clients) == 1
 
@@ -229,7 +230,7 @@ def test_a_round_that_lost_its_receiver_for_a_moment_keeps_merging(dead, receive
     sender = senders()
     sender.start()
     for nonce in range(30):
-        sender.generated(dead.url, batch(nonce))
+        generated(sender, dead.url, batch(nonce))
     sender.observer.wait("failed", 2)
     receiver = receivers(port=dead.port)
     sender.observer.wait("delivered", 1)
@@ -244,9 +245,9 @@ def test_a_round_that_lost_its_receiver_for_a_moment_keeps_merging(dead, receive
 def test_a_url_that_nothing_can_be_posted_to_is_a_dead_receiver(receiver, senders, url):
     sender = senders()
     sender.start()
-    sender.generated(url, batch(1))
+    generated(sender, url, batch(1))
     sender.observer.wait("failed", 2)
-    sender.generated(receiver.url, batch(2))
+    generated(sender, receiver.url, batch(2))
     sender.observer.wait("delivered", 1)
     assert sender.pending() == 1
 
@@ -260,7 +261,7 @@ def test_a_failed_attempt_is_repeated_before_the_others_go(receivers, senders, c
     receiver = receivers(answer=lambda path, content: (status, {}) if next(calls) < 3 else OK)
     sender = senders()
     for nonce in (1, 2):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
     sender.start()
     sender.observer.wait("delivered", 2)
     assert receiver.nonces() == [[1], [1], [1], [1], [2]]
@@ -278,7 +279,7 @@ def test_long_answers_are_read_and_quoted_in_part(receivers, senders, caplog, st
     receiver = receivers(answer=lambda path, content: (status if next(calls) == 0 else 200, {}, "why " * 10**6))
     sender = senders()
     sender.start()
-    sender.generated(receiver.url, batch(1))
+    generated(sender, receiver.url, batch(1))
     sender.observer.wait("delivered", 1)
     assert receiver.nonces(status=200) == [[1]]
     quoted = [record.error for record in records(caplog, "callback failed")]
@@ -292,7 +293,8 @@ def test_what_a_receiver_answers_is_not_to_be_read_in_the_status(receivers, send
     receiver = receivers(answer=lambda path, content: (status, {"X-Header": "secret"}, text))
     sender = senders()
     sender.start()
-    getattr(sender, kind)(f"{receiver.url}/path", verdict(1))
+    submit = {"generated": functools.partial(generated, sender), "validated": sender.validated}[kind]
+    submit(f"{receiver.url}/path", verdict(1))
     sender.observer.wait("failed", 1)
     assert sender.status()["last_error"] == f"{kind}: answered {status}"
     sender.close(0)
@@ -315,7 +317,7 @@ def test_what_is_no_http_is_not_to_be_read_in_the_status(senders, caplog):
         thread.start()
         sender = senders(first_retry_seconds=SECONDS, max_retry_seconds=SECONDS)
         sender.start()
-        sender.generated(f"http://127.0.0.1:{server.getsockname()[1]}", batch(1))
+        generated(sender, f"http://127.0.0.1:{server.getsockname()[1]}", batch(1))
         sender.observer.wait("failed", 1)
         thread.join(SECONDS)
     assert sender.status()["last_error"] == "generated: RemoteProtocolError"
@@ -327,7 +329,7 @@ def test_redirects_are_not_followed(receiver, receivers, senders, status):
     moved = receivers(answer=lambda path, content: (status, {"Location": receiver.url}))
     sender = senders()
     sender.start()
-    sender.generated(moved.url, batch(1))
+    generated(sender, moved.url, batch(1))
     sender.observer.wait("failed", 2)
     assert receiver.posts == []
     assert sender.pending() == 1
@@ -339,7 +341,7 @@ def test_retry_after_is_kept_to_up_to_the_longest_wait(receivers, senders, statu
     receiver = receivers(answer=lambda path, content: (status, {"Retry-After": "3600"}) if next(calls) == 0 else OK)
     sender = senders(first_retry_seconds=0.001, max_retry_seconds=0.4)
     sender.start()
-    sender.generated(receiver.url, batch(1))
+    generated(sender, receiver.url, batch(1))
     receiver.wait(2)
     assert receiver.posts[1][-1] - receiver.posts[0][-1] >= 0.39
 
@@ -364,12 +366,12 @@ def test_retry_after_is_a_number_or_a_date(value, low, high):
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
-def test_a_refused_body_goes_to_the_back_of_the_line(receivers, senders, status):
+def test_a_refused_body_goes_behind_the_others(receivers, senders, status):
     calls = itertools.count()
     receiver = receivers(answer=lambda path, content: (status, {}) if next(calls) == 0 else OK)
     sender = senders()
     for nonce in (13, 1, 2, 3):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
     sender.start()
     sender.observer.wait("delivered", 4)
     assert receiver.nonces() == [[13], [1], [2], [3], [13]]
@@ -379,10 +381,10 @@ def test_a_body_refused_for_ever_lets_the_others_pass(receivers, senders):
     receiver = receivers(answer=lambda path, content: (400, {}) if 13 in content["nonces"] else OK)
     sender = senders(first_retry_seconds=3600, max_retry_seconds=3600)
     sender.start()
-    sender.generated(receiver.url, alone(13))
+    generated(sender, receiver.url, alone(13))
     sender.observer.wait("failed", 1)
     for nonce in range(3):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
         sender.observer.wait("delivered", nonce + 1)
     assert receiver.nonces() == [[13], [0], [1], [2]]
     assert sender.pending() == 1
@@ -393,7 +395,7 @@ def test_refused_bodies_are_tried_again_without_end(receivers, senders):
     receiver = receivers(answer=lambda path, content: OK if accepts.is_set() else (403, {}))
     sender = senders()
     for nonce in range(5):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
     sender.start()
     sender.observer.wait("failed", 12)
     assert sorted(receiver.nonces()[:5]) == sorted(receiver.nonces()[5:10]) == [[nonce] for nonce in range(5)]
@@ -406,7 +408,7 @@ def test_a_merged_body_that_is_refused_is_taken_apart(receivers, senders):
     receiver = receivers(answer=lambda path, content: (422, {}) if 13 in content["nonces"] else OK)
     sender = senders()
     for nonce in (1, 13, 2):
-        sender.generated(receiver.url, batch(nonce))
+        generated(sender, receiver.url, batch(nonce))
     sender.start()
     sender.observer.wait("delivered", 2)
     assert receiver.nonces()[0] == [1, 13, 2]
@@ -419,7 +421,7 @@ def test_cookies_are_not_kept(receivers, senders):
     sender = senders()
     sender.start()
     for nonce in range(2):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
     sender.observer.wait("delivered", 2)
     assert [headers["Cookie"] for _, headers, *_ in receiver.posts] == [None, None]
 
@@ -430,7 +432,7 @@ def test_cookies_are_not_kept(receivers, senders):
 def test_close_tries_once_more_without_waiting_for_the_backoff(dead, receivers, senders):
     sender = senders(first_retry_seconds=3600, max_retry_seconds=3600)
     sender.start()
-    sender.generated(dead.url, batch(1))
+    generated(sender, dead.url, batch(1))
     sender.observer.wait("failed", 1)
     receiver = receivers(port=dead.port)
     sender.close(SECONDS)
@@ -445,7 +447,7 @@ def test_close_returns_by_the_deadline_and_says_what_is_lost(dead, receivers, se
     sender.start()
     try:
         for nonce in range(3):
-            sender.generated(url, alone(nonce))
+            generated(sender, url, alone(nonce))
         sender.validated(url, verdict(7, 8))
         begin = time.monotonic()
         sender.close(0.3)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from callback_receivers import KEY, OK, SECONDS, Observer, alone, batch, records, verdict
+from callback_receivers import KEY, OK, SECONDS, Observer, alone, batch, generated, records, verdict
 
 from poc_kernels.service.callbacks import CallbackSender, canonical_json, sign, verify
 
@@ -53,7 +53,7 @@ def test_the_receiver_verifies_raw_and_serialised_again(receiver, senders):
 def test_no_key_no_signature(receiver, senders):
     sender = senders()
     sender.start()
-    sender.generated(receiver.url, batch(1))
+    generated(sender, receiver.url, batch(1))
     receiver.wait(1)
     assert "X-Signature" not in receiver.posts[0][1]
 
@@ -64,7 +64,7 @@ def test_no_key_no_signature(receiver, senders):
 def test_consecutive_batches_of_a_round_share_a_post(receiver, senders):
     sender = senders()
     for nonces in ((1, 2), (3,), (4, 5)):
-        sender.generated(receiver.url, batch(*nonces))
+        generated(sender, receiver.url, batch(*nonces))
     sender.start()
     sender.observer.wait("delivered", 1)
     assert receiver.contents() == [batch(1, 2, 3, 4, 5)]
@@ -72,12 +72,36 @@ def test_consecutive_batches_of_a_round_share_a_post(receiver, senders):
     assert sender.status()["delivered_batches"] == 3
 
 
+def test_the_lists_that_the_proof_form_names_are_joined(receiver, senders):
+    sender = senders()
+    for nonces in ((1, 2), (3,)):
+        body = {"block_hash": "b", "nonces": list(nonces), "artifacts": [f"a{nonce}" for nonce in nonces]}
+        sender.generated(receiver.url, body, per_nonce=("nonces", "artifacts"))
+    sender.start()
+    sender.observer.wait("delivered", 1)
+    assert receiver.contents() == [{"block_hash": "b", "nonces": [1, 2, 3], "artifacts": ["a1", "a2", "a3"]}]
+
+
+def test_proofs_with_other_per_nonce_lists_are_not_merged(receiver, senders):
+    sender = senders()
+    bodies = [
+        {"block_hash": "b", "nonces": [1]},
+        {"block_hash": "b", "nonces": [2], "dist": [1.0]},
+        {"block_hash": "b", "nonces": [3], "artifacts": ["a"]},
+    ]
+    for body in bodies:
+        sender.generated(receiver.url, body, per_nonce=tuple(body)[1:])
+    sender.start()
+    sender.observer.wait("delivered", 3)
+    assert receiver.contents() == bodies
+
+
 @pytest.mark.parametrize("key", ["public_key", "block_hash", "block_height", "node_id", "group_id"])
 def test_batches_that_differ_are_not_merged_and_keep_their_order(receiver, senders, key):
     sender = senders()
     first, second, third = batch(1, **{key: 1}), batch(2, **{key: 2}), batch(3, **{key: 1})
     for each in (first, second, third):
-        sender.generated(receiver.url, each)
+        generated(sender, receiver.url, each)
     sender.start()
     sender.observer.wait("delivered", 3)
     assert receiver.contents() == [first, second, third]
@@ -86,7 +110,7 @@ def test_batches_that_differ_are_not_merged_and_keep_their_order(receiver, sende
 def test_posts_are_filled_up_to_the_nonces_allowed(receiver, senders):
     sender = senders(max_nonces_per_post=4)
     for nonces in ((1, 2), (3, 4), (5,), (6,), (10, 11, 12, 13, 14), (20,)):
-        sender.generated(receiver.url, batch(*nonces))
+        generated(sender, receiver.url, batch(*nonces))
     sender.start()
     sender.observer.wait("delivered", 4)
     assert receiver.nonces() == [[1, 2, 3, 4], [5, 6], [10, 11, 12, 13, 14], [20]]
@@ -104,7 +128,7 @@ def test_verdicts_are_never_merged_and_do_not_wait(receiver, senders):
 def test_rounds_of_different_receivers_are_kept_apart(receiver, senders):
     sender = senders()
     for nonce, path in enumerate(("/a", "/b", "/a/", "/b")):
-        sender.generated(receiver.url + path, batch(nonce))
+        generated(sender, receiver.url + path, batch(nonce))
     sender.start()
     sender.observer.wait("delivered", 2)
     assert receiver.nonces(path="/a/generated") == [[0, 2]]
@@ -115,8 +139,8 @@ def test_a_batch_waits_for_others_up_to_the_flush_time(receiver, senders):
     sender = senders(flush_seconds=0.3)
     sender.start()
     begin = time.monotonic()
-    sender.generated(receiver.url, batch(1))
-    sender.generated(receiver.url, batch(2))
+    generated(sender, receiver.url, batch(1))
+    generated(sender, receiver.url, batch(2))
     receiver.wait(1)
     assert receiver.nonces() == [[1, 2]]
     assert receiver.posts[0][-1] - begin >= 0.3
@@ -125,11 +149,11 @@ def test_a_batch_waits_for_others_up_to_the_flush_time(receiver, senders):
 def test_a_post_that_can_not_grow_does_not_wait(receiver, senders):
     sender = senders(flush_seconds=3600, max_nonces_per_post=3)
     sender.start()
-    sender.generated(receiver.url, batch(1, 2))
-    sender.generated(receiver.url, batch(3))  # full
+    generated(sender, receiver.url, batch(1, 2))
+    generated(sender, receiver.url, batch(3))  # full
     sender.observer.wait("delivered", 1)
-    sender.generated(receiver.url, batch(4))
-    sender.generated(receiver.url, batch(5, node_id=1))  # followed by another
+    generated(sender, receiver.url, batch(4))
+    generated(sender, receiver.url, batch(5, node_id=1))  # followed by another
     sender.observer.wait("delivered", 2)
     assert receiver.nonces() == [[1, 2, 3], [4]]
     assert (sender.pending(), sender.pending_nonces()) == (1, 1)
@@ -138,7 +162,7 @@ def test_a_post_that_can_not_grow_does_not_wait(receiver, senders):
 def test_a_batch_is_copied(receiver, senders):
     sender = senders()
     mine = batch(1, 2)
-    sender.generated(receiver.url, mine)
+    generated(sender, receiver.url, mine)
     mine["nonces"].append(3)
     mine["node_id"] = 9
     sender.start()
@@ -155,8 +179,8 @@ def test_proxies_of_the_environment_are_honoured(receivers, senders, monkeypatch
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     sender = senders()
     sender.start()
-    sender.generated("http://node.test", batch(1))
-    sender.generated(direct.url, batch(2))
+    generated(sender, "http://node.test", batch(1))
+    generated(sender, direct.url, batch(2))
     sender.observer.wait("delivered", 2)
     assert [post[0] for post in proxy.posts] == ["http://node.test/generated"]
     assert direct.nonces(path="/generated") == [[2]]
@@ -173,7 +197,7 @@ def test_many_producers_and_a_receiver_that_fails_now_and_then(receivers, sender
 
     def produce(node_id):
         for nonce in range(40):
-            sender.generated(receiver.url, batch(nonce, node_id=node_id))
+            generated(sender, receiver.url, batch(nonce, node_id=node_id))
             sender.validated(receiver.url, verdict(nonce, node_id=node_id))
 
     producers = [threading.Thread(target=produce, args=(node_id,)) for node_id in range(4)]
@@ -189,13 +213,13 @@ def test_many_producers_and_a_receiver_that_fails_now_and_then(receivers, sender
             assert [nonce for each in contents for nonce in each["nonces"]] == list(range(40))
 
 
-def test_a_destination_is_forgotten_when_its_line_is_empty(receiver, senders):
+def test_a_destination_without_deliveries_is_forgotten(receiver, senders):
     sender = senders()
     sender.start()
     for number in range(50):
-        sender.generated(f"{receiver.url}/{number}", batch(number))
+        generated(sender, f"{receiver.url}/{number}", batch(number))
     sender.observer.wait("delivered", 50)
-    assert sender._lines == {}
+    assert sender._destinations == {}
     deadline = time.monotonic() + SECONDS
     while sender._tasks and time.monotonic() < deadline:
         threading.Event().wait(0.01)
@@ -213,7 +237,7 @@ def test_an_observer_that_raises_costs_nothing(receiver, senders, caplog):
     sender = senders(observer=observer)
     sender.start()
     for nonce in range(3):
-        sender.generated(receiver.url, alone(nonce))
+        generated(sender, receiver.url, alone(nonce))
     observer.wait("delivered", 3)
     assert receiver.nonces() == [[0], [1], [2]]
     sender.close(SECONDS)
@@ -223,7 +247,7 @@ def test_an_observer_that_raises_costs_nothing(receiver, senders, caplog):
 def test_an_observer_is_not_needed(receiver, senders):
     sender = senders(observer=None)
     sender.start()
-    sender.generated(receiver.url, batch(1))
+    generated(sender, receiver.url, batch(1))
     sender.close(SECONDS)
     assert sender.status()["delivered_batches"] == 1
 
@@ -232,7 +256,7 @@ def test_no_password_in_logs_or_status(receivers, senders, caplog):
     receiver = receivers(answer=lambda path, content: (500, {}))
     sender = senders()
     sender.start()
-    sender.generated(receiver.url.replace("http://", "http://user:secret@"), batch(1))
+    generated(sender, receiver.url.replace("http://", "http://user:secret@"), batch(1))
     sender.observer.wait("failed", 1)
     sender.close(0)
     assert receiver.posts[0][1]["Authorization"].startswith("Basic ")
@@ -245,7 +269,7 @@ def test_close_sends_what_waits(receiver, senders):
     sender = senders(flush_seconds=3600)
     sender.start()
     for nonce in range(3):
-        sender.generated(receiver.url, batch(nonce))
+        generated(sender, receiver.url, batch(nonce))
     assert receiver.posts == []
     sender.close(SECONDS)
     assert receiver.nonces() == [[0, 1, 2]]
@@ -257,7 +281,7 @@ def test_close_again_does_nothing_and_what_comes_later_is_dropped(receiver, send
     sender.start()
     sender.close(SECONDS)
     sender.close(SECONDS)
-    sender.generated(receiver.url, batch(1, 2))
+    generated(sender, receiver.url, batch(1, 2))
     assert sender.observer.events == [("dropped", "generated", 2)]
     assert (sender.pending(), receiver.posts) == (0, [])
     assert [record.nonces for record in records(caplog, "callback dropped")] == [2]
@@ -267,7 +291,7 @@ def test_close_again_does_nothing_and_what_comes_later_is_dropped(receiver, send
 
 def test_close_of_a_sender_that_never_started_says_what_is_lost(receiver, senders, caplog):
     sender = senders()
-    sender.generated(receiver.url, batch(1))
+    generated(sender, receiver.url, batch(1))
     sender.close(3600)
     assert [record.nonces for record in records(caplog, "callbacks not delivered before the deadline")] == [1]
     assert receiver.posts == []
@@ -304,22 +328,39 @@ def test_settings_out_of_range_are_named(options, error, message):
 def test_a_url_that_is_no_text_is_refused_at_once(senders):
     sender = senders()
     with pytest.raises(TypeError, match="url must be a str, got NoneType"):
-        sender.generated(None, batch(1))
+        generated(sender, None, batch(1))
     assert sender.pending() == 0
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
+    ("body", "error", "message"),
     [
-        ([1], TypeError, "batch must be a mapping, got list"),
-        ({"dist": []}, TypeError, r"batch\['nonces'\] must be a list, got NoneType"),
-        ({"nonces": [1], "dist": 1.0}, TypeError, r"batch\['dist'\] must be a list, got float"),
-        ({"nonces": [1], "dist": []}, ValueError, "one entry per nonce, got 0 for 1"),
+        ([1], TypeError, "body must be a mapping, got list"),
+        ({"dist": []}, TypeError, r"body\['nonces'\] must be a list, got NoneType"),
+        ({"nonces": [1]}, TypeError, r"body\['dist'\] must be a list, got NoneType"),
+        ({"nonces": [1], "dist": 1.0}, TypeError, r"body\['dist'\] must be a list, got float"),
+        ({"nonces": [1], "dist": []}, ValueError, r"body\['dist'\] must have 1 values, one per nonce, got 0"),
         ({"nonces": [1], "dist": [object()]}, TypeError, "not JSON serializable"),
     ],
 )
-def test_batches_that_are_none_are_refused_at_once(senders, content, error, message):
+def test_a_body_that_does_not_fit_is_refused_at_once(senders, body, error, message):
     sender = senders()
     with pytest.raises(error, match=message):
-        sender.generated("http://127.0.0.1:1", content)
+        generated(sender, "http://127.0.0.1:1", body)
+    assert sender.pending() == 0
+
+
+@pytest.mark.parametrize("body", [[1], {"dist": [1.0]}, {"nonces": 1}])
+def test_a_verdict_needs_nonces(senders, body):
+    sender = senders()
+    with pytest.raises(TypeError, match=r"body.* must be a (mapping|list)"):
+        sender.validated("http://127.0.0.1:1", body)
+    assert sender.pending() == 0
+
+
+@pytest.mark.parametrize("per_nonce", [(), ("dist",), ("dist", "nonces"), ["nonces", "dist"], "nonces", None])
+def test_names_that_do_not_begin_with_the_nonces_are_refused_at_once(senders, per_nonce):
+    sender = senders()
+    with pytest.raises(ValueError, match='per_nonce must be a tuple of names that begins with "nonces", got '):
+        sender.generated("http://127.0.0.1:1", batch(1), per_nonce=per_nonce)
     assert sender.pending() == 0

@@ -1,4 +1,4 @@
-"""Callbacks in every order in which those who submit and close, and the thread that posts, can run."""
+"""Callbacks in every order in which threads that submit, a thread that closes and the thread that posts can run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from interleaving import Instruments, World, explore
 from scenarios import LONG, THOROUGH, Record
 
 from poc_kernels.service import callbacks as callbacks_module
-from poc_kernels.service import outbox as lines_module
+from poc_kernels.service import outbox as outbox_module
 from poc_kernels.service.callbacks import CallbackSender
 from poc_kernels.service.outbox import GENERATED
 
 Answer = Callable[[int, list[int]], int]
-"""The status for a receiver's so-manieth post, with these nonces."""
+"""The status for a receiver's post with this number, counted from 0, and these nonces."""
 
 
 class _Jitterless:
     """In place of `random`: the same in every run."""
 
     @staticmethod
-    def uniform(_: float, most: float) -> float:
-        return most
+    def uniform(_: float, high: float) -> float:
+        return high
 
 
 async def _no_text() -> AsyncIterator[bytes]:
@@ -36,7 +36,7 @@ async def _no_text() -> AsyncIterator[bytes]:
 
 
 class Receiver:
-    """Answers posts after a second, and keeps what it took."""
+    """Answers posts after a second, and keeps what it accepted."""
 
     def __init__(self, answer: Answer) -> None:
         self.taken: list[list[int]] = []
@@ -73,10 +73,10 @@ class Told:
 
 @pytest.fixture
 def posting(instruments: Instruments, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CallbackSender]:
-    """Makes a sender of stand-ins that posts to a receiver."""
+    """Make a sender of stand-ins that posts to a receiver."""
     instruments.patch(monkeypatch, callbacks_module)
     monkeypatch.setattr(callbacks_module.asyncio, "new_event_loop", instruments.EventLoop)
-    monkeypatch.setattr(lines_module, "random", _Jitterless)
+    monkeypatch.setattr(outbox_module, "random", _Jitterless)
 
     def make(world: World, receiver: Receiver, told: Told, **options: Any) -> CallbackSender:
         client = functools.partial(httpx2.AsyncClient, transport=httpx2.MockTransport(receiver), trust_env=False)
@@ -86,9 +86,10 @@ def posting(instruments: Instruments, monkeypatch: pytest.MonkeyPatch) -> Callab
 
         def bounded() -> None:
             if not sender._lock.locked():
-                backlog = sender._backlog
-                assert backlog._weight <= sender._backlog._max_nonces or backlog._waiting == 1
-                assert backlog.nonces == sum(len(each.nonces) for line in sender._lines.values() for each in line.all)
+                outbox = sender._outbox
+                assert outbox._weight <= outbox._max_nonces or outbox._waiting == 1
+                kept = [each for destination in sender._destinations.values() for each in destination.all]
+                assert outbox.nonces == sum(len(each.nonces) for each in kept)
 
         world.observe = bounded
         return sender
@@ -96,8 +97,8 @@ def posting(instruments: Instruments, monkeypatch: pytest.MonkeyPatch) -> Callab
     return make
 
 
-def batch(*nonces: int) -> dict[str, Any]:
-    return {"nonces": list(nonces), "dist": [float(nonce) for nonce in nonces]}
+def generated(sender: CallbackSender, url: str, nonce: int) -> None:
+    sender.generated(url, {"nonces": [nonce], "dist": [float(nonce)]}, per_nonce=("nonces", "dist"))
 
 
 def _up(_: int, __: list[int]) -> int:
@@ -114,7 +115,7 @@ def _refuses_a_merged_one(_: int, nonces: list[int]) -> int:
 
 RECEIVERS = [_up, _down_at_first, _refuses_a_merged_one]
 PREEMPTIONS = 3 if THOROUGH else 2
-"""The lines' tasks look without a lock at whether the sender is closed: no order is left out as another's twin."""
+"""Destinations' tasks read without a lock whether the sender is closed: no order is skipped as equal to another."""
 
 
 @pytest.mark.parametrize("answer", RECEIVERS, ids=lambda answer: answer.__name__.strip("_"))
@@ -127,12 +128,12 @@ def test_what_is_submitted_while_the_sender_starts_and_closes(
     def scenario(world: World) -> Callable[[], None]:
         receiver, told = Receiver(answer), Told()
         sender = posting(world, receiver, told, flush_seconds=LONG)
-        sender.generated("http://chain", batch(0))
+        generated(sender, "http://chain", 0)
 
         def submit() -> None:
-            sender.generated("http://chain", batch(1))
+            generated(sender, "http://chain", 1)
             world.sleep(1.0)  # when a post is answered, perhaps the last before the end
-            sender.generated("http://chain", batch(2))
+            generated(sender, "http://chain", 2)
 
         def start_and_close() -> None:
             sender.start()
@@ -144,7 +145,7 @@ def test_what_is_submitted_while_the_sender_starts_and_closes(
         def check() -> None:
             taken = [nonce for nonces in receiver.taken for nonce in nonces]
             assert len(set(taken)) == len(taken), "sent twice"
-            assert set(taken) in ({0}, {0, 1}, {0, 1, 2}), "only what came after the end is not sent"
+            assert set(taken) in ({0}, {0, 1}, {0, 1, 2}), "only what arrived after the end is not sent"
             if answer is not _refuses_a_merged_one:
                 assert taken == sorted(taken)
             assert told.delivered_nonces[GENERATED] == len(taken)
@@ -168,7 +169,7 @@ def test_a_post_that_is_answered_when_the_time_to_close_is_over(
     def scenario(world: World) -> Callable[[], None]:
         receiver, told = Receiver(_up), Told()
         sender = posting(world, receiver, told, flush_seconds=LONG)
-        sender.generated("http://chain", batch(0))
+        generated(sender, "http://chain", 0)
 
         def start_and_close() -> None:
             sender.start()
@@ -198,8 +199,8 @@ def test_two_submitters_to_two_receivers_of_which_one_is_dead(
         sender.start()
 
         def submit() -> None:
-            sender.generated("http://alive", batch(0))
-            sender.generated("http://alive", batch(1))
+            generated(sender, "http://alive", 0)
+            generated(sender, "http://alive", 1)
 
         def close() -> None:
             submitter.join()
@@ -207,7 +208,7 @@ def test_two_submitters_to_two_receivers_of_which_one_is_dead(
             sender.close(5.0)
 
         submitter = world.spawn("submit", submit)
-        other = world.spawn("submit to the dead", lambda: sender.generated("http://dead", batch(100)))
+        other = world.spawn("submit to the dead", lambda: generated(sender, "http://dead", 100))
         world.spawn("close", close)
 
         def check() -> None:
@@ -230,7 +231,7 @@ def test_the_oldest_make_room_while_the_receiver_is_down(
 
         def submit() -> None:
             for nonce in range(4):
-                sender.generated("http://chain", batch(nonce))
+                generated(sender, "http://chain", nonce)
 
         def close() -> None:
             submitter.join()

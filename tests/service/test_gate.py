@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from served import TIMEOUT
+from web import TIMEOUT
 
 from poc_kernels.service import gate as gate_module
-from poc_kernels.service.gate import Gate
+from poc_kernels.service.gate import Gate, GateRules, under
 
 USER, POW, OTHER = "/v1/chat/completions", "/api/v1/pow/validate", "/health"
 CLOSED = ("generating", "not now", 7)
@@ -97,7 +96,8 @@ class Echo:
 def gate(app: Any, **changes: Any) -> Gate:
     defaults = {"closed": lambda: None, "refused": lambda reason: None, "max_in_flight": 2, "max_body_bytes": 10}
     others = {"max_pow_body_bytes": 2000, "body_seconds": TIMEOUT, "token": None}
-    return Gate(app, **{**defaults, **others, **changes})
+    rules = changes.pop("rules", GateRules(is_user=under("/v1/")))
+    return Gate(app, rules, **{**defaults, **others, **changes})
 
 
 def speak(*clients: Client) -> None:
@@ -249,7 +249,7 @@ def test_a_user_that_leaves_ends_the_work_unless_the_answer_has_begun(begun: boo
 
 
 def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_LARGE", 8)
+    monkeypatch.setattr(gate_module, "_MAX_PLACES", 8)
 
     async def run() -> None:
         release = asyncio.Event()
@@ -278,7 +278,7 @@ def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_so_many_large_bodies_at_once_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_LARGE", 2)
+    monkeypatch.setattr(gate_module, "_MAX_PLACES", 2)
 
     async def run() -> None:
         release = asyncio.Event()
@@ -361,30 +361,6 @@ def test_so_many_users_at_once_and_no_more() -> None:
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
 
 
-def test_waiting_for_the_last_user() -> None:
-    async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            await release.wait()
-            return body
-
-        app = Echo(wait)
-        front = gate(app)
-        assert front.wait_idle(0)
-        user = asyncio.create_task(Client(front, USER).speak())
-        while not app.bodies:
-            await asyncio.sleep(0)
-        assert not front.wait_idle(0)
-        with ThreadPoolExecutor(1) as pool:
-            idle = asyncio.get_running_loop().run_in_executor(pool, front.wait_idle, TIMEOUT)
-            release.set()
-            await user
-            assert await idle
-
-    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
-
-
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.TimeoutError, ConnectionResetError])
 def test_an_app_that_raises_is_not_answered_for(error: type[Exception]) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -459,10 +435,79 @@ def test_the_token(given: dict[str, str | bytes], status: int) -> None:
     assert (user.status, health.status) == (200, 200)
 
 
-@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-def test_what_is_not_http_passes(kind: str) -> None:
+# ---- what is not HTTP ----
+
+
+def test_the_lifespan_passes() -> None:
     app = Echo()
     client = Client(gate(app, closed=lambda: CLOSED), USER)
-    client.scope["type"] = kind
+    client.scope = {"type": "lifespan"}
     speak(client)
-    assert app.scopes == [kind]
+    assert app.scopes == ["lifespan"]
+
+
+@pytest.mark.parametrize("path", [USER, OTHER])
+def test_websockets_pass(path: str) -> None:
+    app = Echo()
+    front = gate(app)
+    client = Client(front, path)
+    client.scope["type"] = "websocket"
+    speak(client)
+    assert (app.scopes, client.sent, front.in_flight) == (["websocket"], [], 0)
+
+
+def test_websockets_of_users_are_refused_while_it_is_closed() -> None:
+    app, reasons = Echo(), []
+    client = Client(gate(app, closed=lambda: CLOSED, refused=reasons.append), USER)
+    client.scope["type"] = "websocket"
+    speak(client)
+    assert client.sent == [{"type": "websocket.close", "code": 1013, "reason": CLOSED[1]}]
+    assert (app.scopes, reasons) == ([], ["generating"])
+
+
+# ---- another app behind it ----
+
+
+def computes(scope: Any) -> bool:
+    """Everything that is posted, or a websocket, except the PoC routes: of an app that computes outside /v1 too."""
+    posted = scope["type"] == "websocket" or scope["method"] == "POST"
+    return posted and not scope["path"].startswith("/api/v1/pow")
+
+
+def test_routes_that_compute_outside_v1_are_shut_too() -> None:
+    app = Echo()
+    front = gate(app, rules=GateRules(is_user=computes), closed=lambda: CLOSED, max_body_bytes=10)
+    computing = [Client(front, path) for path in (USER, "/invocations", "/inference/v1/generate", "/tokenize")]
+    models, chain = Client(front, "/v1/models"), Client(front, POW)
+    models.scope["method"] = "GET"
+    speak(*computing, models, chain)
+    assert [client.status for client in computing] == [503] * 4
+    assert computing[1].error["code"] == "generating"
+    assert (models.status, chain.status) == (200, 200)
+
+
+def test_routes_that_compute_outside_v1_are_counted_and_have_the_bound_of_users_bodies() -> None:
+    front = gate(Echo(), rules=GateRules(is_user=computes), max_body_bytes=10)
+    large = Client(front, "/invocations", [b"x" * 11])
+    speak(large)
+    assert (large.status, large.error["code"]) == (413, "body_too_large")
+    full = gate(Echo(), rules=GateRules(is_user=computes), max_in_flight=0)
+    refused = Client(full, "/invocations")
+    speak(refused)
+    assert refused.status == 429
+
+
+@pytest.mark.parametrize("ends_streams", [True, False])
+@pytest.mark.parametrize("parts", [[b"data: [DONE]\n\n"], [b"data: [DO", b"NE]\n\n"], [b"data: [DONE]\n", b"\n"]])
+def test_an_app_that_ends_its_streams_gets_no_second_done(ends_streams: bool, parts: list[bytes]) -> None:
+    app = answering(200, b"text/event-stream", b"data: 1\n\n", *parts)
+    client = Client(gate(app, rules=GateRules(is_user=under("/v1/"), ends_streams=ends_streams)), USER)
+    speak(client)
+    assert client.body == b"data: 1\n\ndata: [DONE]\n\n"
+
+
+def test_an_app_that_ends_its_streams_is_left_alone() -> None:
+    app = answering(200, b"text/event-stream", b"data: 1\n\n")
+    client = Client(gate(app, rules=GateRules(is_user=under("/v1/"), ends_streams=True)), USER)
+    speak(client)
+    assert client.body == b"data: 1\n\n"

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import TIMEOUT
+from web import TIMEOUT
 
-from poc_kernels.protocol import PoCConfig, RoundEndedError, ValidatedBatch
+from poc_kernels.protocol import PoCConfig, Round, RoundEndedError, ValidatedBatch, Validation
 from poc_kernels.service import queue as validation_queue
 from poc_kernels.service.queue import JobState, QueueFullError, ValidationJob, ValidationQueue
 
 FORWARD = 4
-ROUND = PoCConfig("block", 1, "key", r_target=1.4, batch_size=FORWARD)
+ROUND = Round(PoCConfig("block", 1, "key", r_target=1.4, batch_size=FORWARD))
 VERDICT = ValidatedBatch("key", "block", 1, [1], [1.0])
 
 
@@ -37,19 +37,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def put(
-    queue: ValidationQueue, nonces: int, submitter: str = "a", keep: bool = False, config: PoCConfig = ROUND
+    queue: ValidationQueue, nonces: int, submitter: str = "a", keep: bool = False, of: Round = ROUND
 ) -> ValidationJob:
     """A job whose verdict is `VERDICT`, after as many forwards as it has."""
-    forwards = max(1, -(-nonces // config.batch_size))
+    forwards = max(1, -(-nonces // of.config.batch_size))
     steps: list[Any] = [*[None] * (forwards - 1), VERDICT]
-    return queue.put(iter(steps), nonces=nonces, config=config, submitter=submitter, keep=keep)
+    return queue.put(Validation(of, iter(steps)), nonces=nonces, submitter=submitter, keep=keep)
 
 
 def compute(queue: ValidationQueue) -> ValidationJob | None:
     """One forward of whoever's turn it is; its job."""
     job = queue.next()
     if job is not None:
-        verdict = next(job.steps)
+        verdict = next(job.forwards)
         if verdict is None:
             queue.advance(job)
         else:
@@ -272,14 +272,13 @@ def test_who_waits_cannot_cancel() -> None:
 def test_cancel_ends_what_it_is_told_to_and_nothing_else() -> None:
     ended: list[ValidationJob] = []
     queue = ValidationQueue(200, ended=ended.append)
-    another = PoCConfig("block", 1, "key", r_target=1.4, batch_size=FORWARD)
-    assert another == ROUND
+    another = Round(ROUND.config)
     jobs = [put(queue, 10, submitter) for submitter in "abab"]
-    left = put(queue, 6, "b", config=another)
+    left = put(queue, 6, "b", of=another)
     compute(queue)
     running = queue.next()
     assert running is jobs[1]
-    queue.cancel(lambda job: job.config is ROUND, "the round ended")
+    queue.cancel(lambda job: job.round is ROUND, "the round ended")
     assert ended == [jobs[1], jobs[3], jobs[0], jobs[2]]
     for job in jobs:
         assert job.state == JobState.CANCELLED
@@ -486,7 +485,7 @@ def test_many_threads_at_once() -> None:
         while queue.batches > 0 or not over.is_set():
             job = queue.next()
             if job is not None:
-                verdict = next(job.steps)
+                verdict = next(job.forwards)
                 if verdict is None:
                     queue.advance(job)
                 else:

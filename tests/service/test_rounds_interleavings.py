@@ -14,18 +14,22 @@ from scenarios import LONG, MODES, THOROUGH, Record, turns_of
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import (
+    DistanceProver,
     IllegalTransitionError,
     PoCConfig,
     PoCManager,
     PoCState,
     ProofBatch,
+    Round,
     RoundEndedError,
     ValidatedBatch,
+    Validation,
 )
 from poc_kernels.protocol import round as manager_module
 from poc_kernels.scheduling import PriorityLanes, Turns
 from poc_kernels.service import queue as queue_module
 from poc_kernels.service import worker as worker_module
+from poc_kernels.service.device import TurnsDevice
 from poc_kernels.service.queue import JobState, ValidationJob, ValidationQueue
 from poc_kernels.service.worker import ProofWorker
 
@@ -52,14 +56,14 @@ def claim(*nonces: int) -> ProofBatch:
 @pytest.fixture(scope="module")
 def alone_distances() -> dict[int, float]:
     """Of the first nonces, computed by a manager that nobody disturbs."""
-    manager = PoCManager(SmallEngine(hidden_size=4, vocab_size=5))
+    manager = PoCManager(DistanceProver(SmallEngine(hidden_size=4, vocab_size=5)))
     manager.init_round(config())
     return dict(enumerate(manager.validate(claim(*range(12))).dist))
 
 
 def manager_in(world: World) -> PoCManager:
     """A manager whose changes of state are checked."""
-    manager = PoCManager(SmallEngine(hidden_size=4, vocab_size=5))
+    manager = PoCManager(DistanceProver(SmallEngine(hidden_size=4, vocab_size=5)))
     before = manager.state
 
     def observe() -> None:
@@ -135,7 +139,7 @@ def test_nonces_of_two_threads_through_phases(
 
         def generate() -> None:
             try:
-                computed.append(manager.advance())
+                computed.append(manager.advance()[:2])
                 # Nobody ran since it was counted.
                 assert (manager.state, manager.config) == (PoCState.GENERATING, computed[-1][0])
                 assert manager.config is computed[-1][0], "a batch of a round that ended"
@@ -190,7 +194,7 @@ def test_a_queue_of_two_submitters(
 
         def put(submitter: str) -> None:
             with contextlib.suppress(RoundEndedError):
-                jobs.append(queue.put(iter(()), nonces=3, config=config(), submitter=submitter, keep=True))
+                jobs.append(queue.put(Validation(Round(config()), iter(())), nonces=3, submitter=submitter, keep=True))
 
         for submitter in ("a", "b"):
             put(submitter)
@@ -253,7 +257,7 @@ def working(rounds: Instruments, monkeypatch: pytest.MonkeyPatch) -> Instruments
 class Unsent:
     """Where callbacks would go."""
 
-    def generated(self, *_: Any) -> None:
+    def generated(self, *_: Any, **__: Any) -> None:
         pass
 
     validated = generated
@@ -271,11 +275,9 @@ def worker_of(manager: PoCManager, turns: Turns) -> ProofWorker:
     nowhere: Any = Unsent()
     return ProofWorker(
         manager,
-        turns,
-        PARTITION,
+        TurnsDevice(turns, PARTITION, lambda seconds: True),
         nowhere,
         everything,
-        drain=lambda seconds: True,
         drain_seconds=1.0,
         max_queued_nonces=20,
         stall_seconds=60.0,
@@ -295,7 +297,7 @@ def test_a_worker_whose_round_is_stopped_and_that_is_closed(
 
         def submit(name: str, *nonces: int) -> None:
             with contextlib.suppress(RoundEndedError, IllegalTransitionError):
-                futures.append((nonces, worker.submit(claim(*nonces), name)))
+                futures.append((nonces, worker.enqueue(claim(*nonces), name).future))
 
         def infer() -> None:
             with turns.inference():
@@ -303,7 +305,6 @@ def test_a_worker_whose_round_is_stopped_and_that_is_closed(
 
         def control() -> None:
             manager.stop_round()
-            worker.wake()
             worker.close(LONG)
 
         world.spawn("a", lambda: submit("a", 3, 0, 7))
@@ -320,7 +321,7 @@ def test_a_worker_whose_round_is_stopped_and_that_is_closed(
                     assert isinstance(future.exception(0), RoundEndedError)
             assert (worker.queue.batches, worker.queue.nonces) == (0, 0)
             assert not worker._thread.is_alive()
-            assert not worker._turn.computing
+            assert not worker._device._turn.computing
             assert world.now < LONG, "somebody slept until a deadline: a wake-up is missing"
 
         return check
@@ -348,7 +349,7 @@ def test_a_worker_answers_whoever_submits(
         chosen = (1, 4) if THOROUGH else (1,)
 
         def submit(nonce: int) -> None:
-            answers.append((nonce, worker.submit(claim(nonce), f"submitter {nonce}").result().dist))
+            answers.append((nonce, worker.enqueue(claim(nonce), f"submitter {nonce}").future.result().dist))
 
         def close() -> None:
             for submitter in submitters:
@@ -382,7 +383,7 @@ def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, reco
             if forwards > 1:
                 moved_on.wait()  # else a thread that nobody preempts generates for ever
 
-        manager.engine.before_forward = before_forward
+        manager.prover.engine.before_forward = before_forward
         worker.start()
 
         def infer() -> None:
@@ -394,10 +395,8 @@ def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, reco
 
         def control() -> None:
             manager.start_round(config())
-            worker.wake()
             manager.set_phase(PoCState.VALIDATING)
             moved_on.set()
-            worker.wake()
 
         def close() -> None:
             inference.join()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
@@ -57,7 +57,6 @@ def test_inference_is_let_go_in_every_other_state(make: Callable[..., Parts]) ->
             parts.begin(phase)
         else:
             parts.manager.set_phase(phase)
-            parts.worker.wake()
         eventually(lambda phase=phase: parts.turns.inference_paused == (phase == PoCState.GENERATING))
 
 
@@ -111,8 +110,7 @@ def test_a_phase_that_ends_while_it_drains_computes_nothing(make: Callable[..., 
         parts.stop()
     else:
         parts.manager.set_phase(PoCState.VALIDATING)
-        parts.worker.wake()
-        assert parts.worker.submit(proof(1)).result(TIMEOUT).nonces == [0]
+        assert parts.submit(proof(1)).result(TIMEOUT).nonces == [0]
     eventually(lambda: parts.worker._idle)
     assert not parts.turns.inference_paused
     assert parts.manager.status()["total_checked"] == 0
@@ -124,7 +122,7 @@ def test_a_phase_that_ends_while_it_drains_computes_nothing(make: Callable[..., 
 def test_verdicts(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    honest, forged = parts.worker.submit(proof(10)), parts.worker.submit(proof(30, 0.5))
+    honest, forged = parts.submit(proof(10)), parts.submit(proof(30, 0.5))
     assert honest.result(TIMEOUT).dist == alone(10)
     assert forged.result(TIMEOUT).dist == alone(30)
     assert forged.result().fraud_detected
@@ -142,7 +140,7 @@ def test_proofs_wait_for_steps_that_owe_nothing(make: Callable[..., Parts]) -> N
 
     def step() -> None:
         with inference:
-            eventually(lambda: parts.worker._turn.waiting)
+            eventually(lambda: parts.device.waiting)
             order.append("inference")
 
     with ThreadPoolExecutor(1) as pool:
@@ -155,7 +153,7 @@ def test_proofs_wait_for_steps_that_owe_nothing(make: Callable[..., Parts]) -> N
 
         parts.engine.before_forward = before_forward
         parts.begin(PoCState.VALIDATING)
-        parts.worker.submit(proof(4 * BATCH)).result(TIMEOUT)
+        parts.submit(proof(4 * BATCH)).result(TIMEOUT)
     assert order == ["proof", "inference", "proof", "inference", "proof", "proof"]
 
 
@@ -163,8 +161,8 @@ def test_no_proof_runs_while_inference_has_the_device(make: Callable[..., Parts]
     parts = make(turns=Turns(PATIENT))
     parts.begin(PoCState.VALIDATING)
     with parts.turns.inference():
-        result = parts.worker.submit(proof(1))
-        eventually(lambda: parts.turns._lines[1])  # it waits for its turn
+        result = parts.submit(proof(1))
+        eventually(lambda: parts.device.waiting)
         assert parts.engine.shapes == []
         assert not result.done()
     assert result.result(TIMEOUT).nonces == [0]
@@ -175,7 +173,7 @@ def test_validation_goes_on_while_generating(make: Callable[..., Parts]) -> None
     parts.begin()
     parts.checked(BATCH)
     before = parts.manager.status()["total_checked"]
-    assert parts.worker.submit(proof(40)).result(TIMEOUT).dist == alone(40)
+    assert parts.submit(proof(40)).result(TIMEOUT).dist == alone(40)
     assert parts.manager.status()["total_checked"] > before
 
 
@@ -183,30 +181,30 @@ def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
     parts = make(max_queued_nonces=20)
     parts.begin(PoCState.VALIDATING)
     with blocked(parts) as entered:
-        first = parts.worker.submit(proof(15))
+        first = parts.submit(proof(15))
         assert entered.wait(TIMEOUT)
         with pytest.raises(QueueFullError, match="at most 20 nonces can wait to be validated, 15 do, and 6 came"):
-            parts.worker.submit(proof(6), "another")
-        second = parts.worker.submit(proof(4), "another")
-        empty = parts.worker.submit(proof(0), "a third")  # takes a place too
+            parts.submit(proof(6), "another")
+        second = parts.submit(proof(4), "another")
+        empty = parts.submit(proof(0), "a third")  # takes a place too
         for count in (0, 1):
             with pytest.raises(QueueFullError):
-                parts.worker.submit(proof(count), "a fourth")
+                parts.submit(proof(count), "a fourth")
         assert parts.worker.queued_nonces == 20
     assert [len(future.result(TIMEOUT)) for future in (first, second, empty)] == [15, 4, 0]
     eventually(lambda: parts.worker.queued_nonces == 0)
-    assert parts.worker.submit(proof(20)).result(TIMEOUT).dist == alone(20)
+    assert parts.submit(proof(20)).result(TIMEOUT).dist == alone(20)
     with pytest.raises(ValueError, match="a batch must have at most 20 nonces, got 21"):
-        parts.worker.submit(proof(21))
+        parts.submit(proof(21))
 
 
 def test_what_cannot_be_validated_is_refused_at_once(make: Callable[..., Parts]) -> None:
     parts = make()
     with pytest.raises(IllegalTransitionError, match="none was begun"):
-        parts.worker.submit(proof(1))
+        parts.submit(proof(1))
     parts.begin(PoCState.VALIDATING)
     with pytest.raises(ValueError, match="block_hash of the batch"):
-        parts.worker.submit(proof(1, block_hash="other"))
+        parts.submit(proof(1, block_hash="other"))
     assert parts.worker.queued_nonces == 0
 
 
@@ -215,9 +213,9 @@ def test_forwards_are_given_out_in_turn(make: Callable[..., Parts]) -> None:
     parts.begin(PoCState.VALIDATING)
     order: list[str] = []
     with blocked(parts) as entered:
-        large = parts.worker.submit(proof(6 * BATCH), "one")
+        large = parts.submit(proof(6 * BATCH), "one")
         assert entered.wait(TIMEOUT)
-        small = parts.worker.submit(proof(2 * BATCH), "another")
+        small = parts.submit(proof(2 * BATCH), "another")
         for name, result in (("large", large), ("small", small)):
             result.add_done_callback(lambda _, name=name: order.append(name))
     assert large.result(TIMEOUT).dist == alone(6 * BATCH)
@@ -252,7 +250,7 @@ def test_a_round_that_ends_while_its_batch_comes(make: Callable[..., Parts], mon
         return put(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(parts.worker.queue, "put", late)
-    result = parts.worker.submit(proof(1))
+    result = parts.submit(proof(1))
     with pytest.raises(RoundEndedError, match="while the batch was validated"):
         result.result(0)
     eventually(lambda: parts.worker._idle)
@@ -265,7 +263,7 @@ def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again
     parts = make()
     parts.begin(PoCState.VALIDATING)
     with blocked(parts) as entered:
-        results = [parts.worker.submit(proof(count)) for _ in range(3)]
+        results = [parts.submit(proof(count)) for _ in range(3)]
         assert entered.wait(TIMEOUT)
         parts.stop()
         assert all(result.done() for result in results)  # though the forward still runs
@@ -297,12 +295,11 @@ def test_a_phase_that_ends_while_it_drains_never_holds_users(make: Callable[...,
     parts.turns.pause_inference = lambda: held.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
     parts.begin()
     assert asked.wait(TIMEOUT)
-    result = parts.worker.submit(proof(1))
+    result = parts.submit(proof(1))
     if then == PoCState.STOPPED:
         parts.stop()
     else:
         parts.manager.set_phase(then)
-        parts.worker.wake()
     go_on.set()
     if then == PoCState.VALIDATING:
         assert result.result(TIMEOUT).dist == alone(1)
@@ -319,6 +316,6 @@ def test_proofs_have_the_priority_that_is_asked_for(make: Callable[..., Parts], 
     found: list[int] = []
     parts.engine.before_forward = lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
     parts.begin(PoCState.VALIDATING)
-    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
+    assert parts.submit(proof(1)).result(TIMEOUT).dist == alone(1)
     assert found == [19 if low else usual]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == usual

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, failing, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
@@ -63,7 +63,7 @@ class Users:
             self._now += seconds
 
     def _compute(self) -> None:
-        proofs: Turn = self._parts.worker._turn
+        proofs: Turn = self._parts.device._turn
         while not self._over.is_set():
             with self._turn:
                 self._advance(STEP)
@@ -76,7 +76,7 @@ class Users:
             return self._parts.turns._is_owed(self._now)
 
     def __enter__(self) -> Users:
-        self._parts.worker.submit(proof(1)).result(TIMEOUT)  # how long a slice takes is measured
+        self._parts.submit(proof(1)).result(TIMEOUT)  # how long a slice takes is measured
         self.slices = 0
         self._pool = ThreadPoolExecutor(1)
         self._computing = self._pool.submit(self._compute)
@@ -96,9 +96,7 @@ def test_validation_has_its_share_however_long_inference_is_busy(
     parts.begin(PoCState.VALIDATING)
     sizes = {"one": [30, 8], "another": [17, 0, 5]}
     with Users(parts, monkeypatch) as users:
-        results = [
-            (count, parts.worker.submit(proof(count), name)) for name, counts in sizes.items() for count in counts
-        ]
+        results = [(count, parts.submit(proof(count), name)) for name, counts in sizes.items() for count in counts]
         assert [result.result(TIMEOUT).dist for _, result in results] == [alone(count) for count, _ in results]
         computed = users.slices * SLICE
         # What steps owed it, less what is cut off so that it is not paid at one go; and the last may owe it still.
@@ -115,8 +113,8 @@ def test_time_that_users_took_is_counted(make: Callable[..., Parts]) -> None:
     parts.metrics.waited = told.append  # type: ignore[method-assign]
     tick = threading.Event()
     with parts.turns.inference():
-        result = parts.worker.submit(proof(1))
-        eventually(lambda: parts.worker._turn.waiting)
+        result = parts.submit(proof(1))
+        eventually(lambda: parts.device._turn.waiting)
         assert not tick.wait(0.05)
         assert told == []
     result.result(TIMEOUT)
@@ -136,8 +134,8 @@ class Starved:
 def test_a_worker_that_is_held_back_closes_at_once(make: Callable[..., Parts]) -> None:
     starved = Starved(make)
     with starved.step:
-        result = starved.parts.worker.submit(proof(1))
-        eventually(lambda: starved.parts.worker._turn.waiting)
+        result = starved.parts.submit(proof(1))
+        eventually(lambda: starved.parts.device._turn.waiting)
         began = time.monotonic()
         starved.parts.worker.close(TIMEOUT)
         assert time.monotonic() - began < TIMEOUT / 2
@@ -161,7 +159,6 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
     def forward(x: Any, pause: Callable[[], None]) -> Any:
         if parts.manager.state == PoCState.VALIDATING:
             parts.manager.set_phase(PoCState.GENERATING)
-            parts.worker.wake()
             assert parts.worker._drain_end is not None
             held.append(parts.turns.inference_paused)
             pause()
@@ -173,7 +170,7 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
 
     parts.engine.forward = forward  # type: ignore[method-assign]
     with parts.turns.inference(busy=lambda: True):
-        verdict = parts.worker.submit(proof(1, 0.5)).result(TIMEOUT)
+        verdict = parts.submit(proof(1, 0.5)).result(TIMEOUT)
     assert verdict.dist == alone(1)
     assert held == [False, False, True]
     assert asked[0] == 0.0
@@ -219,7 +216,6 @@ def test_jobs_in_every_state_are_settled_once(make: Callable[..., Parts], ending
     done = enqueue(BATCH, "done")
     assert done.future.result(TIMEOUT).dist == alone(BATCH)
     parts.manager.set_phase(PoCState.VALIDATING)
-    parts.worker.wake()
     eventually(lambda: parts.worker._idle)
     assert done.state == JobState.DONE
     parts.engine.before_forward = failing(1)
@@ -277,7 +273,7 @@ def test_a_forward_is_given_up_at_its_next_slice(make: Callable[..., Parts], end
     parts = make()
     parts.begin(PoCState.VALIDATING)
     with blocked(parts) as entered:
-        parts.worker.submit(proof(1))
+        parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         if ending == "stop":
             parts.stop()
@@ -293,14 +289,14 @@ def test_batches_do_not_outlive_the_device(make: Callable[..., Parts]) -> None:
     parts = make(turns=Turns(PATIENT))
     parts.begin(PoCState.VALIDATING)
     with parts.turns.inference():
-        results = [parts.worker.submit(proof(9), name) for name in "ab"]
-        eventually(lambda: parts.worker._turn.waiting)
+        results = [parts.submit(proof(9), name) for name in "ab"]
+        eventually(lambda: parts.device._turn.waiting)
         parts.turns.close()
     for result in results:
         with pytest.raises(RoundEndedError, match="the proof thread ended"):
             result.result(TIMEOUT)
     with pytest.raises(RoundEndedError, match="the proof thread ended"):
-        parts.worker.submit(proof(1))
+        parts.submit(proof(1))
 
 
 def test_a_round_that_ends_without_a_word_is_no_failure(make: Callable[..., Parts]) -> None:
@@ -356,7 +352,6 @@ def test_rounds_change_while_batches_come(make: Callable[..., Parts]) -> None:
                 eventually(lambda least=seen + 3: len(parts.engine.shapes) >= least)
                 for phase in phases[: number % 4]:
                     parts.manager.set_phase(phase)
-                    parts.worker.wake()
                 parts.stop()
         finally:
             over.set()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from served import TIMEOUT, eventually
+from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, config, failing, proof, workers
 
 from poc_kernels.protocol import PoCState, RoundEndedError
@@ -43,7 +43,7 @@ def test_failures_are_told_until_a_batch_succeeds(make: Callable[..., Parts], mo
     parts.engine.before_forward = failing(1)
     parts.begin()
     eventually(lambda: parts.worker.trouble() == "proof batches fail: RuntimeError: out of memory")
-    parts.worker.wake()
+    parts.worker._round_changed()
     parts.checked(BATCH)
     assert parts.worker.trouble() is None
 
@@ -52,9 +52,9 @@ def test_a_job_that_fails_fails_alone(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
     with blocked(parts) as entered:
-        first = parts.worker.submit(proof(1))
+        first = parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
-        second, third = parts.worker.submit(proof(9)), parts.worker.submit(proof(5))
+        second, third = parts.submit(proof(9)), parts.submit(proof(5))
         parts.engine.before_forward = failing(1)
     assert first.result(TIMEOUT).dist == alone(1)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -68,7 +68,7 @@ def test_a_failed_job_is_forgotten_when_there_is_nothing_to_do(make: Callable[..
     parts.engine.before_forward = failing(1)
     parts.begin(PoCState.VALIDATING)
     with pytest.raises(RuntimeError, match="out of memory"):
-        parts.worker.submit(proof(1)).result(TIMEOUT)
+        parts.submit(proof(1)).result(TIMEOUT)
     eventually(lambda: parts.worker._idle)
     assert parts.worker.trouble() is None
 
@@ -85,7 +85,6 @@ def test_users_do_not_wait_for_a_forward_of_a_phase_that_is_over(make: Callable[
 
     def phase(state: PoCState) -> None:
         parts.manager.set_phase(state)
-        parts.worker.wake()
 
     def forward(x: Any, pause: Callable[[], None]) -> Any:
         if not seen:
@@ -102,7 +101,7 @@ def test_users_do_not_wait_for_a_forward_of_a_phase_that_is_over(make: Callable[
         return type(parts.engine).forward(parts.engine, x)
 
     parts.engine.forward = forward  # type: ignore[method-assign]
-    assert parts.worker.submit(proof(1)).result(TIMEOUT).dist == alone(1)
+    assert parts.submit(proof(1)).result(TIMEOUT).dist == alone(1)
     assert seen == [False, False]
 
 
@@ -115,7 +114,7 @@ def test_trouble(make: Callable[..., Parts]) -> None:
     assert parts.worker.trouble() is None  # nothing to do
     parts.begin(PoCState.VALIDATING)
     with blocked(parts) as entered:
-        result = parts.worker.submit(proof(1))
+        result = parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         assert parts.worker.trouble() is None  # the clock began with the work
         parts.worker._progressed -= 31.0
@@ -128,8 +127,8 @@ def test_to_be_held_back_is_no_stall(make: Callable[..., Parts]) -> None:
     parts = make(turns=Turns(PATIENT), stall_seconds=30.0)
     parts.begin(PoCState.VALIDATING)
     with parts.turns.inference():
-        result = parts.worker.submit(proof(1))
-        eventually(lambda: parts.worker._turn.waiting)
+        result = parts.submit(proof(1))
+        eventually(lambda: parts.device._turn.waiting)
         parts.worker._progressed -= 31.0
         assert parts.worker.trouble() is None
     assert result.result(TIMEOUT).dist == alone(1)
@@ -166,11 +165,10 @@ def test_nothing_spins_while_there_is_nothing_to_do(
         lambda: None,
         lambda: parts.manager.init_round(config()),
         lambda: parts.manager.set_phase(PoCState.VALIDATING),
-        lambda: parts.worker.submit(proof(9)).result(TIMEOUT),
+        lambda: parts.submit(proof(9)).result(TIMEOUT),
         parts.manager.stop_round,
     ):
         change()
-        parts.worker.wake()
         eventually(lambda: parts.worker._idle and parts.worker.queued_nonces == 0)
         before = len(looks)
         assert not threading.Event().wait(0.05)
@@ -189,7 +187,7 @@ def condition(name: str, parts: Parts) -> None:
         parts.checked(BATCH)
     elif name == "validating":
         parts.begin(PoCState.VALIDATING)
-        parts.worker.submit(proof(50))
+        parts.submit(proof(50))
     elif name == "failing":
         parts.engine.before_forward = failing()
         parts.begin()
@@ -237,7 +235,7 @@ def test_close_does_not_wait_for_a_batch_that_hangs(make: Callable[..., Parts]) 
     parts = make()
     parts.begin(PoCState.VALIDATING)
     with blocked(parts) as entered:
-        results = [parts.worker.submit(proof(1)), parts.worker.submit(proof(2))]
+        results = [parts.submit(proof(1)), parts.submit(proof(2))]
         assert entered.wait(TIMEOUT)
         parts.worker.close(0.01)
         assert not parts.ended()
@@ -245,7 +243,7 @@ def test_close_does_not_wait_for_a_batch_that_hangs(make: Callable[..., Parts]) 
             with pytest.raises(RoundEndedError, match="shutting down"):
                 result.result(0)
         with pytest.raises(RoundEndedError, match="shutting down"):
-            parts.worker.submit(proof(1))
+            parts.submit(proof(1))
     eventually(parts.ended)  # in order: an error in a thread fails the test
     assert parts.worker.queued_nonces == 0
 
@@ -271,7 +269,7 @@ def test_close_during_a_batch_that_fails(make: Callable[..., Parts], monkeypatch
 def test_close_before_start(make: Callable[..., Parts]) -> None:
     parts = make(start=False)
     parts.begin(PoCState.VALIDATING)
-    result = parts.worker.submit(proof(1))
+    result = parts.submit(proof(1))
     parts.worker.close(TIMEOUT)
     with pytest.raises(RoundEndedError, match="shutting down"):
         result.result(0)

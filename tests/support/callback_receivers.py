@@ -1,4 +1,4 @@
-"""Receivers of callbacks on loopback, and senders that hurry: fixtures, for `pytest_plugins`."""
+"""Receivers of callbacks on loopback, and senders with short waits: fixtures, for `pytest_plugins`."""
 
 import contextlib
 import json
@@ -10,13 +10,13 @@ import pytest
 
 from poc_kernels.service.callbacks import CallbackSender
 
-SECONDS = 20  # the most any wait may take
+SECONDS = 20  # the longest that any wait may take
 KEY = b"shared key"
 OK = (200, {})
 
 
 class Receiver:
-    """An HTTP server that keeps every POST; `answer(path, content)` gives status, headers and, if any, text."""
+    """An HTTP server that keeps every POST; `answer(path, content)` returns status, headers and, if any, text."""
 
     def __init__(self, port=0, answer=lambda path, content: OK, protocol="HTTP/1.0"):
         self.posts = []  # (path, headers, body, status, time)
@@ -46,7 +46,7 @@ class Receiver:
                 pass
 
         class Server(ThreadingHTTPServer):
-            request_queue_size = 256  # many senders may knock at once
+            request_queue_size = 256  # many senders may connect at once
 
         self._server = Server(("127.0.0.1", port), Handler)
         self.port = self._server.server_port
@@ -55,7 +55,7 @@ class Receiver:
         self._thread.start()
 
     def wait(self, count):
-        """Wait until this many posts have come."""
+        """Wait until this many posts have arrived."""
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.posts) >= count, SECONDS), f"{len(self.posts)} of {count}"
 
@@ -72,6 +72,8 @@ class Receiver:
 
 
 class Observer:
+    """Keeps what a sender tells its observer."""
+
     def __init__(self):
         self.events = []
         self._changed = threading.Condition()
@@ -100,7 +102,7 @@ class Observer:
 
 @pytest.fixture
 def receivers():
-    """Makes receivers."""
+    """Make receivers, which are stopped after the test."""
     made = []
 
     def make(**options):
@@ -119,7 +121,7 @@ def receiver(receivers):
 
 @pytest.fixture
 def dead():
-    """A port where nobody listens."""
+    """A receiver that has stopped: nobody listens on its port."""
     receiver = Receiver()
     receiver.stop()
     return receiver
@@ -127,14 +129,14 @@ def dead():
 
 @pytest.fixture
 def senders(monkeypatch):
-    """Makes senders that hurry; each has an Observer as `observer`."""
+    """Make senders with short waits; each has an Observer as `observer`."""
     monkeypatch.setenv("NO_PROXY", "*")
     made = []
 
     def make(**options):
         observer = Observer()
-        hurry = {"flush_seconds": 0.0, "first_retry_seconds": 0.01, "max_retry_seconds": 0.05, "observer": observer}
-        made.append(CallbackSender(**{**hurry, **options}))
+        short = {"flush_seconds": 0.0, "first_retry_seconds": 0.01, "max_retry_seconds": 0.05, "observer": observer}
+        made.append(CallbackSender(**{**short, **options}))
         made[-1].observer = observer
         return made[-1]
 
@@ -144,12 +146,19 @@ def senders(monkeypatch):
         assert sender._thread is None or not sender._thread.is_alive()
 
 
+def generated(sender, url, body):
+    """Send proofs whose per-nonce lists are nonces and distances."""
+    sender.generated(url, body, per_nonce=("nonces", "dist"))
+
+
 def batch(*nonces, **keys):
+    """A ProofBatch with a distance for each nonce."""
     common = {"public_key": "key", "block_hash": "0xabc", "block_height": 7, "node_id": 0}
     return {**common, "nonces": list(nonces), "dist": [1 + nonce / 1000 for nonce in nonces], **keys}
 
 
 def verdict(*nonces, **keys):
+    """A ValidatedBatch."""
     result = {"received_dist": [1.0 for _ in nonces], "r_target": 1.3, "fraud_threshold": 0.01, "n_invalid": 0}
     return {**batch(*nonces), **result, "probability_honest": 1.0, "fraud_detected": False, **keys}
 

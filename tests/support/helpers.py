@@ -16,6 +16,7 @@ from torch import Tensor
 
 import poc_kernels
 from poc_kernels import backends, definition, reference
+from poc_kernels.definition import Request
 from poc_kernels.kernels import Backend
 
 CPU = torch.device("cpu")
@@ -60,19 +61,23 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> 
 PLAIN = Backend("reference", reference.project, reference.entries, unavailable=lambda device: None)
 
 
+def requested(x: Tensor, std: float = 0.01, **options: Any) -> Request:
+    """The product of ``x`` with the defaults of the public ops."""
+    whole = Request(
+        domain=0,
+        coefficient=definition.coefficient(std),
+        activation_bits=16,
+        row_mask=None,
+        column_start=0,
+        columns=x.shape[1] - options.get("column_start", 0),
+        residual=True,
+    )
+    return whole._replace(**options)
+
+
 def project(backend: Backend, x: Tensor, seed: int = 7, std: float = 0.01, **options: Any) -> Tensor:
     """A backend's product with the defaults of the public ops."""
-    arguments = {
-        "domain": 0,
-        "activation_bits": 16,
-        "row_mask": None,
-        "column_start": 0,
-        "columns": x.shape[1] - options.get("column_start", 0),
-        "residual": True,
-        **options,
-    }
-    seed_on_device = definition.seed_tensor(seed, x.device)
-    return backend.project(x, seed_on_device, coefficient=definition.coefficient(std), **arguments)
+    return backend.project(x, definition.seed_tensor(seed, x.device), requested(x, std, **options))
 
 
 def expected(x: Tensor, **options: Any) -> Tensor:
@@ -105,7 +110,7 @@ PASSING_ERRORS = (
     RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"),
     RuntimeError("CUDA error: operation failed due to a previous error during capture"),
 )
-"""What kernels raise where memory is short, or while another thread captures a graph: no word of the kernels."""
+"""What kernels raise where memory is short, or while another thread captures a graph: it says nothing of them."""
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 

@@ -346,7 +346,7 @@ class Lock:
         self.release()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Waiter:
     notified: bool = False
 

@@ -21,7 +21,7 @@ from nodes import (
     status,
 )
 from prometheus_client.parser import text_string_to_metric_families
-from served import eventually
+from web import eventually
 
 from poc_kernels.node.node import Node
 
@@ -62,7 +62,7 @@ def http(running_node: tuple[Node, httpx2.Client], monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("NO_PROXY", "*")
     yield http
     posted(http, "/stop")
-    eventually(lambda: status(http)["queued_nonces"] == 0 and node.gate.in_flight == 0)
+    eventually(lambda: status(http)["queued_nonces"] == 0 and node.app.in_flight == 0)
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from served import NAME, TIMEOUT, client, eventually, load, serving
+from served import NAME, load
+from web import TIMEOUT, client, eventually, serving
 
 from poc_kernels.demo import model as demo_model
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.node.node import Node
 from poc_kernels.node.settings import Settings
-from poc_kernels.protocol import PoCConfig, PoCManager, ProofBatch
+from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, ProofBatch
 
 POW = "/api/v1/pow"
 JSON = {"content-type": "application/json"}
@@ -80,7 +81,7 @@ def running(directory: Path, **changes: Any) -> Iterator[tuple[Node, httpx2.Clie
         with serving(node.app) as url, client(url) as http:
             yield node, http
             node.begin_shutdown()  # nothing stays paused
-            assert node.gate.wait_idle(TIMEOUT)
+            eventually(lambda: node.app.in_flight == 0)
     names = [thread.name for thread in set(threading.enumerate()) - before]
     assert not [name for name in names if name.startswith(("poc-", "inference")) or "generation" in name], names
 
@@ -95,7 +96,7 @@ class Alone:
     def distances(self, nonces: Iterable[int], **changes: Any) -> list[float]:
         """The distances of nonces, in a round that differs from `ROUND` in ``changes``."""
         config = PoCConfig(**{**ROUND, **changes})
-        manager = PoCManager(self._engine)
+        manager = PoCManager(DistanceProver(self._engine))
         manager.init_round(config)
         batch = ProofBatch(config.public_key, config.block_hash, config.block_height, list(nonces), [])
         return manager.validate(batch).dist

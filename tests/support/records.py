@@ -1,4 +1,4 @@
-"""Results of a demonstration as the tests of what is made from them take them."""
+"""Results of a demonstration, for the tests of its table and its report."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def chat(state: str, began: float, gap: float = 0.01) -> Chat:
 
 
 def results(**changes: object) -> Results:
-    """A small whole demonstration in which all held."""
+    """A small, complete demonstration in which all checks passed."""
     values: dict[str, object] = {
         "about": {"model": "tiny", "device": "cpu"},
         "hidden_size": 256,
         "vocab_size": 2048,
         "r_target": 1.401,
         "expected_share": 0.2,
-        "held_bytes": 8,
+        "retained_bytes": 8,
         "stored_bytes": 2 * 256 * 256 * 4,
         "checks": [Check("honest proofs are accepted", True, "3 batches")],
         "chats": [

@@ -6,15 +6,17 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from served import TIMEOUT, eventually
 from small_engine import SmallEngine
+from web import TIMEOUT, eventually
 
-from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch
+from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, PoCState, ProofBatch, ValidatedBatch
 from poc_kernels.scheduling import Pacing, PriorityLanes, Turns
 from poc_kernels.service import worker as worker_module
+from poc_kernels.service.device import TurnsDevice
 from poc_kernels.service.metrics import Metrics
 from poc_kernels.service.worker import ProofWorker
 
@@ -29,7 +31,7 @@ class Posted:
     def __init__(self) -> None:
         self.batches: list[tuple[str, str, dict[str, Any]]] = []
 
-    def generated(self, url: str, batch: dict[str, Any]) -> None:
+    def generated(self, url: str, batch: dict[str, Any], *, per_nonce: tuple[str, ...]) -> None:
         self.batches.append(("generated", url, batch))
 
     def validated(self, url: str, batch: dict[str, Any]) -> None:
@@ -44,32 +46,31 @@ class Parts:
 
     def __init__(self, turns: Turns | None = None, **options: Any) -> None:
         self.engine = SmallEngine()
-        self.metrics = Metrics()
-        self.manager = PoCManager(self.engine, self.metrics.batch)
+        prover = DistanceProver(self.engine)
+        self.metrics = Metrics(prover.form)
+        self.manager = PoCManager(prover, self.metrics.batch)
         self.turns = turns or Turns()
         self.callbacks = Posted()
-        defaults = {
-            "drain": lambda seconds: True,
-            "drain_seconds": 0.0,
-            "max_queued_nonces": 200,
-            "stall_seconds": 60.0,
-        }
+        of_device = {name: options.pop(name) for name in ("low_priority", "max_slices_in_flight") if name in options}
+        drain = options.pop("drain", lambda seconds: True)
+        self.device = TurnsDevice(self.turns, PriorityLanes("cpu"), drain, **of_device)
+        defaults = {"drain_seconds": 0.0, "max_queued_nonces": 200, "stall_seconds": 60.0}
         self.worker = ProofWorker(
             self.manager,
-            self.turns,
-            PriorityLanes("cpu"),
+            self.device,
             self.callbacks,  # type: ignore[arg-type]
             self.metrics,
             **{**defaults, **options},
         )
 
+    def submit(self, batch: ProofBatch, submitter: str = "this process") -> Future[ValidatedBatch]:
+        return self.worker.enqueue(batch, submitter).future
+
     def begin(self, phase: PoCState = PoCState.GENERATING, **changes: Any) -> None:
         self.manager.start_round(config(**changes), phase)
-        self.worker.wake()
 
     def stop(self) -> None:
         self.manager.stop_round()
-        self.worker.wake()
 
     def checked(self, least: int) -> None:
         eventually(lambda: self.manager.status()["total_checked"] >= least)
@@ -90,7 +91,7 @@ def proof(count: int, dist: float | None = None, **changes: Any) -> ProofBatch:
 
 
 def alone(count: int, **changes: Any) -> list[float]:
-    manager = PoCManager(SmallEngine())
+    manager = PoCManager(DistanceProver(SmallEngine()))
     manager.init_round(config(**changes))
     return manager.validate(proof(count)).dist
 

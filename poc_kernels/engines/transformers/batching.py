@@ -1,9 +1,8 @@
-"""One life of transformers' continuous batching ("CB"): its thread, its steps in turns, its outputs delivered."""
+"""One life of transformers' continuous batching: its thread, its steps in turns, its outputs delivered."""
 
 from __future__ import annotations
 
 import asyncio
-import bisect
 import copy
 import dataclasses
 import logging
@@ -20,18 +19,19 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from ...scheduling import PriorityLanes, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
+from .compat import cache_tokens
 
 logger = logging.getLogger("poc_kernels")
 
 OnOutput = Callable[[Any], None]
-"""Takes a request's outputs (`GenerationOutput`), on the event loop that it was registered from."""
+"""Takes a request's outputs (`GenerationOutput`), on the event loop that it was registered on."""
 
 
 class Router(OutputRouter):
-    """Gives each output to the request it is for. What nobody waits for is dropped.
+    """Gives each output to the request it is for, and drops outputs that nobody waits for.
 
-    The base class keeps such outputs for ever, runs callbacks of all event loops on one of them, and dies with a loop
-    that was closed. This one lives longer than a CB thread does: what is in flight when the thread dies fails.
+    The base class keeps such outputs for ever, runs the callbacks of all event loops on one of them, and dies when a
+    loop is closed. This router outlives the threads of continuous batching: what is in flight when one dies fails.
     """
 
     def __init__(self) -> None:
@@ -45,26 +45,26 @@ class Router(OutputRouter):
             self.result_handlers[request_id] = (on_output, loop)
 
     def forget(self, request_id: str) -> bool:
-        """Drop what comes for ``request_id`` from now on; whether it was in flight."""
+        """Drop what comes for ``request_id`` from now on; return whether it was in flight."""
         with self._lock:
             return self._forget(request_id)
 
     def in_flight(self) -> int:
-        """Requests whose last output has not come yet."""
+        """Count the requests whose last output has not come yet."""
         with self._lock:
             return len(self.result_handlers)
 
     def wait_idle(self, timeout_seconds: float) -> bool:
-        """Wait until nothing is in flight; False if that takes longer."""
+        """Wait until nothing is in flight; return False if that takes longer."""
         with self._lock:
             return self._idle.wait_for(lambda: not self.result_handlers, timeout_seconds)
 
     def deliver(self, output: GenerationOutput) -> None:
-        """Route one output."""
+        """Deliver one output."""
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Route outputs with one wake-up per event loop."""
+        """Deliver outputs, with one wake-up per event loop."""
         calls: dict[asyncio.AbstractEventLoop, list[tuple[OnOutput, GenerationOutput]]] = defaultdict(list)
         with self._lock:
             for output in outputs:
@@ -78,15 +78,15 @@ class Router(OutputRouter):
                 calls[loop].append((on_output, output))
                 if output.is_finished():
                     self._forget(output.request_id)
-        for loop, batch in calls.items():
+        for loop, its_calls in calls.items():
             try:
-                loop.call_soon_threadsafe(_run, batch)
+                loop.call_soon_threadsafe(_run, its_calls)
             except RuntimeError:  # the loop is closed: its clients are gone
-                for _, output in batch:
+                for _, output in its_calls:
                     self.forget(output.request_id)
 
     def fail_all(self, error: str) -> int:
-        """End every request in flight with ``error``; how many there were."""
+        """End every request in flight with ``error``; return how many there were."""
         with self._lock:
             requests = list(self.result_handlers)
         self.deliver_batch(
@@ -101,23 +101,26 @@ class Router(OutputRouter):
         return known
 
 
-def _run(batch: list[tuple[OnOutput, GenerationOutput]]) -> None:
-    for on_output, output in batch:
+def _run(calls: list[tuple[OnOutput, GenerationOutput]]) -> None:
+    for on_output, output in calls:
         on_output(output)
 
 
-class Batching:
-    """A CB manager with its cache and its thread, from start to stop. There is no second start: make another.
+class ContinuousBatching:
+    """A manager of continuous batching with its cache and its thread, from start to stop; it cannot be started again.
 
     Its thread is a daemon if the thread that makes it is one.
 
     Args:
-        model: a causal LM in eval mode. CB may switch its attention implementation; `stop` switches it back.
+        model: a causal LM in eval mode. The manager may switch its attention implementation; `stop` switches it back.
         generation_config: how all requests are sampled.
-        config: CB's own settings.
-        router: gets the outputs.
+        config: the manager's own settings.
+        router: takes the outputs.
         turns: every step of the model takes its turn there.
-        streams: its steps run on the stream of inference.
+        streams: steps run on the stream of inference.
+
+    Attributes:
+        max_tokens: tokens that one request can have, prompt and completion together.
 
     Raises:
         what transformers raises when it cannot make the cache or does not take the model.
@@ -146,14 +149,14 @@ class Batching:
         self._manager._generation_loop_body = self._until_no_turns(self._manager._generation_loop_body)
         self._manager._run_generation_loop = self._on_its_stream(self._manager._run_generation_loop)
         try:
-            # As its warmup() does it. Left to CB's thread, the cache comes some time after start() returned.
+            # As its warmup() does it: its thread would make the cache some time after start() has returned.
             with torch.no_grad(), streams.inference():
                 self._manager.batch_processor = self._manager._create_batch_processor()
             raised = streams.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            self.most_tokens = cache_tokens(self._manager.batch_processor.cache, limit or 2**31)
+            self.max_tokens = cache_tokens(self._manager.batch_processor.cache, limit or 2**31)
         except BaseException:
             model.set_attn_implementation(attention)  # the manager restores it only after a start
             raise
@@ -182,7 +185,7 @@ class Batching:
         return loop_body
 
     def _on_its_stream(self, loop: Callable[[], None]) -> Callable[[], None]:
-        """The whole thread: it begins by clearing the tensors of the steps to come."""
+        """Wrap the whole thread, not each step: it begins by clearing the tensors that steps read."""
 
         def run() -> None:
             with self._streams.inference():
@@ -196,7 +199,7 @@ class Batching:
         """Begin a request that was admitted; its outputs go to ``on_output`` on the running event loop.
 
         Returns:
-            False if CB takes no requests any more.
+            False if continuous batching takes no more requests.
         """
         if self._router.in_flight() == 0:
             self._progress = time.monotonic()
@@ -219,7 +222,7 @@ class Batching:
             self._manager.cancel_request(request_id)
 
     def died_of(self) -> str | None:
-        """What CB's thread died of, None while it lives."""
+        """Say what the thread died of; None while it lives."""
         if self._stopping or self._turns.closed:
             return None
         error = self._manager.background_thread_status.fatal_error
@@ -228,9 +231,9 @@ class Batching:
         return None if self._thread.is_alive() else "its thread ended"
 
     def stalled_for(self) -> float:
-        """Seconds since the last progress while requests are in flight; 0 while a step may not begin."""
-        held = self._turns.inference_paused and not self._turn.computing
-        if self._turn.waiting or held or self._router.in_flight() == 0:
+        """Count the seconds since the last progress while requests are in flight; 0 while a step may not begin."""
+        paused = self._turns.inference_paused and not self._turn.computing
+        if self._turn.waiting or paused or self._router.in_flight() == 0:
             return 0.0
         return time.monotonic() - self._progress
 
@@ -238,31 +241,11 @@ class Batching:
         """End the thread and free the cache. What is in flight fails.
 
         Returns:
-            False if the thread still hangs in a step after ``timeout_seconds``. It will end after that step; the device
-            is free for others.
+            False if the thread still hangs in a step after ``timeout_seconds``. It ends after that step; the device is
+            free for others.
         """
         self._stopping = True
         self._turn.cancel()
         self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)
         self._turn.end()
         return not self._thread.is_alive()
-
-
-def cache_tokens(cache: Any, most: int) -> int:
-    """How many tokens of one request, at most ``most``, an empty KV cache of CB can hold."""
-    # Newer versions share one pool of sectors between the allocators of the attention types.
-    if hasattr(cache, "cache_allocators"):
-
-        def fits(tokens: int) -> bool:
-            sectors = 0
-            for allocator in cache.cache_allocators.values():
-                blocks = allocator.needs_new_blocks("", 0, tokens)
-                sectors += -(-blocks // allocator.blocks_per_sector)
-            return bool(sectors <= cache.num_sectors)
-    else:
-
-        def fits(tokens: int) -> bool:
-            # The scheduler may ask for a block more than the tokens fill.
-            return bool(cache.blocks_needed((tokens + 1) // cache.block_size + 1, 0) <= cache.num_blocks)
-
-    return bisect.bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens))

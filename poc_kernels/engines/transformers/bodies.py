@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI routes: their types are checked here, so that the handlers behind never fall over one."""
+"""Bodies of the OpenAI routes. Their types are checked here: transformers' handlers fail on wrong ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...service.errors import AdmissionError
 
 logger = logging.getLogger("poc_kernels")
 
-# Continuous batching samples all requests alike: these are checked, and said once to have no effect. (`seed` would even
-# seed the generators of the whole process.)
+# Continuous batching samples all requests alike: these fields are checked, then dropped, with one warning each. (`seed`
+# would even seed the generators of the whole process.)
 IGNORED = ("seed", "temperature", "top_p", "logit_bias", "frequency_penalty", "presence_penalty", "stop")
 
 
 _T = TypeVar("_T")
-# The first wrong item ends it: a body can have a million of them, each with an error for each member of a union.
+# Checking ends at the first wrong item: a body can have a million, each with an error per member of a union.
 _List = Annotated[list[_T], Field(fail_fast=True)]
 _Items = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
 
@@ -81,7 +81,7 @@ class _FlatTool(_Function):
 
 
 class _TemplateArguments(BaseModel):
-    """What a client may hand to the chat template; more would be arguments of the tokenizer's own method."""
+    """What a client may pass to the chat template; others would be arguments of the tokenizer's own method."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     enable_thinking: bool | None = None
@@ -101,7 +101,7 @@ class _Body(_Model):
 
 
 class ChatBody(_Body):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: _Items[_Message]
     max_tokens: int | None = None
@@ -112,7 +112,7 @@ class ChatBody(_Body):
 
 
 class CompletionBody(_Body):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     prompt: str
     max_tokens: int | None = None
@@ -150,7 +150,7 @@ class _InputReasoning(_Model):
 
 
 class ResponseBody(_Body):
-    """POST /v1/responses."""
+    """The body of POST /v1/responses."""
 
     input: str | _Items[_TextPart] | _Items[_InputMessage | _InputCall | _InputCallOutput | _InputReasoning]
     instructions: str | None = None
@@ -164,10 +164,10 @@ def _without_nones(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_encodable(body: Mapping[str, Any]) -> None:
-    """Refuse what JSON can escape but no answer, log or tokenizer can encode.
+    """Refuse a body that has a lone surrogate: JSON can escape one, but no answer, log or tokenizer can encode it.
 
     Raises:
-        AdmissionError: 400; a name or a text has half of a surrogate pair.
+        AdmissionError: 400; a name or a text has one.
     """
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -176,7 +176,7 @@ def check_encodable(body: Mapping[str, Any]) -> None:
 
 
 def cleaned(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """``body`` as the handlers may have it: of the right types, without nulls and without fields that have no effect.
+    """Check the types of ``body``, and drop nulls and fields that have no effect.
 
     Raises:
         AdmissionError: 400, naming the field that is wrong.
@@ -192,19 +192,19 @@ def cleaned(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     result = _without_nones(dict(body))
     for field in IGNORED:
         if result.pop(field, None) is not None:
-            _say_ignored(field)
+            _warn_ignored(field)
     if "messages" in result:
         result["messages"] = [_without_nones(message) for message in result["messages"]]
     return result
 
 
 def _refusal(error: ValidationError) -> AdmissionError:
-    # Of a union each member complains: the one that is meant got furthest into the value.
+    # Every member of a union reports errors: those of the member that is meant lie deepest in the value.
     errors = error.errors(include_url=False, include_input=False)
     fields = [[part for part in entry["loc"] if not _names_a_type(part)] for entry in errors]
-    furthest = max(fields, key=lambda path: (len(path), [part for part in path if isinstance(part, int)]))
-    field = ".".join(map(str, furthest))
-    meant = [entry for entry, path in zip(errors, fields, strict=True) if path == furthest]
+    deepest = max(fields, key=lambda path: (len(path), [part for part in path if isinstance(part, int)]))
+    field = ".".join(map(str, deepest))
+    meant = [entry for entry, path in zip(errors, fields, strict=True) if path == deepest]
     if meant[0]["type"] == "missing":
         return AdmissionError(400, f"{field} is missing", field)
     messages = dict.fromkeys(entry["msg"] for entry in meant)
@@ -212,14 +212,14 @@ def _refusal(error: ValidationError) -> AdmissionError:
 
 
 def _names_a_type(part: int | str) -> bool:
-    """Whether a part of pydantic's location is a member of a union, not a field: str, list[...], _Message, ..."""
+    """Tell whether a part of pydantic's location is a member of a union (str, list[...], _Message), not a field."""
     return isinstance(part, str) and (part in ("str", "dict") or part.startswith(("_", "list[", "dict[", "function-")))
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def _say_ignored(field: str) -> None:
-    if field not in _said:
-        _said.add(field)
+def _warn_ignored(field: str) -> None:
+    if field not in _warned:
+        _warned.add(field)
         logger.warning("requests set %s, which has no effect here: the server samples all requests alike", field)

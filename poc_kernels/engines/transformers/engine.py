@@ -1,86 +1,69 @@
-"""The first engine: any causal language model of Hugging Face transformers, on the very weights that serve users."""
+"""Proofs on any causal language model of Hugging Face transformers, on the very weights that serve users."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...definition import DTYPES
 from ...protocol.engine import never
 from ...scheduling import SlicedForward, Slices
 from ...scheduling.slices import MEASURED_FORWARDS, Pause
+from .graphs import CapturedForward, capture, masks_as_outside_a_capture
 
 logger = logging.getLogger("poc_kernels")
 
 
 class _GivenOutput(BaseModelOutputWithPast):
-    """A decoder's output that has hidden states, and None for whatever else a head may look for."""
+    """A decoder's output with hidden states, and None for every other field that a head may read."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 class _GivenStates(nn.Module):
-    """Stands in for the decoder below a language model's head: its hidden states are what it is called with."""
+    """Stands in for the decoder below a language model's head: returns its input as the hidden states."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
         return _GivenOutput(last_hidden_state=inputs_embeds)
 
 
 def share_weights(model: nn.Module) -> Any:
-    """A copy of ``model``'s modules and configuration on the same parameters and buffers: no weight is copied.
+    """Copy ``model``'s modules and configuration, on the same parameters and buffers: no weight is copied.
 
-    What is set on either later (configuration, hooks, an attention implementation) does not show on the other.
+    What is set on either one later (configuration, hooks, an attention implementation) has no effect on the other.
     """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-class _Captured(NamedTuple):
-    """A forward of one shape: its slices as CUDA graphs, and the memory that they read and write."""
-
-    graphs: list[Any]
-    static_input: Tensor
-    static_output: Tensor
-
-    def replay(self, inputs_embeds: Tensor, pause: Pause) -> Tensor:
-        self.static_input.copy_(inputs_embeds)
-        for place, graph in enumerate(self.graphs):
-            if place > 0:
-                pause()
-            graph.replay()
-        return self.static_output
-
-
 class TransformersEngine:
-    """Proofs on a causal language model of transformers: an `Engine` of ``poc_kernels.protocol``.
+    """The `Engine` of ``poc_kernels.protocol`` on a causal language model of transformers.
 
-    The served model itself is never run: forwards go through a twin that shares its weights and has a configuration
+    Proofs never run the served model itself: forwards go through a twin that shares its weights and has a configuration
     of its own, so that whatever serves users may set attention, hooks or caches on the model. Make the engine before
-    the model is given to what serves it.
+    anything serves the model.
 
-    The forward is computed in slices. On CUDA they are captured as graphs when its shape changes, and replayed; a model
-    that cannot be captured, or whose replay gives other bits, runs as it is, with a warning.
+    The forward is computed in slices. On CUDA they are captured as graphs whenever the shape changes, and replayed; a
+    model that cannot be captured, or whose replay is not bit-identical, runs without graphs, with a warning.
 
     Args:
         model: a ``PreTrainedModel`` with a language model head, loaded, on one device, its attention "sdpa" or "eager".
         cuda_graphs: whether to capture the forward on CUDA.
-        slice_seconds: longest that a slice of the forward should take.
-        alone: entered for a capture: nothing else may draw random numbers of torch on the device meanwhile.
+        slice_seconds: how long a slice of the forward should take at most.
+        alone: entered for a capture: nothing else may draw torch's random numbers on the device meanwhile.
 
     Raises:
-        ValueError: no decoder or no head is found in the model, its dtype is not one that projections take, its
-            weights lie on several devices, or the twin does not give the model's own bits.
+        ValueError: the model has no decoder or no head, its dtype is not one that projections take, its weights lie on
+            several devices, or the twin's logits are not bit-identical to the model's.
     """
 
     def __init__(
@@ -117,20 +100,20 @@ class TransformersEngine:
         self._alone = alone
         self._cuda_graphs = cuda_graphs and self.device.type == "cuda"
         self._shape: tuple[int, ...] | None = None
-        self._captured: _Captured | None = None
+        self._captured: CapturedForward | None = None
         self._sliced = SlicedForward(self.device, slice_seconds)
         self._check_against(model)
 
     @property
     def slices(self) -> Slices | None:
-        """Of the forward in its latest shape; None until that was measured."""
+        """The slices of the forward in its latest shape; None until they are measured."""
         return self._sliced.slices
 
     @torch.inference_mode()
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
-        """Last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
+        """Compute the last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
 
-        Calls ``pause`` between slices: between all calls of torch until the slices of the shape are measured.
+        Calls ``pause`` between slices; until the slices of the shape are measured, between all calls of torch.
 
         Raises:
             ValueError, TypeError: inputs_embeds is not [batch, seq_len, hidden_size] in the model's dtype.
@@ -143,7 +126,7 @@ class TransformersEngine:
             raise TypeError(f"inputs_embeds must be {self.dtype}, got {inputs_embeds.dtype}")
         shape = tuple(inputs_embeds.shape)
         if shape != self._shape:
-            self._captured = self._shape = None  # one shape a round: the memory of the last one is given back first
+            self._captured = self._shape = None  # one shape per round: the last one's memory is given back first
             self._sliced.forget()
             if self._cuda_graphs:
                 self._captured = self._capture_checked(inputs_embeds, pause)
@@ -155,7 +138,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits [rows, vocab_size] of hidden states [rows, hidden_size]."""
+        """Compute the logits [rows, vocab_size] of hidden states [rows, hidden_size]."""
         logits: Tensor = self._head(inputs_embeds=hidden_states.unsqueeze(1), use_cache=False).logits.squeeze(1)
         return logits
 
@@ -163,10 +146,10 @@ class TransformersEngine:
         states: Tensor = self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return states
 
-    def _capture_checked(self, example: Tensor, pause: Pause) -> _Captured | None:
-        """The forward of that shape as graphs if their replay gives the same bits; else None, with a warning."""
+    def _capture_checked(self, example: Tensor, pause: Pause) -> CapturedForward | None:
+        """Capture the forward of that shape; None, with a warning, if its replay would not be bit-identical."""
         expected = self._sliced.run_unmeasured(lambda: self._run(example), pause)
-        with _masks_as_outside_a_capture():  # the calls that are measured are those that will be captured
+        with masks_as_outside_a_capture():  # measures the calls that will be captured
             for _ in range(MEASURED_FORWARDS):
                 self._sliced.run(lambda: self._run(example), pause)
         with self._alone():
@@ -187,45 +170,12 @@ class TransformersEngine:
         logger.warning("the model's forward cannot be captured as a CUDA graph and runs without: %s", reason)
         self._cuda_graphs = False
 
-    def _capture(self, example: Tensor) -> _Captured:
-        """One graph a slice, from one pool of memory: what a graph leaves in it is there for those that follow."""
-        before = stream = torch.cuda.current_stream(self.device)
-        if before == torch.cuda.default_stream(self.device):  # which cannot be captured
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        static_input = example.clone()
-        stream.wait_stream(before)
-        graphs: list[Any] = []
-        pool = torch.cuda.graph_pool_handle()
-
-        def begin() -> None:
-            graphs.append(torch.cuda.CUDAGraph())
-            # Other threads may use the device meanwhile but not sample: the graph has torch's generator until its end.
-            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
-
-        def next_graph() -> None:
-            graphs[-1].capture_end()
-            begin()
-
-        try:
-            with _masks_as_outside_a_capture(), torch.cuda.stream(stream):
-                begin()
-                static_output = self._sliced.run(lambda: self._run(static_input), next_graph)
-                graphs[-1].capture_end()
-        except BaseException:
-            # A capture that broke must be ended, and leaves torch's generator in the graph's hands.
-            for graph in graphs[-1:]:
-                with torch.cuda.stream(stream), contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-            torch.cuda.set_stream(before)
-            generator = torch.cuda.default_generators[self.device.index]
-            generator.graphsafe_set_state(generator.clone_state())
-            raise
-        before.wait_stream(stream)
-        return _Captured(graphs, static_input, static_output)
+    def _capture(self, example: Tensor) -> CapturedForward:
+        return capture(self._run, self._sliced, example)
 
     @torch.inference_mode()
     def _check_against(self, model: Any) -> None:
-        """The twin and the head, bit for bit against the model itself, before anything else runs on it."""
+        """Compare the logits of twin and head with the model's own, bit for bit, before anything else runs on it."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 16, self.hidden_size, generator=generator, device="cpu").to(self.device, self.dtype)
         with _attention_of(model, self._twin.config._attn_implementation):
@@ -239,37 +189,8 @@ class TransformersEngine:
 
 
 @contextlib.contextmanager
-def _masks_as_outside_a_capture() -> Iterator[None]:
-    """Have transformers make the masks that it makes for whole sequences, none where attention is simply causal.
-
-    While a graph is captured it cannot look whether a batch is packed or padded, and makes masks to be sure, with which
-    other attention kernels run, and give other bits. In this thread alone: others serve users meanwhile.
-    """
-    thread = threading.get_ident()
-
-    def only_here(answer: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(*arguments: Any, **named: Any) -> Any:
-            return (answer if threading.get_ident() == thread else otherwise)(*arguments, **named)
-
-        return choose
-
-    answers: dict[str, Callable[..., Any]] = {
-        "find_packed_sequence_indices": lambda *_, **__: None,
-        "is_tracing": lambda *_, **__: False,
-    }
-    before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
-    try:
-        for name in before:
-            setattr(masking_utils, name, only_here(answers[name], before[name]))
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(masking_utils, name, function)
-
-
-@contextlib.contextmanager
 def _attention_of(model: Any, implementation: str) -> Iterator[None]:
-    """The attention implementation of ``model`` set for a while."""
+    """Set the attention implementation of ``model`` for a while."""
     before = model.config._attn_implementation
     if before == implementation:
         yield

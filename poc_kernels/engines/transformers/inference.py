@@ -1,4 +1,4 @@
-"""Inference: a causal LM behind OpenAI routes, served by transformers' continuous batching ("CB") and kept alive."""
+"""A causal LM served by transformers' continuous batching, which is rebuilt when it fails."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from transformers import GenerationConfig
 
 from ...scheduling import PriorityLanes, Turns
-from . import openai_app
 from .admission import admitted_new_tokens, engine_unavailable
-from .batching import Batching, OnOutput, Router
+from .batching import ContinuousBatching, OnOutput, Router
 from .config import InferenceLimits, batching_config, generation_config
 
 logger = logging.getLogger("poc_kernels")
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 5.0
-_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 30.0
+_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.5, 30.0
 
 
 class Inference:
-    """A model served under one name. A supervisor rebuilds CB when its thread dies or stalls; the weights stay.
+    """A model served under one name.
+
+    A supervisor rebuilds continuous batching when its thread dies or stalls; the weights stay.
 
     Args:
-        model: a causal LM (``PreTrainedModel``) in eval mode, on its device; its attention is CB's until `stop`.
+        model: a causal LM (``PreTrainedModel``) in eval mode, on its device. Until `stop`, continuous batching sets its
+            attention implementation.
         tokenizer: the model's tokenizer (a fast one).
         name: the model's id for clients.
-        turns: every step of the model takes its turn there; held inference pauses what is in flight.
+        turns: every step of the model takes its turn there; paused inference pauses what is in flight.
         limits: bounds of what is served.
-        temperature: None samples as the model's generation config says, 0 takes the likeliest token, more samples with
-            that temperature. CB samples all requests alike.
-        streams: its steps run on the stream of inference; a partition of the model's device by default.
+        temperature: of all requests. None samples as the model's generation config says, 0 takes the likeliest token,
+            more samples with that temperature.
+        streams: steps run on the stream of inference; by default, lanes of the model's device.
 
     Raises:
         ValueError: a negative temperature.
@@ -63,16 +64,16 @@ class Inference:
         self._generation_config = generation_config(self.model, self.tokenizer, temperature)
         self._config = batching_config(self._limits, self.model.device.type)
         self._router = Router()
-        # Guards _batching: a request goes to a CB that is alive, or is in flight when that CB's requests are failed.
+        # Guards _batching: a request reaches a live one, or is in flight when the requests of a dead one are failed.
         self._lock = threading.Lock()
-        self._batching: Batching | None = None
+        self._batching: ContinuousBatching | None = None
         self._trouble: str | None = "inference is not started"
-        self._most_tokens = 0
+        self._max_tokens = 0
         self._stop = threading.Event()
         self._supervisor: threading.Thread | None = None
 
     def start(self) -> None:
-        """Build CB with its cache, start it and its supervisor.
+        """Build continuous batching with its cache, and start it and its supervisor.
 
         Raises:
             RuntimeError: it was started before.
@@ -82,7 +83,7 @@ class Inference:
             raise RuntimeError("inference can be started once")
         built = threading.Event()
         failure: list[BaseException] = []
-        # Threads of a daemon are daemons: CB's own, which a hanging step could keep alive, never keeps the process.
+        # Threads of a daemon are daemons: a step that hangs keeps the thread of continuous batching, not the process.
         self._supervisor = threading.Thread(
             target=self._supervise, args=(built, failure), name="inference-supervisor", daemon=True
         )
@@ -93,7 +94,7 @@ class Inference:
             raise failure[0]
 
     def stop(self, timeout_seconds: float) -> None:
-        """End CB and its supervisor; what is in flight fails. Later calls do nothing.
+        """End continuous batching and its supervisor; what is in flight fails. Idempotent.
 
         A step that hangs for longer than ``timeout_seconds`` is logged and left behind.
         """
@@ -108,33 +109,21 @@ class Inference:
             if self._supervisor.is_alive():
                 logger.error("the supervisor of inference did not end in %.1f s", timeout_seconds)
 
-    def build_app(self, lifespan: Callable[[FastAPI], Any] | None = None) -> FastAPI:
-        """An app with POST /v1/chat/completions, /v1/completions, /v1/responses and GET /v1/models.
-
-        Args:
-            lifespan: the app's lifespan, as FastAPI takes it.
-        """
-        return openai_app.build(self, lifespan)
-
-    def in_flight(self) -> int:
-        """Requests in CB now."""
-        return self._router.in_flight()
-
     def wait_idle(self, timeout_seconds: float) -> bool:
-        """Wait until no request is in flight; False if that takes longer."""
+        """Wait until no request is in flight; return False if that takes longer."""
         return self._router.wait_idle(timeout_seconds)
 
     def trouble(self) -> str | None:
-        """What keeps inference from making progress; None while it is healthy. Held inference is healthy."""
+        """Say what keeps inference from making progress; None while it is healthy, as it is while paused."""
         with self._lock:
             if self._trouble is not None or self._batching is None:
                 return self._trouble
             return self._fault(self._batching)
 
-    # ---- for openai_app ----
+    # ---- for the app's handlers ----
 
     def generation_config(self, new_tokens: int | None) -> GenerationConfig:
-        """A request's copy of the server's generation config, asking for ``new_tokens``."""
+        """Copy the server's generation config for a request that asks for ``new_tokens``."""
         config = copy.deepcopy(self._generation_config)
         config.max_new_tokens = new_tokens
         return config
@@ -148,27 +137,27 @@ class Inference:
         on_output: OnOutput,
         param: str,
     ) -> None:
-        """Admit a request and begin it: the one way in.
+        """Admit a request and begin it; there is no other way in.
 
         Args:
             request_id: unique.
             prompt: token ids.
-            config: its max_new_tokens is what the client asked for, or None; then what it may have is put there.
-            streaming: whether to output every token, or once.
+            config: its max_new_tokens is what the client asked for, or None; set to what the request is granted.
+            streaming: whether there is an output per token, or only one at the end.
             on_output: takes the outputs, on the running event loop.
-            param: the field of the body in which new tokens are asked for.
+            param: the field of the body that asks for new tokens.
 
         Raises:
-            AdmissionError: the request is refused, or CB is being rebuilt.
+            AdmissionError: the request is refused, or continuous batching is being rebuilt.
         """
-        if self._most_tokens == 0:
+        if self._max_tokens == 0:
             raise engine_unavailable("the engine is not started")
         config.max_new_tokens = admitted_new_tokens(
             prompt,
             config.max_new_tokens,
             vocabulary=self._vocabulary,
-            most_new_tokens=self._limits.max_new_tokens,
-            most_tokens=self._most_tokens,
+            max_new_tokens=self._limits.max_new_tokens,
+            max_tokens=self._max_tokens,
             param=param,
         )
         with self._lock:
@@ -208,7 +197,7 @@ class Inference:
                 logger.exception("the old continuous batching did not end well")
             self._rebuild(fault)
 
-    def _fault(self, batching: Batching) -> str | None:
+    def _fault(self, batching: ContinuousBatching) -> str | None:
         died_of = batching.died_of()
         if died_of is not None:
             return died_of
@@ -218,11 +207,13 @@ class Inference:
         return None
 
     def _build(self) -> None:
-        batching = Batching(self.model, self._generation_config, self._config, self._router, self._turns, self._streams)
+        batching = ContinuousBatching(
+            self.model, self._generation_config, self._config, self._router, self._turns, self._streams
+        )
         with self._lock:
             if not self._stop.is_set():
                 self._batching, self._trouble = batching, None
-                self._most_tokens = batching.most_tokens
+                self._max_tokens = batching.max_tokens
                 return
         batching.stop(_STOP_SECONDS)
 
@@ -237,12 +228,12 @@ class Inference:
                     if not self._stop.is_set():
                         self._trouble = f"continuous batching is being rebuilt: {fault}; then {error}"
                 self._stop.wait(backoff)
-                backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+                backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
             else:
                 self.restarts += 1
                 return
 
-    def _end(self, batching: Batching | None, reason: str, timeout_seconds: float) -> None:
+    def _end(self, batching: ContinuousBatching | None, reason: str, timeout_seconds: float) -> None:
         failed = self._router.fail_all(reason)
         if failed:
             logger.warning("requests in flight failed", extra={"requests": failed, "reason": reason})

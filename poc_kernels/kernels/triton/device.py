@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: N803  (constants of a kernel are written in capitals; branches on them are no expressions)
-"""What the Triton kernels share: definition 1 on tiles (``docs/definition.md``; ``csrc/definition.h`` is its twin).
+"""Functions of the Triton kernels: definition 1 on tiles (``docs/definition.md``; ``csrc/definition.h`` is its twin).
 
-Floats come and go as their bits, so that rows which are copied keep every bit and NaN is the one that is defined.
-Tables, two ways: `prmt` looks up four entries at once on NVIDIA; 64-bit constants shifted by 8 * index elsewhere.
+Floats are read and written as their bits, so that rows which are copied keep every bit and NaN is the defined one.
+Entries are looked up in tables in two ways: four at once by `prmt` on NVIDIA's GPUs; elsewhere in a 64-bit constant,
+shifted by 8 * index.
 """
 
 import triton
@@ -28,7 +29,7 @@ _NAN_BITS = tl.constexpr((0x7FC00000, 0x7FC0, 0x7E00))
 
 @triton.jit
 def philox(calls, columns, domain, seed):
-    """Philox4x32-10 of counters (calls, columns, domain, 0), which broadcast together: four tensors of uint32."""
+    """Compute Philox4x32-10 of counters (calls, columns, domain, 0), broadcast together: four tensors of uint32."""
     c0, c1 = tl.broadcast(calls, columns)
     c2 = tl.zeros_like(c0) + domain.to(tl.uint32, bitcast=True)
     c3 = tl.zeros_like(c0)
@@ -48,12 +49,12 @@ def philox(calls, columns, domain, seed):
 
 @triton.jit
 def _shifted_table(table: tl.constexpr, word, i: tl.constexpr):
-    """Byte i of a lookup: entry (word >> 4 * i) & 7 of a table of eight bytes."""
+    """Look up byte i: entry (word >> 4 * i) & 7 of a table of eight bytes."""
     index = ((word >> (4 * i)) & 7).to(tl.uint64)
     return ((table >> (8 * index)) & 255).to(tl.uint32)
 
 
-# In PTX itself: the byte_perm of libdevice drops bit 3 of a selector, which fills a byte with its sign.
+# As PTX: the byte_perm of libdevice drops bit 3 of a selector, which fills a byte with its sign.
 @triton.jit
 def _prmt(asm: tl.constexpr, selectors):
     return tl.inline_asm_elementwise(asm, "=r,r", [selectors], dtype=tl.int32, is_pure=True, pack=1)
@@ -61,7 +62,7 @@ def _prmt(asm: tl.constexpr, selectors):
 
 @triton.jit
 def _signs(w):
-    """Bits 3, 7, 11 and 15, each through a whole byte."""
+    """Spread each of the bits 3, 7, 11 and 15 over a whole byte."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, 0x9D8C;", "=r,r,r", [w, w << 4], dtype=tl.int32, is_pure=True, pack=1
     )
@@ -69,7 +70,7 @@ def _signs(w):
 
 @triton.jit
 def half_entries(word, BYTE_PERM: tl.constexpr):
-    """The four v of a word as the bytes of an int32, first k lowest: e = 2 * v + 1, v is u or ~u."""
+    """Return the four v of a word as the bytes of an int32, the first k in the lowest: e = 2 * v + 1, v is u or ~u."""
     if BYTE_PERM:
         w = word.to(tl.int32, bitcast=True)
         indices = w & 0x77777777
@@ -97,9 +98,9 @@ def half_entry_tile(
     RUN: tl.constexpr,
     BYTE_PERM: tl.constexpr,
 ):
-    """v [COLUMNS, PANEL] of columns first_column + 0..COLUMNS-1 as int8; k in the order of runs of RUN.
+    """Draw v [COLUMNS, PANEL] of the COLUMNS columns from first_column on as int8; k in the order of runs of RUN.
 
-    Columns are drawn in an order, of 8 a warp, that gives each thread of a matrix unit the rows that it multiplies.
+    Columns are drawn in an order, 8 per warp, that gives each thread of a matrix unit the rows that it multiplies.
     """
     halves: tl.constexpr = PANEL // 64
     blocks: tl.constexpr = COLUMNS // (16 * WARPS)
@@ -126,14 +127,14 @@ def half_entry_tile(
 
 @triton.jit
 def fp16_of(byte):
-    """Signed bytes, as int32 or int8, in float16: exact. 1024 plus a byte has the byte at its end."""
+    """Convert signed bytes, as int32 or int8, to float16, exactly: the bits of 1024 + byte end with the byte."""
     shifted = (byte.to(tl.int16) + 128) | 0x6400
     return shifted.to(tl.float16, bitcast=True) - 1152.0
 
 
 @triton.jit
 def position_of_quad(quad, RUN: tl.constexpr):
-    """Where the four k of ``quad`` = k // 4 lie, in quads, in the order of `half_entry_tile`."""
+    """Return where the four k of ``quad`` = k // 4 lie, in quads, in the order of `half_entry_tile`."""
     call = quad // 4 % 4
     word = quad % 4
     if RUN == 4:
@@ -148,8 +149,8 @@ def position_of_quad(quad, RUN: tl.constexpr):
 
 @triton.jit
 def widen(bits, DTYPE: tl.constexpr):
-    """The float32 values of the bits (int32 or int16) of a dtype."""
-    # One return, at the end: what stands after one is compiled too, and must suit the dtype.
+    """Return the float32 values of the bits (int32 or int16) of a dtype."""
+    # One return, at the end: code after an earlier return would be compiled too, and would not suit every dtype.
     if DTYPE == FLOAT32:
         value = bits.to(tl.float32, bitcast=True)
     elif DTYPE == BFLOAT16:
@@ -161,7 +162,7 @@ def widen(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def round_to_bits(value, DTYPE: tl.constexpr):
-    """The bits of float32 values, none of them NaN, rounded to a dtype: nearest, halves to even, subnormals kept."""
+    """Round float32 values, none of them NaN, to the bits of a dtype: nearest, halves to even, subnormals kept."""
     if DTYPE == FLOAT32:
         bits = value.to(tl.int32, bitcast=True)
     elif DTYPE == BFLOAT16:
@@ -174,7 +175,7 @@ def round_to_bits(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def power_of_two(exponent):
-    """2**exponent in float32, for -126 <= exponent <= 127."""
+    """Return 2**exponent in float32, for -126 <= exponent <= 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -183,19 +184,19 @@ def power_of_two(exponent):
 
 @triton.jit
 def row_exponent(largest):
-    """E of a row whose largest magnitude has these float32 bits, or NOT_FINITE."""
+    """Return E of a row whose largest magnitude has these float32 bits, or NOT_FINITE."""
     return tl.maximum((largest >> 23) - 127, _MIN_EXPONENT)
 
 
 @triton.jit
 def round_activation(x, scale):
-    """rint(x * scale) as int32, halves to even, for results within 2**21; 1.5 * 2**23 shifts the point to the end."""
+    """Return rint(x * scale) as int32, halves to even, for results within 2**21: adding 1.5 * 2**23 rounds."""
     return (x * scale + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
 def rounded_sum(high, low, sum_of_q, TWO_LIMBS: tl.constexpr):
-    """float32(T), T = 2 * (256 * high + low) + sum(q), of up to 40 bits, rounded once, in 32-bit arithmetic.
+    """Return float32(T), T = 2 * (256 * high + low) + sum(q), of up to 40 bits, rounded once, in 32-bit arithmetic.
 
     T = 512 * top + rest. Up to |top| = 2**24 the top is exact in float32, and the one rounding is that of the sum.
     Beyond, the last bits matter only by not being zero: T >> 8 has 26 bits or more of which float32 rounds off at least
@@ -213,7 +214,7 @@ def rounded_sum(high, low, sum_of_q, TWO_LIMBS: tl.constexpr):
 
 @triton.jit
 def result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """The bits of y: of x where the row is not wanted, NaN where it is not finite."""
+    """Return the bits of y: those of x where the row is not wanted, NaN where it is not finite."""
     scale = power_of_two(tl.where(exponent == NOT_FINITE, 0, exponent) - SHIFT)
     g = (total * coefficient) * scale
     y = round_to_bits(tl.where(is_residual, widen(x_bits, DTYPE) + g, g), DTYPE)
@@ -224,13 +225,13 @@ def result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, SHIFT
 
 @triton.jit
 def tiles_of(columns, COLUMNS: tl.constexpr):
-    """How many tiles of COLUMNS hold ``columns`` >= 1; `tl.cdiv` wraps where columns + COLUMNS goes beyond 32 bits."""
+    """Return how many tiles of COLUMNS hold ``columns`` >= 1; `tl.cdiv` wraps if columns + COLUMNS exceeds 32 bits."""
     return (columns - 1) // COLUMNS + 1
 
 
 @triton.jit
 def wanted_rows(row_mask, row, masked_rows):
-    """Which rows the mask, of masked_rows int8 (0: there is none), lets be projected."""
+    """Tell which rows are to be projected by the mask of masked_rows int8 (0: all, there is no mask)."""
     return tl.load(row_mask + row, mask=row < masked_rows, other=1) != 0
 
 
@@ -246,9 +247,9 @@ def _in_tile(COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def add_tile(totals, high_totals, high, low, rows, TWO_LIMBS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Adds the first rows of a tile's sums [COLUMNS, ROWS] to totals and high_totals, [ROWS, COLUMNS].
+    """Add the first rows of the sums of a tile [COLUMNS, ROWS] to totals and high_totals, [ROWS, COLUMNS].
 
-    64 rows at a time: more would not fit the registers.
+    64 rows at a time: more would not fit in the registers.
     """
     if ROWS > 64:
         high0, high1 = _halves(high, COLUMNS, ROWS)
@@ -267,7 +268,7 @@ def add_tile(totals, high_totals, high, low, rows, TWO_LIMBS: tl.constexpr, COLU
 
 @triton.jit
 def added_sums(totals, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """The first rows of the sums [COLUMNS, ROWS] that all parts of K have added to totals [ROWS, COLUMNS]."""
+    """Load the first rows of the sums [COLUMNS, ROWS] that all parts of K have added to totals [ROWS, COLUMNS]."""
     added = (tl.arange(0, ROWS) < rows)[None, :]
     return tl.load(totals + _in_tile(COLUMNS, ROWS), mask=added, other=0, cache_modifier=".cg")
 
@@ -295,7 +296,7 @@ def finish_tile(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """y from the sums of a tile [COLUMNS, ROWS], 16 rows at a time: more would not fit the registers."""
+    """Write y from the sums of a tile [COLUMNS, ROWS], 16 rows at a time: more would not fit in the registers."""
     if ROWS > 16:
         high0, high1 = _halves(high, COLUMNS, ROWS)
         low0, low1 = _halves(low, COLUMNS, ROWS)

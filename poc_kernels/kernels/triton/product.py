@@ -3,10 +3,10 @@
 """The Triton kernels behind the backend signature: the projection on GPUs, with the bits of every other backend.
 
 Two launches. `quantise_kernel` reads x once or twice and writes its integers as int8 limbs in panels of 128 k, with E
-and sum(q) of each row. `product_kernel` draws a tile of P in registers, 16 entries a Philox call, multiplies it with
+and sum(q) of each row. `product_kernel` draws a tile of P in registers, 16 entries per Philox call, multiplies it with
 the limbs on the matrix units (y^T = P^T x^T: the tile of P is the left operand, which may stay in registers), and
-finishes: sums, residual, mask, rounding. Where there are few tiles for the multiprocessors, K is cut up as well: parts
-add into int32 totals by atomics, and the last part to arrive at a tile finishes it.
+finishes: sums, residual, mask, rounding. Where there are few tiles for the SMs, K is cut up as well: parts add into
+int32 totals by atomics, and the last part to arrive at a tile finishes it.
 
 A kernel is compiled at its first call for a dtype, activation_bits, tile, with or without parts of K, and for whether
 columns, and the address and row stride of x, are divisible by 16 (`warmup` has all of these compiled); never for a
@@ -20,17 +20,15 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import definition, reference
-from .. import self_test
-from . import tiles as triton_configs
+from ... import definition
+from ...definition import Request
+from . import tiles as tile_table
 from .device import (
     NOT_FINITE,
     PANEL,
@@ -71,7 +69,7 @@ def quantise_kernel(
     exponents,  # [rows] int32: E, or NOT_FINITE
     sums,  # [rows] int32: sum(q)
     cleared,  # [cleared_count] int32, set to zero for the product that follows
-    row_mask,  # [masked_rows] int8; none: 0 rows
+    row_mask,  # [masked_rows] int8; masked_rows is 0 without a mask
     rows,
     k,
     padded_rows,
@@ -87,7 +85,7 @@ def quantise_kernel(
     FP16: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr,  # row_stride is a multiple of 16
 ):
-    """One program for each row, which leaves a row that is masked off alone; then programs that clear CLEAR words."""
+    """One program per row, which leaves a row that is masked off alone; then programs that clear CLEAR words each."""
     row = tl.program_id(0)
     if row >= rows:
         words = (row - rows).to(tl.int64) * CLEAR + tl.arange(0, CLEAR)
@@ -139,7 +137,7 @@ def quantise_kernel(
 
 @triton.jit
 def _accumulate(high, low, limbs, offsets, plane, v, TWO_LIMBS: tl.constexpr, OUT: tl.constexpr):
-    """Adds v times the limbs of one panel: [COLUMNS, ROWS]; ``high`` is used with two limbs only."""
+    """Add v times the limbs of one panel: [COLUMNS, ROWS]; ``high`` is used with two limbs only."""
     if TWO_LIMBS:
         high = tl.dot(v, tl.load(limbs + offsets), high, out_dtype=OUT)
         low = tl.dot(v, tl.load(limbs + plane + offsets), low, out_dtype=OUT)
@@ -161,10 +159,10 @@ def product_kernel(
     sums,
     totals,  # [limb, column_tiles, rows, COLUMNS] int32, zero before: sums of the parts of K
     arrived,  # [tiles] int32, zero before: parts that have been added
-    row_mask,  # [masked_rows] int8; none: 0 rows
+    row_mask,  # [masked_rows] int8; masked_rows is 0 without a mask
     y,  # [rows, columns] bits of results
     seed,  # [1] int64
-    coefficient,  # its float32 as the int32 of the same bits: a launcher's own conversion may drop subnormals
+    coefficient,  # a float32 as the int32 of its bits: the launcher's own conversion may drop subnormals
     rows,
     padded_rows,
     panels,
@@ -185,7 +183,7 @@ def product_kernel(
     FP16: tl.constexpr,
     BYTE_PERM: tl.constexpr,
 ):
-    """One program for each tile and part of K; neighbours share the limbs."""
+    """One program per tile and part of K; neighbours share the limbs."""
     two_limbs: tl.constexpr = BITS == 16
     column_tiles = tiles_of(columns, COLUMNS)
     tile = tl.program_id(0)
@@ -231,9 +229,9 @@ def product_kernel(
         rows_left = rows - first_row
         added_rows = rows_left * any_wanted  # none of a tile that is only copied
         add_tile(totals, high_totals, high, low, added_rows, two_limbs, COLUMNS, ROWS)
-        tl.debug_barrier()  # every thread has added before one says so
+        tl.debug_barrier()  # every thread has added before one counts this part as arrived
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            part: tl.constexpr = min(ROWS, 32) if FP16 or ROWS <= 32 else 16  # as the loop compiles best
+            part: tl.constexpr = min(ROWS, 32) if FP16 or ROWS <= 32 else 16  # with which the loop compiles best
             for start in range(0, ROWS, part):
                 low_sum = added_sums(totals + start * COLUMNS, rows_left - start, COLUMNS, part)
                 high_sum = low_sum
@@ -264,7 +262,7 @@ def entries_kernel(
     COLUMNS: tl.constexpr,
     BYTE_PERM: tl.constexpr,
 ):
-    """One program for CALLS * 16 rows of COLUMNS columns."""
+    """One program per CALLS * 16 rows of COLUMNS columns."""
     calls = k_start // 16 + tl.program_id(1) * CALLS + tl.arange(0, CALLS)
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     n = (n_start + column).to(tl.uint32)
@@ -284,25 +282,25 @@ def entries_kernel(
 _DTYPES = {torch.float32: (0, torch.int32), torch.bfloat16: (1, torch.int16), torch.float16: (2, torch.int16)}
 _PANEL = PANEL.value
 _CLEAR = 2048
-_LONGEST_BLOCK = 8192
-"""K beyond which rows are quantised in blocks, and read twice."""
-_INTERPRETED = not isinstance(product_kernel, triton.runtime.JITFunction)
-_BYTE_PERM = not _INTERPRETED and torch.version.cuda is not None
+LONGEST_BLOCK = 8192
+"""Largest K whose rows are quantised in one block; longer rows are read twice."""
+INTERPRETED = not isinstance(product_kernel, triton.runtime.JITFunction)
+_BYTE_PERM = not INTERPRETED and torch.version.cuda is not None
 
 
 @functools.cache
-def _hardware(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability (`triton_configs.HIP` of AMD's) and multiprocessors; of a small GPU under the interpreter."""
+def hardware(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Return compute capability (`tile_table.HIP` for AMD's) and number of SMs; a small GPU's under the interpreter."""
     if device.type != "cuda":
         return (9, 0), 4
     properties = torch.cuda.get_device_properties(device)
-    capability = triton_configs.HIP if torch.version.hip is not None else (properties.major, properties.minor)
+    capability = tile_table.HIP if torch.version.hip is not None else (properties.major, properties.minor)
     return capability, properties.multi_processor_count
 
 
-def _forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
-    """Numbers of parts of K for which a tile has a kernel of its own: whole, and in parts."""
-    return (1, 2) if triton_configs.splittable(capability) else (1,)
+def forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Return the numbers of parts of K for which a tile has kernels of its own: 1 for K whole, 2 for any more."""
+    return (1, 2) if tile_table.splittable(capability) else (1,)
 
 
 def _signed_word(word: int) -> int:
@@ -310,20 +308,25 @@ def _signed_word(word: int) -> int:
 
 
 def _float32_bits(value: float) -> int:
-    """The bits of a positive float32, by integers: a subnormal is kept whatever the processor does with them."""
+    """Return the bits of a positive float32, computed in integers: a subnormal is kept where the CPU flushes them."""
     unit = max(math.frexp(value)[1] - 24, -149)
     return ((unit + 149) << 23) + int(math.ldexp(value, -unit))
 
 
-def _arithmetic(capability: tuple[int, int], asked_for: str | None = None) -> str:
-    arithmetic = asked_for or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or triton_configs.arithmetic(capability)
+def choose_arithmetic(capability: tuple[int, int], asked_for: str | None = None) -> str:
+    """Return ``int8`` or ``fp16``: what is asked for, here or in the environment, or else the table's choice.
+
+    Raises:
+        ValueError: another one is asked for.
+    """
+    arithmetic = asked_for or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or tile_table.arithmetic(capability)
     if arithmetic not in ("int8", "fp16"):
         raise ValueError(f"POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got {arithmetic}")
     return arithmetic
 
 
 def _row_stride(x: Tensor) -> int:
-    """0 where there is one row: its stride says nothing, and no kernel is to be compiled for it."""
+    """Return the row stride of x, or 0 if there is one row: its stride means nothing, and must not compile a kernel."""
     return x.stride(0) if len(x) > 1 else 0
 
 
@@ -338,8 +341,9 @@ def _quantise(
     tile: Tile,
 ) -> None:
     m, k = x.shape
-    block = min(_LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
+    block = min(LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
     quantise_kernel[(m + triton.cdiv(cleared.numel(), _CLEAR),)](
+        # In the order of the kernel's parameters: by name, a launch would take 3 us more.
         x.view(_DTYPES[x.dtype][1]),
         limbs,
         rows[0],
@@ -369,52 +373,47 @@ def _quantise(
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why these kernels cannot run on a device, or None if they can.
+    """Return why these kernels cannot run on a device, or None if they can.
 
     Raises:
         ValueError: POC_KERNELS_TRITON_ARITHMETIC names no arithmetic.
     """
-    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return "runs on GPUs only"
-    capability, _ = _hardware(device)
-    if capability != triton_configs.HIP and capability < (8, 0):
+    capability, _ = hardware(device)
+    if capability != tile_table.HIP and capability < (8, 0):
         return "needs compute capability 8.0"
-    _arithmetic(capability)
+    choose_arithmetic(capability)
     return None
 
 
 def project(
     x: Tensor,
     seed: Tensor,
+    request: Request,
     *,
-    domain: int,
-    coefficient: float,
-    activation_bits: int,
-    row_mask: Tensor | None,
-    column_start: int,
-    columns: int,
-    residual: bool,
     tile: Tile | None = None,
     splits: int | None = None,
     arithmetic: str | None = None,
 ) -> Tensor:
-    """x @ P, or x + x @ P, for ``x`` [M, K] on a GPU: [M, columns] in the dtype of x.
+    """Compute x @ P, or x + x @ P, for ``x`` [M, K] on a GPU: [M, columns] in the dtype of x.
 
-    ``tile``, ``splits`` (of K) and ``arithmetic`` (``int8`` or ``fp16``, also POC_KERNELS_TRITON_ARITHMETIC) are the
-    table's unless given; none changes a bit. Workspace: 2 bytes for each element of x at 16 activation bits and 1 at 8,
-    rows and K rounded up to tiles; twice that in fp16; 8 bytes for each row; and with splits, 8 or 4 bytes for each
-    element of y, columns rounded up to tiles, and 4 for each tile.
+    ``tile``, ``splits`` (parts of K) and ``arithmetic`` (``int8`` or ``fp16``, also POC_KERNELS_TRITON_ARITHMETIC) are
+    the table's unless given; none changes a bit. Workspace: 2 bytes per element of x at 16 activation bits and 1 at 8,
+    rows and K rounded up to tiles; twice that in fp16; 8 bytes per row; and with splits, 8 or 4 bytes per element of y,
+    columns rounded up to tiles, and 4 per tile.
     """
+    domain, coefficient, activation_bits, row_mask, column_start, columns, residual = request
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     m, k = x.shape
-    capability, multiprocessors = _hardware(x.device)
-    arithmetic = _arithmetic(capability, arithmetic)
-    tile = tile or triton_configs.choose(capability, m, activation_bits, arithmetic)
+    capability, sms = hardware(x.device)
+    arithmetic = choose_arithmetic(capability, arithmetic)
+    tile = tile or tile_table.choose(capability, m, activation_bits, arithmetic)
     panels, planes = triton.cdiv(k, _PANEL), 2 if activation_bits == 16 else 1
     column_tiles = triton.cdiv(columns, tile.columns)
     tiles = column_tiles * triton.cdiv(m, tile.rows)
-    splits = min(splits, panels) if splits else triton_configs.splits(capability, tile, tiles, panels, multiprocessors)
+    splits = min(splits, panels) if splits else tile_table.splits(capability, tile, tiles, panels, sms)
     panels_per_split = triton.cdiv(panels, splits)
     splits = triton.cdiv(panels, panels_per_split)
 
@@ -430,6 +429,7 @@ def project(
     with torch.cuda.device_of(x):
         _quantise(x, limbs, rows, totals, mask, masked_rows, activation_bits, tile)
         product_kernel[(tiles, splits)](
+            # In the order of the kernel's parameters: by name, a launch would take 3 us more.
             x.view(_DTYPES[x.dtype][1]),
             limbs,
             rows[0],
@@ -467,7 +467,7 @@ def project(
 
 
 def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
-    """The integers e[k_start : k_start + k, n_start : n_start + n] as int16 on a GPU."""
+    """Draw the integers e[k_start : k_start + k, n_start : n_start + n] as int16 on a GPU."""
     out = torch.empty(k, n, dtype=torch.int16, device=seed.device)
     if out.numel() == 0:
         return out
@@ -475,7 +475,13 @@ def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: in
     grid = (triton.cdiv(n, columns), triton.cdiv(k_start % 16 + k, 16 * calls))
     with torch.cuda.device_of(seed):
         entries_kernel[grid](
-            *(seed, out, _signed_word(domain), k_start, k, _signed_word(n_start), n),
+            seed=seed,
+            out=out,
+            domain=_signed_word(domain),
+            k_start=k_start,
+            k=k,
+            n_start=_signed_word(n_start),
+            columns=n,
             CALLS=calls,
             COLUMNS=columns,
             BYTE_PERM=_BYTE_PERM,
@@ -483,91 +489,25 @@ def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: in
     return out
 
 
-def _wrong_forms(
-    device: torch.device,
-    dtype: str,
-    k: int,
-    columns: int,
-    bits: int,
-    arithmetic: str,
-    forms: Iterable[tuple[Tile, int]],
-) -> list[str]:
-    """Which forms of a product, tiles and numbers of parts of K, give other bits than the reference on the CPU."""
-    rows = 20 if _INTERPRETED else 300
-    x = self_test.activations({"dtype": dtype, "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
-    row_mask = torch.arange(rows, device="cpu") % 7 != 3
-    seed = definition.seed_tensor(-rows, "cpu")
-    # The largest sums, which ordinary rows do not come near: all products of column 0 have one sign.
-    signs = reference.entries(seed, 2**32 - 1, 0, k, 0, 1)[:, 0].sign().to(x.dtype)
-    x[0], x[1] = signs * 1.75, signs * -2.0
-    options: dict[str, Any] = {
-        "domain": 2**32 - 1,
-        "coefficient": definition.coefficient(definition.DEFAULT_STD),
-        "activation_bits": bits,
-        "column_start": 0,
-        "columns": columns,
-        "residual": True,
-    }
-    expected = self_test.digest(reference.project(x, seed, row_mask=row_mask, **options))
-    wrong = []
-    for tile, splits in forms:
-        y = project(
-            *(x.to(device), seed.to(device)),
-            row_mask=row_mask.to(device),
-            tile=tile,
-            splits=splits,
-            arithmetic=arithmetic,
-            **options,
-        )
-        if self_test.digest(y) != expected:
-            cut = "whole" if splits == 1 else f"in {splits} parts"
-            wrong.append(f"{dtype}, {bits} bits in {arithmetic} by {tile}, K = {k} {cut}")
-    return wrong
-
-
-def wrong_tiles(device: torch.device) -> list[str]:
-    """Which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
-
-    Tried are the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
-    whole and (not on AMD's) in two parts; bfloat16 activations of several tiles of rows, two of these rows with the
-    largest sums, and, in float16, more than one flush of sums. Then the largest tile with rows so long that they are
-    read twice, in every dtype; of float32 and float16 one takes K whole and the other in parts, the other way round for
-    the other activation_bits.
-    """
-    capability, _ = _hardware(device)
-    arithmetic = _arithmetic(capability)
-    parts = _forms_of_k(capability)
-    k, columns = (140, 20) if _INTERPRETED else (1152, 512)
-    long_k, few_columns = _LONGEST_BLOCK + 128, 20 if _INTERPRETED else 128
-    wrong = []
-    for bits, (of_float32, of_float16) in ((16, (parts[0], parts[-1])), (8, (parts[-1], parts[0]))):
-        tiles = triton_configs.tiles(capability, bits, arithmetic)
-        wrong += _wrong_forms(device, "bfloat16", k, columns, bits, arithmetic, itertools.product(tiles, parts))
-        for dtype, splits in (("bfloat16", parts[0]), ("float32", of_float32), ("float16", of_float16)):
-            wrong += _wrong_forms(device, dtype, long_k, few_columns, bits, arithmetic, [(tiles[-1], splits)])
-    return wrong
-
-
 def warmup(
     device: torch.device | str, dim: int, *, dtype: torch.dtype = torch.bfloat16, activation_bits: int = 16
 ) -> None:
     """Compile what ``residual_projection`` takes for activations [..., dim], whatever their number, strides and mask.
 
-    Shards are compiled for too, but for those of one column: for each tile of the table four products, and four kernels
-    that quantise. Each takes about a second; Triton keeps them on disk (TRITON_CACHE_DIR). The device's backend is not
-    chosen here, but by `poc_kernels.backends.warmup`.
+    That includes shards, except those of one column. For each tile of the table these are four products and four
+    kernels that quantise, about a second each; Triton keeps them on disk (TRITON_CACHE_DIR). This does not choose the
+    device's backend; `poc_kernels.backends.warmup` does.
     """
     seed = definition.seed_tensor(0, device)
-    capability, _ = _hardware(seed.device)
-    forms = _forms_of_k(capability)
+    capability, _ = hardware(seed.device)
+    forms = forms_of_k(capability)
     stride = triton.cdiv(dim, 16) * 16
     memory = torch.zeros(2 * stride + 2, dtype=dtype, device=device)
-    for tile in triton_configs.tiles(capability, activation_bits, _arithmetic(capability)):
-        # Few of each: what is compiled depends on no number but on these being divisible by 16, and on parts of K.
+    for tile in tile_table.tiles(capability, activation_bits, choose_arithmetic(capability)):
+        # Few rows and columns: what is compiled depends on no number, only on whether these are divisible by 16 and on
+        # whether K is in parts.
         for unaligned, ragged in itertools.product((0, 1), (0, 1)):
-            project(
-                memory.as_strided((2, dim), (stride + ragged, 1), unaligned),
-                seed,
+            request = Request(
                 domain=0,
                 coefficient=definition.coefficient(definition.DEFAULT_STD),
                 activation_bits=activation_bits,
@@ -575,6 +515,6 @@ def warmup(
                 column_start=0,
                 columns=min(dim, 16 - unaligned),
                 residual=True,
-                tile=tile,
-                splits=forms[-1] if ragged else 1,
             )
+            x = memory.as_strided((2, dim), (stride + ragged, 1), unaligned)
+            project(x, seed, request, tile=tile, splits=forms[-1] if ragged else 1)

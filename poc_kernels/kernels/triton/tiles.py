@@ -1,4 +1,4 @@
-"""Which tile a product takes on a GPU: a table. No choice changes a bit; they only change the time."""
+"""The table of the tiles that products take on GPUs. No choice changes a bit; choices only change the time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import triton
 
 
 class Tile(NamedTuple):
-    """What one block of threads computes."""
+    """The part of a product that one block of threads computes."""
 
     columns: int
-    """Columns of P, that is, of y: a multiple of 16 * warps."""
+    """Columns of P, which are those of y: a multiple of 16 * warps."""
     rows: int
     """Rows of x."""
     warps: int
@@ -29,14 +29,14 @@ _SYNC_RUN = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) 
 
 
 def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> dict[int, tuple[Tile, ...]]:
-    """Tiles by activation bits, fewest rows first; ``largest`` is (columns, rows, warps) for many rows."""
+    """Make tiles by activation bits, fewest rows first; ``largest`` is (columns, rows, warps) for many rows."""
     return {bits: tuple(Tile(*shape, stages, run) for shape in (*_FEW, many)) for bits, many in largest.items()}
 
 
 HIP = (0, 0)
 """Stands for the compute capability of AMD's GPUs, whose own numbers mean other things: gfx942 gives (9, 4)."""
 
-# By compute capability, the largest that is not above the device's.
+# By compute capability; a device takes the entry of the largest that is not above its own.
 _TABLE: dict[tuple[int, int], dict[int, tuple[Tile, ...]]] = {
     HIP: _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=2, run=4),  # 64 KiB of shared memory
     (8, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=3, run=_SYNC_RUN),
@@ -53,40 +53,40 @@ _FP16_TILES = (Tile(64, 16, 4, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2))
 _FP16 = {(10, 3)}
 
 BLOCKS_PER_SM = 4
-"""How many blocks a product of few tiles is cut into, along K, for each multiprocessor."""
+"""Blocks per SM that a product of few tiles is cut into, along K."""
 
 
 def tiles(capability: tuple[int, int], activation_bits: int, arithmetic: str) -> tuple[Tile, ...]:
-    """The tiles for a device, fewest rows first."""
+    """Return the tiles for a device, fewest rows first."""
     if arithmetic == "fp16":
         return _FP16_TILES
     return _TABLE[max(key for key in _TABLE if key <= capability)][activation_bits]
 
 
 def choose(capability: tuple[int, int], rows: int, activation_bits: int, arithmetic: str) -> Tile:
-    """The smallest tile that holds all rows, or the largest there is."""
+    """Return the smallest tile that holds all rows, or else the largest tile."""
     candidates = tiles(capability, activation_bits, arithmetic)
     return next((tile for tile in candidates if tile.rows >= rows), candidates[-1])
 
 
 def arithmetic(capability: tuple[int, int]) -> str:
-    """``int8``, or ``fp16`` where the same sums are faster from float16 products."""
+    """Return ``int8``, or ``fp16`` where float16 products give the same sums faster."""
     return "fp16" if capability in _FP16 else "int8"
 
 
 def splittable(capability: tuple[int, int]) -> bool:
-    """Whether K may be cut into parts that meet in memory.
+    """Tell whether K may be cut into parts that are added up in memory.
 
-    Not on AMD's GPUs until one has shown it: a wave there may say that it has added before its own atomics are done.
+    Not on AMD's GPUs, where nobody has verified it: a wave there may count as arrived before its own atomics are done.
     """
     return capability != HIP
 
 
-def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, multiprocessors: int) -> int:
-    """Into how many parts of K to cut each of ``tiles`` tiles, so that there is work for every multiprocessor.
+def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, sms: int) -> int:
+    """Return the number of parts of K to cut each of ``tiles`` tiles into, so that there is work for every SM.
 
-    BLOCKS_PER_SM blocks of the tiles for few rows share a multiprocessor; one or two others fill it.
+    BLOCKS_PER_SM blocks of the tiles for few rows share an SM; one or two blocks of other tiles fill it.
     """
-    if not splittable(capability) or (tiles >= multiprocessors and tile[:3] not in _FEW):
+    if not splittable(capability) or (tiles >= sms and tile[:3] not in _FEW):
         return 1
-    return max(1, min(panels, BLOCKS_PER_SM * multiprocessors // tiles))
+    return max(1, min(panels, BLOCKS_PER_SM * sms // tiles))

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..inputs import normal, seed32
+from ..inputs import hash32, normal, seed32
 
+_SIGN = -(2**31)
 FARTHEST = 2.0
 """Largest distance of two unit vectors; also what logits that are zero or not finite get: never valid."""
+
+
+def permutation_seed(block_hash: str, public_key: str, nonce: int) -> int:
+    """Return the seed of a nonce's permutation of the logits."""
+    return seed32(f"{block_hash}_{public_key}_nonce_{nonce}_permutations")
+
+
+def permutations(
+    block_hash: str, public_key: str, nonces: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Permutations of the vocabulary: int64 [len(nonces), vocab_size], for ``logits.gather(1, permutations)``."""
+    seeds = [permutation_seed(block_hash, public_key, nonce) for nonce in nonces]
+    # With the sign bit flipped, signed order is unsigned order.
+    return torch.argsort(hash32(seeds, 0, vocab_size, device).bitwise_xor_(_SIGN), dim=1, stable=True)
 
 
 def target(block_hash: str, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:

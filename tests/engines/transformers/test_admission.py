@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from poc_kernels.engines.transformers.admission import admitted_new_tokens, engine_unavailable
 from poc_kernels.service.errors import AdmissionError
 
-LIMITS: dict[str, Any] = {"vocabulary": 100, "most_new_tokens": 50, "most_tokens": 64, "param": "max_tokens"}
+LIMITS: dict[str, Any] = {"vocabulary": 100, "max_new_tokens": 50, "max_tokens": 64, "param": "max_tokens"}
 
 
 def refusal(prompt: list[int], asked: Any) -> AdmissionError:

@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from served import TIMEOUT, client, error_of, eventually, load, serving, started
+from served import load, started
 from transformers import Qwen3ForCausalLM
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from web import TIMEOUT, client, error_of, eventually, serving
 
+from poc_kernels.engines.transformers import openai_app
 from poc_kernels.engines.transformers.admission import ENGINE_FAILED
-from poc_kernels.engines.transformers.batching import Batching, Router
+from poc_kernels.engines.transformers.batching import ContinuousBatching, Router
 from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
 from poc_kernels.scheduling import PriorityLanes, Turns
 
@@ -118,9 +120,13 @@ def test_a_request_may_fill_the_cache_and_no_more(tiny_model_dir: Path, block_si
         with torch.random.fork_rng(devices=[]):
             model = Qwen3ForCausalLM(model.config).eval()
         model.load_state_dict(weights)
-    limits = {"cb_block_size": block_size, "cb_num_blocks": 8, "cb_max_batch_tokens": 16, "max_new_tokens": 10**6}
-    with started(model, tokenizer, **limits) as inference, serving(inference.build_app()) as url, client(url) as http:
-        room = inference._most_tokens
+    limits = {"kv_block_size": block_size, "kv_blocks": 8, "max_batch_tokens": 16, "max_new_tokens": 10**6}
+    with (
+        started(model, tokenizer, **limits) as inference,
+        serving(openai_app.build(inference)) as url,
+        client(url) as http,
+    ):
+        room = inference._max_tokens
         assert 2 * block_size <= room
         assert sliding or 7 * block_size <= room <= 8 * block_size
 
@@ -136,7 +142,7 @@ def test_a_request_may_fill_the_cache_and_no_more(tiny_model_dir: Path, block_si
 
 
 class Streams(PriorityLanes):
-    """A partition that tells who is inside, and what was given to it."""
+    """Lanes that tell which threads are inside, and what was given to them."""
 
     inside: ClassVar[set[int]] = set()
 
@@ -167,7 +173,7 @@ class Batched:
         self.forwards: list[tuple[bool, bool]] = []
         self.model.register_forward_pre_hook(self._look)
         self.sampling = generation_config(self.model, tokenizer, 0)
-        self.batching = Batching(
+        self.batching = ContinuousBatching(
             self.model,
             self.sampling,
             batching_config(InferenceLimits(), "cpu"),
@@ -216,10 +222,10 @@ def test_every_step_has_its_turn_and_its_stream(tiny_model_dir: Path, monkeypatc
     assert batched.model.config._attn_implementation == batched.attention
 
 
-def test_no_step_begins_while_inference_is_held(tiny_model_dir: Path) -> None:
+def test_no_step_begins_while_inference_is_paused(tiny_model_dir: Path) -> None:
     batched = Batched(tiny_model_dir)
 
-    async def ask_while_held() -> Any:
+    async def ask_while_paused() -> Any:
         asked = asyncio.create_task(batched.ask())
         await asyncio.to_thread(eventually, lambda: batched.batching._turn.waiting)
         assert batched.forwards == []
@@ -229,7 +235,7 @@ def test_no_step_begins_while_inference_is_held(tiny_model_dir: Path) -> None:
 
     try:
         batched.turns.pause_inference()
-        assert len(asyncio.run(ask_while_held()).generated_tokens) == 5
+        assert len(asyncio.run(ask_while_paused()).generated_tokens) == 5
     finally:
         batched.turns.close()
         assert batched.batching.stop(TIMEOUT)

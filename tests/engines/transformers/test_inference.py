@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from served import CHAT, NAME, TIMEOUT, chat, client, error_of, events, eventually, load, serving, started, text_of
+from served import NAME, load, started
+from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, serving, text_of
 
 from poc_kernels.engines.transformers import inference as inference_module
+from poc_kernels.engines.transformers import openai_app
 from poc_kernels.engines.transformers.config import InferenceLimits
 from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.scheduling import Turns
@@ -76,7 +78,7 @@ def test_a_dead_thread_is_replaced(
     model, _ = loaded
     attention, weights = model.config._attn_implementation, addresses(model)
     fault = Fault(model, monkeypatch)
-    with started(*loaded) as inference, serving(inference.build_app()) as url, client(url) as http:
+    with started(*loaded) as inference, serving(openai_app.build(inference)) as url, client(url) as http:
         expected = text_of(http.post(CHAT, json=chat(max_tokens=8)))
         for restart in (1, 2):
             first = threading.Event()
@@ -84,7 +86,7 @@ def test_a_dead_thread_is_replaced(
             whole = asking(http.post, CHAT, json=chat())
             response = asking(http.post, "/v1/responses", json={"input": "hello", "stream": True})
             assert first.wait(TIMEOUT)
-            eventually(lambda: inference.in_flight() == 3)
+            eventually(lambda: inference._router.in_flight() == 3)
             fault.error = RuntimeError('a "fault"\n\nof the \\ device')
             told = stream.result(TIMEOUT)
             assert told[-1]["error"]["type"] == "server_error"
@@ -106,7 +108,11 @@ def test_a_stalled_thread_is_replaced(
 ) -> None:
     monkeypatch.setattr(inference_module, "_STOP_SECONDS", 0.1)
     fault = Fault(loaded[0], monkeypatch)
-    with started(*loaded, stall_seconds=1.0) as inference, serving(inference.build_app()) as url, client(url) as http:
+    with (
+        started(*loaded, stall_seconds=1.0) as inference,
+        serving(openai_app.build(inference)) as url,
+        client(url) as http,
+    ):
         expected = text_of(http.post(CHAT, json=chat(max_tokens=8)))
         release = fault.hang = threading.Event()
         whole = asking(http.post, CHAT, json=chat())
@@ -125,12 +131,16 @@ def test_a_stalled_thread_is_replaced(
         assert inference.restarts == 1
 
 
-def test_a_step_that_hangs_is_a_stall_though_inference_is_held(
+def test_a_step_that_hangs_is_a_stall_though_inference_is_paused(
     loaded: tuple[Any, Any], asking: Callable[..., Future[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference_module, "_STOP_SECONDS", 0.1)
     fault = Fault(loaded[0], monkeypatch)
-    with started(*loaded, stall_seconds=3.0) as inference, serving(inference.build_app()) as url, client(url) as http:
+    with (
+        started(*loaded, stall_seconds=3.0) as inference,
+        serving(openai_app.build(inference)) as url,
+        client(url) as http,
+    ):
         release = fault.hang = threading.Event()
         whole = asking(http.post, CHAT, json=chat())
         assert fault.hanging.wait(TIMEOUT)
@@ -145,17 +155,21 @@ def test_a_step_that_hangs_is_a_stall_though_inference_is_held(
 
 
 def test_waiting_for_a_turn_is_no_stall(loaded: tuple[Any, Any], asking: Callable[..., Future[Any]]) -> None:
-    with started(*loaded, stall_seconds=0.2) as inference, serving(inference.build_app()) as url, client(url) as http:
+    with (
+        started(*loaded, stall_seconds=0.2) as inference,
+        serving(openai_app.build(inference)) as url,
+        client(url) as http,
+    ):
         turns = inference._turns
         with turns.proof(), turns.alone():
             answer = asking(http.post, CHAT, json=chat(max_tokens=2))
-            eventually(lambda: inference.in_flight() == 1)
+            eventually(lambda: inference._router.in_flight() == 1)
             threading.Event().wait(0.5)  # what is tested is that nothing happens in this time
             assert inference.trouble() is None
         text_of(answer.result(TIMEOUT))
         turns.pause_inference()
         answer = asking(http.post, CHAT, json=chat(max_tokens=2))
-        eventually(lambda: inference.in_flight() == 1)
+        eventually(lambda: inference._router.in_flight() == 1)
         threading.Event().wait(0.5)
         assert inference.trouble() is None
         turns.resume_inference()
@@ -178,7 +192,7 @@ def test_a_rebuild_that_fails_is_tried_again(
             settings["continuous_batching_config"].num_blocks = 10**9  # no memory holds that
         return build(self, **settings)
 
-    with started(*loaded) as inference, serving(inference.build_app()) as url, client(url) as http:
+    with started(*loaded) as inference, serving(openai_app.build(inference)) as url, client(url) as http:
         fault = Fault(model, monkeypatch)
         good = inference._config.num_blocks
         monkeypatch.setattr(type(model), "init_continuous_batching", init)
@@ -191,7 +205,7 @@ def test_a_rebuild_that_fails_is_tried_again(
                 answer = http.post(CHAT, json=chat(stream=stream))
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
                 assert "rebuilt" in error_of(answer)["message"]
-            assert inference.in_flight() == 0
+            assert inference._router.in_flight() == 0
             inference._config.num_blocks = good
             may_build.set()
             eventually(lambda: inference.restarts == 1)
@@ -200,7 +214,7 @@ def test_a_rebuild_that_fails_is_tried_again(
     assert model.config._attn_implementation == attention
 
 
-@pytest.mark.parametrize("condition", ["idle", "busy", "held", "held, turns open", "computing proof", "dead"])
+@pytest.mark.parametrize("condition", ["idle", "busy", "paused", "paused, turns open", "computing proof", "dead"])
 def test_stop_leaves_no_thread(
     loaded: tuple[Any, Any],
     asking: Callable[..., Future[Any]],
@@ -213,9 +227,9 @@ def test_stop_leaves_no_thread(
     inference.start()
     threads = [inference._supervisor, inference._batching._thread]  # type: ignore[union-attr]
     proof = turns.proof()
-    with serving(inference.build_app()) as url, client(url) as http:
+    with serving(openai_app.build(inference)) as url, client(url) as http:
         answers = []
-        if condition.startswith("held"):
+        if condition.startswith("paused"):
             turns.pause_inference()
         if condition == "computing proof":
             proof.__enter__()
@@ -224,8 +238,8 @@ def test_stop_leaves_no_thread(
         if condition != "idle":
             answers = [asking(http.post, CHAT, json=chat()) for _ in range(3)]
             if condition != "dead":
-                eventually(lambda: inference.in_flight() == 3)
-        if condition != "held, turns open":
+                eventually(lambda: inference._router.in_flight() == 3)
+        if condition != "paused, turns open":
             turns.close()
         inference.stop(TIMEOUT)
         inference.stop(TIMEOUT)
@@ -234,7 +248,7 @@ def test_stop_leaves_no_thread(
             assert answer.result(TIMEOUT).status_code == 503
         assert http.post(CHAT, json=chat()).status_code == 503
     assert not any(thread is not None and thread.is_alive() for thread in threads)
-    assert inference.in_flight() == 0
+    assert inference._router.in_flight() == 0
     assert inference.trouble() == "inference is stopped"
 
 
@@ -273,7 +287,7 @@ def test_stop_before_start_and_start_twice(loaded: tuple[Any, Any]) -> None:
 
 def test_a_cache_that_cannot_be_made_is_said_at_start(loaded: tuple[Any, Any]) -> None:
     attention = loaded[0].config._attn_implementation
-    inference = Inference(*loaded, NAME, Turns(), InferenceLimits(cb_num_blocks=10**9))
+    inference = Inference(*loaded, NAME, Turns(), InferenceLimits(kv_blocks=10**9))
     with pytest.raises((MemoryError, RuntimeError)):
         inference.start()
     assert loaded[0].config._attn_implementation == attention
@@ -295,8 +309,8 @@ def test_temperature(loaded: tuple[Any, Any], temperature: float, sampled: bool)
 
 
 def test_more_at_once_than_the_cache_holds(loaded: tuple[Any, Any]) -> None:
-    limits = {"cb_block_size": 4, "cb_num_blocks": 16, "cb_max_batch_tokens": 16}
-    with started(*loaded, **limits) as inference, serving(inference.build_app()) as url, client(url) as http:
+    limits = {"kv_block_size": 4, "kv_blocks": 16, "max_batch_tokens": 16}
+    with started(*loaded, **limits) as inference, serving(openai_app.build(inference)) as url, client(url) as http:
 
         def ask(n: int) -> int:
             answer = http.post("/v1/completions", json={"prompt": " a" * (18 + n % 3), "max_tokens": 30 + n})

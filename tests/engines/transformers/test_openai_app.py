@@ -16,24 +16,11 @@ import openai
 import pytest
 import torch
 from fastapi import FastAPI
-from served import (
-    CHAT,
-    NAME,
-    TIMEOUT,
-    chat,
-    client,
-    error_of,
-    events,
-    eventually,
-    load,
-    pieces,
-    serving,
-    started,
-    text_of,
-)
+from served import NAME, load, started
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
 
-from poc_kernels.engines.transformers import openai_app
+from poc_kernels.engines.transformers import handlers, openai_app
 from poc_kernels.engines.transformers.inference import Inference
 
 MAX_NEW = 64
@@ -47,7 +34,7 @@ def inference(tiny_model_dir: Path) -> Iterator[Inference]:
 
 @pytest.fixture(scope="module")
 def app(inference: Inference) -> FastAPI:
-    return inference.build_app()
+    return openai_app.build(inference)
 
 
 @pytest.fixture(scope="module")
@@ -231,16 +218,16 @@ def test_streams_that_end_in_their_first_step(http: httpx2.Client) -> None:
             assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def hold_in_step(inference: Inference, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Inference is held while it computes its ``step``-th step from now."""
+def pause_in_step(inference: Inference, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Have inference paused while it computes its ``step``-th step from now."""
     forward, steps = inference.model.forward, itertools.count(1)
 
-    def holding_forward(*args: Any, **kwargs: Any) -> Any:
+    def pausing_forward(*args: Any, **kwargs: Any) -> Any:
         if next(steps) == step:
             inference._turns.pause_inference()
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(inference.model, "forward", holding_forward)
+    monkeypatch.setattr(inference.model, "forward", pausing_forward)
 
 
 def slow_down(inference: Inference, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,21 +240,21 @@ def slow_down(inference: Inference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference.model, "forward", slow_forward)
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("paused", [False, True])
 def test_a_client_that_leaves_mid_stream_is_cancelled(
-    http: httpx2.Client, inference: Inference, monkeypatch: pytest.MonkeyPatch, held: bool
+    http: httpx2.Client, inference: Inference, monkeypatch: pytest.MonkeyPatch, paused: bool
 ) -> None:
     turns = inference._turns
-    if held:
-        hold_in_step(inference, monkeypatch, 4)
+    if paused:
+        pause_in_step(inference, monkeypatch, 4)
     else:
         slow_down(inference, monkeypatch)
     with http.stream("POST", CHAT, json=chat(stream=True)) as stream:
         coming = pieces(events(stream.iter_lines()))  # kept: an iterator that is dropped closes the connection
         next(coming)
-        if held:
+        if paused:
             eventually(lambda: turns.inference_paused)
-        assert inference.in_flight() == 1
+        assert inference._router.in_flight() == 1
     try:
         assert inference.wait_idle(TIMEOUT)
     finally:
@@ -283,7 +270,7 @@ def test_a_request_whose_handler_is_cancelled_leaves(app: FastAPI, inference: In
         transport = httpx2.ASGITransport(app=app)
         async with httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=TIMEOUT) as http:
             asking = asyncio.create_task(http.post(CHAT, json=chat()))
-            while inference.in_flight() == 0:
+            while inference._router.in_flight() == 0:
                 await asyncio.sleep(0.005)
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -297,12 +284,12 @@ def test_a_request_whose_handler_is_cancelled_leaves(app: FastAPI, inference: In
         inference._turns.resume_inference()
 
 
-def test_held_inference_pauses_and_goes_on_with_the_same_text(
+def test_paused_inference_stops_and_goes_on_with_the_same_text(
     http: httpx2.Client, inference: Inference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = text_of(http.post(CHAT, json=chat(max_tokens=32)))
     turns = inference._turns
-    hold_in_step(inference, monkeypatch, 4)
+    pause_in_step(inference, monkeypatch, 4)
     with http.stream("POST", CHAT, json=chat(max_tokens=32, stream=True)) as stream, ThreadPoolExecutor(1) as pool:
         coming = pieces(events(stream.iter_lines()))
         said = [next(coming)]
@@ -310,7 +297,7 @@ def test_held_inference_pauses_and_goes_on_with_the_same_text(
         with turns.proof(), turns.alone():  # the step that ran has ended
             steps = inference._batching._manager.current_batch  # type: ignore[union-attr]
         queued = pool.submit(http.post, CHAT, json=chat(max_tokens=32))
-        eventually(lambda: inference.in_flight() == 2)
+        eventually(lambda: inference._router.in_flight() == 2)
         for _ in range(20):
             with turns.proof():
                 pass
@@ -373,7 +360,7 @@ def test_an_output_that_cannot_be_told_ends_its_stream_and_its_request(
     def fail(*_: Any) -> None:
         raise ValueError('it says "no"\n\n')
 
-    monkeypatch.setattr(openai_app.CBStreamer, "put", fail)
+    monkeypatch.setattr(handlers.CBStreamer, "put", fail)
     with http.stream("POST", CHAT, json=chat(stream=True)) as stream:
         chunks = list(events(stream.iter_lines()))
     assert chunks[-1]["error"]["type"] == "server_error"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from poc_kernels.protocol import ProofBatch, probability_honest, validate_distances
-from poc_kernels.protocol.distances.proofs import HONEST_INVALID_RATE
+from poc_kernels.protocol.honesty import HONEST_INVALID_RATE
 
 
 def batch(nonces=(1, 2, 3), dist=(1.0, 1.1, 1.2), **changes):
@@ -114,7 +114,7 @@ def test_what_counts_as_invalid(received, recomputed, invalid):
 
 
 def test_a_distance_for_each_nonce():
-    with pytest.raises(ValueError, match="recomputed must have 3 distances, one a nonce, got 2"):
+    with pytest.raises(ValueError, match="recomputed must have 3 distances, one per nonce, got 2"):
         validate_distances(batch(), [1.0, 1.0], 1.4, 0.01)
 
 

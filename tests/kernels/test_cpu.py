@@ -1,4 +1,4 @@
-"""Every instruction set of this processor against the reference, bit for bit, however the work is cut up."""
+"""Every instruction set of this CPU against the reference, bit for bit, however the work is cut up."""
 
 import concurrent.futures
 import functools
@@ -26,14 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poc_kernels import definition, reference
-from poc_kernels.kernels import native
-from poc_kernels.kernels.native import Tiling
+from poc_kernels.kernels import Backend, cpu, native
+from poc_kernels.kernels.cpu import Tiling
 
 if native.load() is None:
     pytest.skip("this installation has no native core", allow_module_level=True)
 
-NAMES = [name for name, supported in native.instruction_sets() if supported]
-MISSING = [name for name, supported in native.instruction_sets() if not supported]
+NAMES = [name for name, supported in cpu.instruction_sets() if supported]
+MISSING = [name for name, supported in cpu.instruction_sets() if not supported]
 THREADS = (1, 2, 3, 7)
 
 each_instruction_set = pytest.mark.parametrize("name", NAMES)
@@ -41,9 +41,9 @@ each_instruction_set = pytest.mark.parametrize("name", NAMES)
 
 def native_project(x, name, *, threads=None, tiling=Tiling(), **options):  # noqa: B008 (immutable)
     """`helpers.project` with the choices that only native kernels have."""
-    cut = functools.partial(native.project, instruction_set=name, threads=threads, tiling=tiling)
+    cut = functools.partial(cpu.project, instruction_set=name, threads=threads, tiling=tiling)
     backend = backend_named(f"native-{name}")
-    return project(type(backend)(backend.name, cut, backend.entries, backend.unavailable), x, **options)
+    return project(Backend(backend.name, cut, backend.entries, backend.unavailable), x, **options)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_the_native_core_computes_this_definition():
 
 
 def test_plain_code_is_always_there():
-    assert native.instruction_sets()[-1] == ("portable", True)
+    assert cpu.instruction_sets()[-1] == ("portable", True)
 
 
 @pytest.mark.parametrize("name", [*MISSING, "portable"])
-def test_a_backend_says_whether_this_processor_runs_it(name):
+def test_a_backend_says_whether_this_cpu_runs_it(name):
     reason = backend_named(f"native-{name}").unavailable(CPU)
-    assert reason == ("this processor lacks the instructions" if name in MISSING else None)
+    assert reason == ("this CPU lacks the instructions" if name in MISSING else None)
 
 
 def test_torchs_own_threads_are_borrowed():
@@ -83,13 +83,13 @@ def test_torchs_own_threads_are_borrowed():
 
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="instruction_set must be one of this build's, got sse9"):
-        native.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set="sse9")
+        cpu.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set="sse9")
 
 
-@pytest.mark.skipif(not MISSING, reason="this processor has every instruction set of this build")
-def test_an_instruction_set_that_the_processor_lacks_is_refused():
-    with pytest.raises(ValueError, match=f"this processor lacks the instructions of {MISSING[0]}"):
-        native.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set=MISSING[0])
+@pytest.mark.skipif(not MISSING, reason="this CPU has every instruction set of this build")
+def test_an_instruction_set_that_the_cpu_lacks_is_refused():
+    with pytest.raises(ValueError, match=f"this CPU lacks the instructions of {MISSING[0]}"):
+        cpu.entries(definition.seed_tensor(1), 0, 0, 1, 0, 1, instruction_set=MISSING[0])
 
 
 # ---- any product, cut up in any way --------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_any_entries_have_the_bits_of_the_reference(seed, domain, k_start, k, n_
     e = reference.entries(*window)
     for name in NAMES:
         with dirty_memory(0xA5):
-            result = native.entries(*window, instruction_set=name, threads=threads)
+            result = cpu.entries(*window, instruction_set=name, threads=threads)
         assert_same_bits(result, e, name)
 
 
@@ -231,7 +231,7 @@ def test_the_largest_sums_are_exact(name, bits):
     y = expected(x, **options)
     assert y.abs().max() > 400
     for tile_k in (0, 4096, 65536):
-        assert_same_bits(native_project(x, name, tiling=Tiling(k=tile_k), **options), y, f"tiles of {tile_k}")
+        assert_same_bits(native_project(x, name, tiling=Tiling(panel_k=tile_k), **options), y, f"tiles of {tile_k}")
 
 
 @each_instruction_set
@@ -284,7 +284,7 @@ def test_flushing_subnormals_changes_nothing_and_stays_as_it_was(name, threads, 
     subnormal = torch.tensor([1e-40])
     definition.coefficient(std)
     if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush subnormals")
+        pytest.skip("this CPU cannot flush subnormals")
     result = native_project(x, name, threads=threads, std=std, columns=50)
     assert (subnormal * 1.0 == 0).all(), "the call changed the caller's setting"
     torch.set_flush_denormal(False)

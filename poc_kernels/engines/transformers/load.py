@@ -1,0 +1,36 @@
+"""Loads a model and its tokenizer from a directory or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """Load a causal language model, in eval mode on its device, and its tokenizer.
+
+    Args:
+        name: a directory, or an id on the Hugging Face hub.
+        device: as torch names it, or "auto": a CUDA device if there is one, else the CPU.
+        dtype: name of a dtype of torch, or "auto": the one that the weights are stored in.
+
+    Raises:
+        OSError, ValueError: what transformers raises where there is no such model, or no such device or dtype.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError of a torch without CUDA
+        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model must be a directory, or an id on the Hugging Face hub, of a model with a tokenizer, "
+            f"got {name!r}: {error}"
+        ) from error
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return model.to(torch.device(device)).eval(), tokenizer

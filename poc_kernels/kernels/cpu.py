@@ -1,0 +1,127 @@
+"""The native CPU kernels (``csrc/cpu``) behind the backend signature."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..definition import Request
+from . import native
+from .backend import Backend
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Tiling(NamedTuple):
+    """How a product is cut up; 0 leaves the choice to the kernel. No choice changes a bit: tests vary them."""
+
+    block_rows: int = 0
+    """Rows of x that are quantised at a time."""
+    panel_columns: int = 0
+    """Columns of P that are drawn at a time."""
+    panel_k: int = 0
+    """Rows of P that are drawn at a time."""
+
+
+def instruction_sets() -> list[tuple[str, bool]]:
+    """Return the names of the instruction sets in this build, best first, each with whether this CPU has it."""
+    core = native.load()
+    return [] if core is None else list(core.instruction_sets())
+
+
+def backends() -> list[Backend]:
+    """Return a backend for each instruction set in this build, best first."""
+    return [
+        Backend(
+            name=f"native-{name}",
+            project=functools.partial(project, instruction_set=name),
+            entries=functools.partial(entries, instruction_set=name),
+            unavailable=functools.partial(_unavailable, supported),
+        )
+        for name, supported in instruction_sets()
+    ]
+
+
+def _unavailable(supported: bool, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "runs on the CPU only"
+    return None if supported else "this CPU lacks the instructions"
+
+
+def project(
+    x: Tensor,
+    seed: Tensor,
+    request: Request,
+    *,
+    instruction_set: str,
+    threads: int | None = None,
+    tiling: Tiling = Tiling(),  # noqa: B008 (immutable)
+) -> Tensor:
+    """Compute x @ P, or x + x @ P, for ``x`` [M, K] on the CPU: [M, columns] in the dtype of x.
+
+    ``threads`` is ``torch.get_num_threads()`` unless given. Workspace: 2 bytes per element of the rows that are
+    quantised at a time (16 MiB, or 256 rows if these take more), and per thread a panel of P of at most 512 KiB.
+    """
+    core = native.load()
+    assert core is not None
+    domain, coefficient, activation_bits, row_mask, column_start, columns, residual = request
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    mask = None if row_mask is None else row_mask.contiguous()
+    y = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
+    projection = core.Projection(
+        x=x.data_ptr(),
+        dtype=_DTYPE_CODES[x.dtype],
+        rows=x.shape[0],
+        k=x.shape[1],
+        row_stride=x.stride(0),
+        row_mask=0 if mask is None else mask.data_ptr(),
+        y=y.data_ptr(),
+        columns=columns,
+        column_start=column_start,
+        residual=residual,
+        seed=seed.data_ptr(),
+        domain=domain,
+        coefficient=coefficient,
+        activation_bits=activation_bits,
+        threads=threads or torch.get_num_threads(),
+        block_rows=tiling.block_rows,
+        panel_columns=tiling.panel_columns,
+        panel_k=tiling.panel_k,
+    )
+    workspace = torch.empty(projection.workspace_bytes(instruction_set), dtype=torch.uint8, device=x.device)
+    projection.run(instruction_set, workspace.data_ptr())
+    return y
+
+
+def entries(
+    seed: Tensor,
+    domain: int,
+    k_start: int,
+    k: int,
+    n_start: int,
+    n: int,
+    *,
+    instruction_set: str,
+    threads: int | None = None,
+) -> Tensor:
+    """Draw the integers e[k_start : k_start + k, n_start : n_start + n] as int16 on the CPU."""
+    core = native.load()
+    assert core is not None
+    out = torch.empty(k, n, dtype=torch.int16, device=seed.device)
+    window = core.Entries(
+        seed=seed.data_ptr(),
+        domain=domain,
+        k_start=k_start,
+        k=k,
+        n_start=n_start,
+        n=n,
+        out=out.data_ptr(),
+        threads=threads or torch.get_num_threads(),
+    )
+    workspace = torch.empty(window.workspace_bytes(instruction_set), dtype=torch.uint8, device=seed.device)
+    window.run(instruction_set, workspace.data_ptr())
+    return out

@@ -1,0 +1,79 @@
+"""Kernels are tried once per device, before they serve there; other kernels serve where they are wrong."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+
+logger = logging.getLogger("poc_kernels")
+
+_lock = threading.RLock()
+verdicts: dict[tuple[str, torch.device], list[str]] = {}
+"""What the kernels of a name get wrong on a device, once they were tried there."""
+
+
+def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[str]]) -> list[str]:
+    """Return what ``kernels`` get wrong on ``device``, empty if they may serve there, from their only trial there.
+
+    Args:
+        kernels: their name in logs and errors.
+        device: with its index.
+        find_wrong: the trial; what it finds is logged as an error. An exception of it is wrong, too, unless it
+            `is_transient`.
+
+    Raises:
+        RuntimeError: they were not tried yet and a CUDA graph is being captured, in which they cannot be.
+        Exception: a transient one of the trial, which is not remembered.
+    """
+    with _lock:
+        key = kernels, device
+        if key not in verdicts:
+            _refuse_capture(kernels, device)
+            wrong = found_wrong(find_wrong)
+            if wrong:
+                logger.error(
+                    "poc_kernels %s gives wrong answers on %s and will not be used there: %s",
+                    kernels,
+                    device,
+                    "; ".join(wrong),
+                )
+            verdicts[key] = wrong
+        return verdicts[key]
+
+
+def trust(kernels: str, device: torch.device) -> None:
+    """Take ``kernels`` to be right on ``device``, untried, in this process."""
+    with _lock:
+        verdicts[kernels, device] = []
+
+
+def found_wrong(find_wrong: Callable[[], list[str]]) -> list[str]:
+    """Return what ``find_wrong`` returns, or the exception that it raises, unless that `is_transient`."""
+    try:
+        return find_wrong()
+    except Exception as error:  # whatever it is, such kernels are not to be used
+        if is_transient(error):
+            raise
+        return [f"{type(error).__name__}: {error}"]
+
+
+def is_transient(error: Exception) -> bool:
+    """Tell whether an exception is of a condition that passes: no memory left, or a CUDA graph that is being captured.
+
+    Triton's are RuntimeErrors with the driver's words; a capture in another thread can make any allocation fail.
+    """
+    words = str(error).lower()
+    passing = "out of memory" in words or "captur" in words
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and passing)
+
+
+def _refuse_capture(kernels: str, device: torch.device) -> None:
+    """Raise a RuntimeError where the current stream is being captured: a trial reads results back, a graph cannot."""
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernels} on {device} cannot be chosen while a CUDA graph is being captured: make one call before the "
+            "capture, as poc_kernels.backends.warmup does for the projection"
+        )

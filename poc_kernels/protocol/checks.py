@@ -1,0 +1,78 @@
+"""Checks of a round's arguments: each error names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+MAX_NONCE = 2**63 - 1
+_MAX_TEXT = 1024
+_MAX_URL = 2048
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise a TypeError unless the argument ``name`` is an int, a ValueError unless it lies in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def check_float(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a number, a ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless UTF-8 of 1 to 1024 characters."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if not 1 <= len(value) <= _MAX_TEXT:
+        raise ValueError(f"{name} must have 1 to {_MAX_TEXT} characters, got {len(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be text that UTF-8 can encode, got {error.reason}") from error
+
+
+def check_url(name: str, url: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless an http or https URL."""
+    if not isinstance(url, str):
+        raise TypeError(f"{name} must be a str or None, got {type(url).__name__}")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or len(url) > _MAX_URL or not url.isprintable() or " " in url:
+        raise ValueError(f"{name} must be an http or https URL of at most {_MAX_URL} characters, got {url[:200]!r}")
+
+
+# Lists of a batch can have a hundred thousand values: the whole list is looked at by built-ins, and value by value only
+# where it is wrong, to say which value is.
+
+
+def check_ints(name: str, values: object, low: int, high: int) -> None:
+    """Raise a TypeError unless the argument ``name`` is a list of ints, a ValueError unless all lie in [low, high]."""
+    values = check_list(name, values)
+    if values and not (set(map(type, values)) == {int} and low <= min(values) and max(values) <= high):
+        for value in values:
+            check_int(name, value, low, high)
+
+
+def check_distinct(name: str, values: Sequence[int]) -> None:
+    """Raise a ValueError if a value of the list ``name`` is repeated."""
+    repeated = len(values) - len(set(values))
+    if repeated:
+        raise ValueError(f"{name} must be distinct, got {repeated} repeated")
+
+
+def check_list(name: str, values: object) -> list[float]:
+    """Return the argument ``name``; raise a TypeError unless it is a list."""
+    if not isinstance(values, list):
+        raise TypeError(f"{name} must be a list, got {type(values).__name__}")
+    return values

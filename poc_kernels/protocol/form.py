@@ -1,0 +1,57 @@
+"""What a proof form is to a round: how its proofs are named, made, counted and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .config import PoCConfig
+
+
+class Histogram(NamedTuple):
+    """A histogram of outcomes, as Prometheus shows it."""
+
+    name: str
+    description: str
+    buckets: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofForm:
+    """One kind of proof. There is no tensor and no engine in it: a `Prover` computes the outcomes that it speaks of.
+
+    A proof is a dataclass with public_key, block_hash, block_height, node_id and nonces, a length and ``to_dict``; a
+    verdict is one too, with ``judged``, n_invalid, probability_honest and fraud_detected.
+
+    Attributes:
+        name: of the form in requests, logs and errors.
+        proof_type: class of the proofs.
+        parts: names of the parts that a prover's time is made of.
+        per_nonce: names of a proof's lists that have one value per nonce, the nonces first, then the outcomes.
+        listed_as: name under which the status lists the outcomes of valid nonces.
+        histogram: of outcomes.
+        count_valid: how many of the outcomes count in a round.
+        valid: the part of a proof that counts, and is sent to the chain's node.
+        verdict: the verdict on a proof from the recomputed outcomes of its nonces.
+    """
+
+    name: str
+    proof_type: type[Any]
+    parts: tuple[str, ...]
+    per_nonce: tuple[str, str]
+    listed_as: str
+    histogram: Histogram
+    count_valid: Callable[[PoCConfig, Sequence[Any]], int]
+    valid: Callable[[PoCConfig, Any], Any]
+    verdict: Callable[[PoCConfig, Any, Sequence[Any]], Any]
+
+    def proof(self, config: PoCConfig, nonces: list[int], outcomes: list[Any]) -> Any:
+        """Return the proof that this node claims for nonces of its own."""
+        of_round = {name: getattr(config, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
+        return self.proof_type(**of_round, **dict(zip(self.per_nonce, (nonces, outcomes), strict=True)))
+
+    def outcomes(self, proof: Any) -> list[Any]:
+        """Return the outcomes in a proof, one per nonce."""
+        outcomes: list[Any] = getattr(proof, self.per_nonce[1])
+        return outcomes

@@ -1,0 +1,168 @@
+"""RoundService: a node's rounds as one thing, whatever engine computes the proofs and whatever app serves the users."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..protocol import PoCConfig, PoCManager, PoCState, Prover
+from .callbacks import CallbackSender
+from .device import Device
+from .metrics import Metrics
+from .queue import ValidationJob
+from .settings import ServiceSettings
+from .worker import ProofWorker
+
+MIN_CLOSE_SECONDS = 1.0
+"""What each part of a service is given to end, however little is left until the deadline."""
+
+
+class RoundService:
+    """Begins and ends rounds, validates proofs, delivers callbacks, and says how all of that is.
+
+    Args:
+        prover: what computes.
+        device: shared with users.
+        settings: what the operator set.
+        troubles: further watches for `troubles`: each returns why something makes no progress, or None.
+    """
+
+    def __init__(
+        self,
+        prover: Prover,
+        device: Device,
+        settings: ServiceSettings,
+        troubles: Sequence[Callable[[], str | None]] = (),
+    ) -> None:
+        self.settings = settings
+        self.form = prover.form
+        self.metrics = Metrics(prover.form)
+        self.manager = PoCManager(prover, self.metrics.batch)
+        key = None if settings.callback_key is None else settings.callback_key.encode()
+        self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
+        self.worker = ProofWorker(
+            self.manager,
+            device,
+            self.callbacks,
+            self.metrics,
+            drain_seconds=settings.drain_seconds,
+            max_queued_nonces=settings.max_queued_nonces,
+            result_seconds=settings.result_seconds,
+            stall_seconds=settings.stall_seconds,
+        )
+        self._prover = prover
+        self._device = device
+        self._watches = (*troubles, self.worker.trouble)
+        self._stopping = threading.Event()
+        watch = self.metrics.watch
+        watch("poc_validation_queue_nonces", "Nonces waiting to be validated", lambda: self.worker.queued_nonces)
+        watch("poc_validation_queue_batches", "Batches waiting to be validated", lambda: self.worker.queue.batches)
+        watch("poc_callback_queue_batches", "Batches waiting to be delivered", self.callbacks.pending)
+        watch("poc_callback_queue_nonces", "Nonces waiting to be delivered", self.callbacks.pending_nonces)
+
+    # ---- from start to end ----
+
+    def start(self) -> None:
+        """Start callbacks and the proof worker."""
+        self.callbacks.start()
+        self.worker.start()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the service shuts down: it admits nothing more."""
+        return self._stopping.is_set()
+
+    def begin_shutdown(self) -> None:
+        """Admit nothing more, and end the round. Idempotent."""
+        self._stopping.set()
+        self.manager.stop_round()
+
+    def close(self, deadline: float, then: Callable[[float], Any] = lambda seconds: None) -> None:
+        """End proofs, then what ``then`` ends, then callbacks. Idempotent.
+
+        Args:
+            deadline: of ``time.monotonic()``; each of the three gets at least `MIN_CLOSE_SECONDS`.
+            then: given its seconds: what must not end before proofs, as users' inference.
+        """
+        self.begin_shutdown()
+        for end in (self.worker.close, then, self.callbacks.close):
+            end(max(deadline - time.monotonic(), MIN_CLOSE_SECONDS))
+
+    # ---- rounds ----
+
+    def config(self, values: dict[str, Any]) -> PoCConfig:
+        """Return the configuration of a round that a client asked for.
+
+        Args:
+            values: fields of `PoCConfig`; use_random_projection may be None, for what the operator set.
+
+        Raises:
+            TypeError, ValueError: as `PoCConfig`, or batch_size * seq_len is more than the operator allows.
+        """
+        if values.get("use_random_projection") is None:
+            values = {**values, "use_random_projection": self.settings.random_projection}
+        config = PoCConfig(**values)
+        tokens, limit = config.batch_size * config.seq_len, self.settings.max_proof_tokens
+        if tokens > limit:
+            raise ValueError(f"batch_size * seq_len must be at most {limit} on this node, got {tokens}")
+        return config
+
+    def begin(self, values: dict[str, Any], state: PoCState) -> None:
+        """Begin a round in state IDLE, GENERATING or VALIDATING; errors as `config` and `PoCManager.start_round`."""
+        config = self.config(values)
+        if state == PoCState.IDLE:
+            self.manager.init_round(config)
+        else:
+            self.manager.start_round(config, state)
+
+    def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
+        """Queue a proof to be validated: see `ProofWorker.enqueue`."""
+        return self.worker.enqueue(proof, submitter, keep)
+
+    def refuses_users(self) -> tuple[str, str, int] | None:
+        """Return (code, message, Retry-After in seconds) while users are refused, else None."""
+        if self.stopping:
+            return "shutting_down", "the server is shutting down", 1
+        if self.manager.state == PoCState.GENERATING:
+            message = "the node proves its compute now and serves again when the round's generating phase ends"
+            return "generating", message, self.settings.retry_after_seconds
+        return None
+
+    # ---- what is told of it ----
+
+    def status(self) -> dict[str, Any]:
+        """Return state and progress of the round, of the validation queue and of the callbacks."""
+        config = self.manager.config
+        slices = self._prover.slices
+        return {
+            **self.manager.status(),
+            "config": None
+            if config is None
+            else {name: value for name, value in dataclasses.asdict(config).items() if name != "callback_url"},
+            "queued_nonces": self.worker.queued_nonces,
+            "validation": {
+                **self.worker.queue.status(),
+                "share": self.settings.validation_share,
+                "pacing": self._device.pacing,
+                "slices": None
+                if slices is None
+                else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},
+            },
+            "callbacks": self.callbacks.status(),
+        }
+
+    def troubles(self) -> list[str]:
+        """Return why no progress is made: an empty list when it is."""
+        if self.stopping:
+            return ["the server is shutting down"]
+        return [text for watch in self._watches if (text := watch()) is not None]
+
+    def metrics_text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        progress = self.manager.progress()
+        self.metrics.state.state(progress["state"])
+        self.metrics.rate.set(progress["rate_per_second"])
+        return self.metrics.text()

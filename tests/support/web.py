@@ -1,0 +1,86 @@
+"""What tests of any app need: a real server, clients with time-outs, and what chats and streams say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import uvicorn
+
+TIMEOUT = 20
+CHAT = "/v1/chat/completions"
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """A real server of ``app`` on a free port of this machine; its URL."""
+    # Idle connections are kept longer than clients keep theirs, or a request could meet one that closes.
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=2 * TIMEOUT
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+
+
+def client(url: str) -> httpx2.Client:
+    """A client all of whose waits end."""
+    return httpx2.Client(base_url=url, timeout=TIMEOUT)
+
+
+def chat(content: str = "What is a proof?", **fields: Any) -> dict[str, Any]:
+    """A body for the chat route."""
+    return {"messages": [{"role": "user", "content": content}], **fields}
+
+
+def text_of(answer: httpx2.Response) -> str:
+    """What a chat that was not streamed says."""
+    assert answer.status_code == 200, answer.text
+    content: str = answer.json()["choices"][0]["message"]["content"]
+    return content
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON of server-sent events as they come."""
+    for line in lines:
+        if line:
+            assert line.startswith("data: "), line
+            yield json.loads(line.removeprefix("data: "))
+
+
+def pieces(stream: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """The text of a chat's chunks as they come."""
+    for event in stream:
+        content = event["choices"][0]["delta"].get("content")
+        if content is not None:
+            yield content
+
+
+def error_of(answer: httpx2.Response) -> dict[str, Any]:
+    """The OpenAI error object that an answer must be."""
+    body = answer.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
+    """Wait until a condition that no event announces holds."""
+    tick = threading.Event()
+    for _ in range(int(seconds * 200)):
+        if condition():
+            return
+        tick.wait(0.005)
+    raise AssertionError("it never came")
