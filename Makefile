@@ -36,7 +36,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/pytest $(TIMEOUT) --cov --cov-append --cov-report=term $(COMPUTING:%=--ignore=%) || failed=1; \
 	exit $$failed
 
-# Chat, validation, changes of state, stops and restarts at random for so many seconds, every bit compared.
+# Chat, validation, changes of state, stops and restarts at random for STRESS_SECONDS, every bit compared.
 STRESS_SECONDS ?= 300
 STRESS_SEED ?= 0
 stress: $(VENV)/installed-dev

@@ -21,7 +21,7 @@ from bench import ROOT
 from bench.gpu_check.steps import Check, Command, take_signals
 
 TESTS = ("tests/test_*.py", "tests/kernels", "tests/protocol", "tests/engines/transformers/test_engine.py")
-OVERLAP_TESTS = "tests/test_cuda_beside.py"
+OVERLAP_TESTS = "tests/test_cuda_colocated.py"
 """These look at what runs at the same time, so nothing else may run."""
 SHARDS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """Processes that share the tests."""

@@ -627,9 +627,9 @@ def test_the_share_is_kept_while_both_sides_want_the_device(
     slices = iter(lambda: source.uniform(slice_seconds, 2 * slice_seconds), None)
     device = play(lambda: paced(share, linger=0.005, paced=MODES[mode]), steps, slices, starves=mode == "starved")
     rate, longest_slice, longest_step = share / (1 - share), 2 * slice_seconds, max(steps)
-    # At every time, but for a slice that is not owed yet or is under way, and what is not paid at one go.
+    # At every time, except for a slice that is not owed yet or is under way, and what is not paid at one go.
     assert max(device.behind) <= 2 * longest_slice + 2 * longest_step * rate + 1e-9
-    # And no more than it, but for slices that ran before the first step and the one that begins it.
+    # And no more than it, except for slices that ran before the first step and the one that begins it.
     if mode != "starved":
         assert min(device.behind) >= -3 * longest_slice
     # What is owed is paid at one go, after the slice that runs.

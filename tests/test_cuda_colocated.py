@@ -1,4 +1,4 @@
-"""Validation beside inference on a GPU: two streams of two priorities that overlap, and the bits of each side alone."""
+"""Validation while users are served on a GPU: two streams of two priorities that overlap, and the bits of each side alone."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def rig(**options: Any) -> Iterator[Rig]:
         made.close()
 
 
-def beside(rig: Rig, requests: int, batches: int) -> tuple[list[list[int]], list[list[float]]]:
+def together(rig: Rig, requests: int, batches: int) -> tuple[list[list[int]], list[list[float]]]:
     """Answers and distances, asked for at once."""
     with ThreadPoolExecutor(1) as pool:
         validating = pool.submit(rig.validate, batches)
@@ -166,7 +166,7 @@ def test_distances_beside_inference_are_those_alone(cuda_graphs: bool) -> None:
             assert made.engine._captured is not None
             assert len(made.engine._captured.graphs) == len(made.engine.slices.seconds) > 1
         made.chat(1)
-        answers, distances = beside(made, 6, 8)
+        answers, distances = together(made, 6, 8)
         assert distances == expected
         assert all(len(answer) == NEW_TOKENS for answer in answers)
         assert made.validate(2) == expected[:2]
@@ -235,7 +235,7 @@ def test_a_trace_shows_each_side_on_its_stream_and_that_they_overlap(tmp_path: P
         made.chat(2)
         chat = Trace(made, tmp_path / "chat.json", lambda: made.chat(6))
         validation = Trace(made, tmp_path / "validation.json", lambda: made.validate(4))
-        both = Trace(made, tmp_path / "both.json", lambda: beside(made, 6, 12))
+        both = Trace(made, tmp_path / "both.json", lambda: together(made, 6, 12))
     # All but little, such as what a library sets up; one kernel is the mark.
     assert len(chat.inference) > 0.95 * chat.count
     assert len(chat.validation) == 1
@@ -259,7 +259,7 @@ def _overlap(one: Spans, other: Spans) -> float:
     return total
 
 
-def test_a_multiprocessor_partition_changes_no_bit() -> None:
+def test_a_partition_of_sms_changes_no_bit() -> None:
     count = torch.cuda.get_device_properties(0).multi_processor_count
     with rig(pacing=Pacing()) as made:
         expected = made.expected(2)
