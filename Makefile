@@ -11,12 +11,12 @@ DEVICE ?= cpu
 MODEL ?=
 RESULT ?= bench/results/projection-cpu
 ROUND_RESULT ?= bench/results/round-$(DEVICE)
-BESIDE_RESULT ?= bench/results/beside-$(DEVICE)
+INTERFERENCE_RESULT ?= bench/results/interference-$(DEVICE)
 GPU_CHECK_OUT ?= bench/results
 gpu-check: DEVICE = cuda
 gpu-check: BEGAN := $(shell date +%s)
 
-.PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-beside gpu-check clean
+.PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-interference gpu-check clean
 
 # make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model.
 demo: $(VENV)/installed
@@ -24,12 +24,19 @@ demo: $(VENV)/installed
 	@echo
 	$(BIN)/poc-kernels demo --device $(DEVICE) $(if $(MODEL),--model $(MODEL))
 
-# The kernels' tests compute and can share the cores; others have clocks, and threads of low priority.
+# Tests of the kernels and of the protocol compute and can share the cores; others have clocks, and threads of low
+# priority. Both parts always run; either one fails the target, and so does their coverage together.
+COMPUTING := tests/kernels tests/protocol
+# Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores, where
+# 300 s were too few for five tests.
+TIMEOUT := --timeout=600
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --timeout=300 --cov --cov-report= --cov-fail-under=0 tests/kernels
-	$(BIN)/pytest --timeout=300 --cov --cov-append --cov-report=term --ignore=tests/kernels
+	failed=0; \
+	$(BIN)/pytest -n 2 --dist loadfile $(TIMEOUT) --cov --cov-report= --cov-fail-under=0 $(COMPUTING) || failed=1; \
+	$(BIN)/pytest $(TIMEOUT) --cov --cov-append --cov-report=term $(COMPUTING:%=--ignore=%) || failed=1; \
+	exit $$failed
 
-# Chat, validation, changes of state, stops and restarts at random for so many seconds, every bit compared.
+# Chat, validation, changes of state, stops and restarts at random for STRESS_SECONDS, every bit compared.
 STRESS_SECONDS ?= 300
 STRESS_SEED ?= 0
 stress: $(VENV)/installed-dev
@@ -38,6 +45,15 @@ stress: $(VENV)/installed-dev
 # Larger scenarios of threads in every order, for many minutes.
 interleavings: $(VENV)/installed-dev
 	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling tests/service
+
+# Random products of the native core under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+.PHONY: sanitize
+sanitize: $(VENV)/cmake
+	for checks in address,undefined thread; do \
+	  build=build/sanitize-$${checks%%,*}; \
+	  $(BIN)/cmake -S tests/sanitize -B $$build -DSANITIZE=$$checks && $(BIN)/cmake --build $$build --parallel 2 && \
+	  $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+	done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -72,33 +88,40 @@ bench: bench-projection bench-round
 
 bench-projection: $(VENV)/installed-dev
 	mkdir -p $(dir $(RESULT))
-	$(BIN)/pytest bench/test_projection_speed.py --benchmark-json=$(RESULT).json
-	$(BIN)/python bench/report.py $(RESULT).json
+	$(BIN)/pytest bench/projection/test_cpu.py --benchmark-json=$(RESULT).json
+	$(BIN)/python -m bench.projection.cpu_report $(RESULT).json
 
 # make bench-round DEVICE=cuda measures on a GPU; ROUND_ARGS takes options of bench/README.md.
 bench-round: $(VENV)/installed-dev
 	mkdir -p $(dir $(ROUND_RESULT))
-	$(BIN)/pytest bench/test_round_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
-	$(BIN)/python bench/round_report.py $(ROUND_RESULT).json
+	$(BIN)/pytest bench/round/test_overhead.py --bench-device $(DEVICE) --benchmark-json=$(ROUND_RESULT).json $(ROUND_ARGS)
+	$(BIN)/python -m bench.round.report $(ROUND_RESULT).json
 
-# make bench-beside DEVICE=cuda measures on a GPU; BESIDE_ARGS takes options of bench/README.md, among them --http.
-bench-beside: $(VENV)/installed-dev
-	mkdir -p $(dir $(BESIDE_RESULT))
-	$(BIN)/python bench/beside.py $(BESIDE_RESULT).json --device $(DEVICE) $(BESIDE_ARGS)
-	$(BIN)/python bench/beside_report.py $(BESIDE_RESULT).json
+# make bench-interference DEVICE=cuda measures on a GPU; INTERFERENCE_ARGS takes options of bench/README.md, including
+# --http.
+bench-interference: $(VENV)/installed-dev
+	mkdir -p $(dir $(INTERFERENCE_RESULT))
+	$(BIN)/python -m bench.interference $(INTERFERENCE_RESULT).json --device $(DEVICE) $(INTERFERENCE_ARGS)
+	$(BIN)/python -m bench.interference.report $(INTERFERENCE_RESULT).json
 
-# On a machine with a GPU and perhaps no network, into PYTHON's own packages, which have torch, transformers, the build's
-# needs (pybind11, scikit-build-core, cmake, ninja) and the tests' (pytest, pytest-benchmark, hypothesis, scipy,
-# matplotlib). WHEELS is a folder with wheels of what they lack. Known answers, tests marked gpu in several processes,
-# the benchmarks and compute-sanitizer, in 10 minutes with the build (bench/gpu_check.py has the plan); results in the
-# folder GPU_CHECK_OUT. make gpu-check DEVICE=cpu rehearses it, in about two minutes on 2 cores.
+# For a machine with a GPU, even without a network. Installs into PYTHON's own packages, which need torch, transformers,
+# what the build takes (pybind11, scikit-build-core, cmake, ninja) and what the tests take (pytest, pytest-benchmark,
+# hypothesis, scipy, matplotlib); WHEELS is a folder with wheels of what is missing. Then runs known answers, the tests
+# marked gpu in several processes, the benchmarks and compute-sanitizer, in 10 minutes including the build
+# (bench/gpu_check/run.py has the plan). Results go to the folder GPU_CHECK_OUT. make gpu-check DEVICE=cpu rehearses it,
+# in about two minutes on 2 cores.
 gpu-check:
 	$(if $(WHEELS),$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) bench/gpu_check.py $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --round-args="$(ROUND_ARGS)"
+	$(PYTHON) -m bench.gpu_check $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --round-args="$(ROUND_ARGS)"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(VENV)/cmake:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet cmake
+	@touch $@
 
 # torch first: what is installed after it must not pull another one.
 $(VENV)/torch:

@@ -1,19 +1,24 @@
-"""Options of the suites, and what their result files say of machine and commit."""
+"""Options of the suites that pytest runs, and what their result files say of machine and commit."""
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import conditions
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # pytest 8.0 does not find `bench` by itself
+
+from bench.common import conditions
 
 _STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where suites run, for how long, and the cases of the round; test_projection_speed always takes the CPU."""
+    """Add options: where suites run, for how long, and the cases of the round. The CPU suite ignores the device."""
     group = parser.getgroup("benchmarks")
     group.addoption("--bench-device", choices=["cpu", "cuda"], default="cpu", help="where the calls run")
     group.addoption("--bench-dtype", choices=["float32", "bfloat16", "float16"], help="float32; bfloat16 on a GPU")
@@ -28,19 +33,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what --bench-seconds leaves no time for."""
+    """Skip a case that would begin after --bench-seconds."""
     seconds = item.config.getoption("--bench-seconds")
     if seconds is not None and time.monotonic() - _STARTED > seconds:
         pytest.skip(f"--bench-seconds {seconds:g}: out of time")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What decides the times, in place of what the plugin says; host and kernel build names go."""
+    """Replace what the plugin says by what decides the times; names of the host and of kernel builds go."""
     machine_info.clear()
     machine_info.update(conditions.machine_info(torch.device(config.getoption("--bench-device"), 0)))
 
 
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
-    """Keep the commit; the name of the folder, of the branch and messages of git go."""
+    """Keep the commit; names of the folder and the branch go, and messages of git."""
     for key in commit_info.keys() - {"id", "time", "dirty"}:
         del commit_info[key]

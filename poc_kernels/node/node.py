@@ -54,7 +54,7 @@ class Node:
         self.engine = TransformersEngine(
             model, cuda_graphs=settings.cuda_graphs, slice_seconds=settings.slice_seconds, alone=self.turns.alone
         )
-        lanes.begin()  # what the engine and the model were made of is there
+        lanes.wait_for_current_stream()  # the model and the engine were made there
         self._prover = DistanceProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)
         limits = InferenceLimits(**{each.name: getattr(settings, each.name) for each in fields(InferenceLimits)})
         name = settings.served_name or settings.model

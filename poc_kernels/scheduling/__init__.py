@@ -1,7 +1,7 @@
-"""Validation beside inference on one device: two priorities, slices, and who computes when.
+"""Validation and inference co-located on one device: two priorities, slices of forwards, and who computes when.
 
-It knows neither a server nor a protocol: another serving stack can use `PriorityLanes`, `Turns` and `SlicedForward`
-as they are.
+It knows no server, no engine and no protocol: another serving stack can use `PriorityLanes`, `Turns` and
+`SlicedForward` as they are.
 """
 
 from .lanes import InFlight, PriorityLanes, threads_have_priorities

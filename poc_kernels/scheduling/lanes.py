@@ -1,6 +1,6 @@
-"""Two priorities on one device: inference high, validation the lowest.
+"""Two priorities on one device: high for inference, the lowest for validation.
 
-On a GPU they are those of two streams, neither of them the default stream; on a processor, those of threads.
+On a GPU they are the priorities of two streams, neither of which is the default stream; on a CPU, those of threads.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _LOWEST_PRIORITY = 19
 
 
 class PriorityLanes:
-    """The two streams of a device, and how tensors pass between them. A processor has none: see `lower_thread`.
+    """The stream of inference and the stream of validation on a device. A CPU has none: see `lower_thread`.
 
-    A priority decides whose blocks a free multiprocessor takes next; blocks that run are not interrupted. Graphs keep
-    the priorities of the stream that they are captured on, so enter `inference` or `validation` before a capture.
+    A priority decides whose blocks a free SM takes next; blocks that run are not interrupted. A graph keeps the
+    priority of the stream that it is captured on, so enter `inference` or `validation` before a capture.
 
     Args:
         device: where both run.
-        validation_sms: keep validation to so many multiprocessors (a CUDA green context), besides; what
-            torch and the driver make of the number is theirs to round.
+        validation_sms: how many SMs validation may use (a CUDA green context); torch and the driver may round it.
 
     Raises:
-        ValueError: validation_sms is not between 1 and what the device has, or nothing here can do it.
+        ValueError: validation_sms is not less than the number of SMs of the device and at least 1, or torch, the
+            driver or the device has no green contexts.
     """
 
     def __init__(self, device: torch.device | str, *, validation_sms: int | None = None) -> None:
@@ -47,27 +46,27 @@ class PriorityLanes:
             return
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        least, greatest = _priority_range()
+        lowest, highest = _priority_range()
         with torch.cuda.device(self.device):
-            self._inference = torch.cuda.Stream(self.device, priority=greatest)  # type: ignore[no-untyped-call]
+            self._inference = torch.cuda.Stream(self.device, priority=highest)  # type: ignore[no-untyped-call]
             if validation_sms is None:
-                self._validation = torch.cuda.Stream(self.device, priority=least)  # type: ignore[no-untyped-call]
+                self._validation = torch.cuda.Stream(self.device, priority=lowest)  # type: ignore[no-untyped-call]
             else:
                 self._green_context, self._validation = _green_stream(self.device, validation_sms)
-        self.begin()
+        self.wait_for_current_stream()
 
     @property
     def inference_stream(self) -> Any:
-        """The stream of inference; None on a processor."""
+        """The stream of inference; None on a CPU."""
         return self._inference
 
     @property
     def validation_stream(self) -> Any:
-        """The stream of validation; None on a processor."""
+        """The stream of validation; None on a CPU."""
         return self._validation
 
-    def begin(self) -> None:
-        """Let both streams wait for what the current stream has been given so far: weights that were loaded there."""
+    def wait_for_current_stream(self) -> None:
+        """Let both streams wait for what the current stream was given so far, such as the loading of weights."""
         if self._inference is not None:
             current = torch.cuda.current_stream(self.device)
             self._inference.wait_stream(current)
@@ -75,13 +74,13 @@ class PriorityLanes:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """The current stream of this thread is that of inference inside the block."""
+        """Make the stream of inference the current stream of this thread inside the block."""
         with self._on(self._inference):
             yield
 
     @contextlib.contextmanager
     def validation(self) -> Iterator[None]:
-        """The current stream of this thread is that of validation inside the block."""
+        """Make the stream of validation the current stream of this thread inside the block."""
         with self._on(self._validation):
             yield
 
@@ -91,14 +90,14 @@ class PriorityLanes:
         return self._lowers_threads
 
     def lower_thread(self) -> bool:
-        """Give the calling thread, one of validation, the lowest priority of a processor, and whoever it starts.
+        """Give the calling thread, which computes validation, and the threads that it starts the lowest CPU priority.
 
         Call it before the thread computes: OpenMP starts the threads that help a thread at its first parallel call, and
-        they inherit. Where cores are wanted the thread then has about 1/70 of a core beside each thread of inference
-        (nice 19). It cannot be raised again without privileges, so it is to be a thread of its own.
+        they inherit its priority. Where cores are contended, the thread then gets about 1/70 of a core beside each
+        thread of inference (nice 19). Raising it again takes a privilege: use a thread that does nothing else.
 
         Returns:
-            Whether it was lowered; never on a GPU.
+            Whether the priority was lowered; never on a GPU.
         """
         return self.lowers_threads and _lower_thread()
 
@@ -110,54 +109,38 @@ class PriorityLanes:
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             yield
 
-    def hand_over(self, tensor: Tensor, *, to_inference: bool = False) -> Tensor:
-        """Let the other side use ``tensor``, made on the current stream.
-
-        What the other side does next waits until it is made, and its memory is not reused before that is done.
-
-        Args:
-            to_inference: to the stream of inference; else to that of validation.
-
-        Returns:
-            ``tensor`` itself.
-        """
-        stream = self._inference if to_inference else self._validation
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            tensor.record_stream(stream)
-        return tensor
-
     def prioritise_streams(self, owner: object) -> int:
-        """Replace every stream that ``owner`` keeps in an attribute, and what it owns keeps, by one of high priority.
+        """Replace every stream that ``owner``, or what it owns, keeps in an attribute by one of high priority.
 
-        For a stack that makes its own streams of priority 0. The first is replaced by the stream of inference, each
-        other one by a stream of its own. Call it before anything was captured or launched on them.
+        For a stack that makes streams of priority 0 of its own. The first is replaced by the stream of inference, each
+        other one by a new stream. Call it before anything is captured or launched on them.
 
         Args:
-            owner: searched through attributes, lists, tuples and dicts, as far as the package that its class is from.
+            owner: searched through attributes, lists, tuples and dicts, but not into objects whose class is from
+                another package.
 
         Returns:
-            How many places there were.
+            How many references were replaced.
         """
         if self._inference is None:
             return 0
-        raised: dict[int, Any] = {}
+        replaced: dict[int, Any] = {}
 
         def replace(stream: Any) -> Any:
-            if id(stream) not in raised:
+            if id(stream) not in replaced:
                 new = self._inference
-                if raised:
+                if replaced:
                     new = torch.cuda.Stream(self.device, priority=_priority_range()[1])  # type: ignore[no-untyped-call]
-                raised[id(stream)] = stream, new  # the old one lives, or its id could come again
-            return raised[id(stream)][1]
+                replaced[id(stream)] = stream, new  # keeps the old one alive, or its id could be used again
+            return replaced[id(stream)][1]
 
         return _replace_streams(owner, replace, type(owner).__module__.rpartition(".")[0], set())
 
 
 def threads_have_priorities(device: torch.device) -> bool:
-    """Whether a thread that computes on ``device`` can be given a priority of its own: on a processor under Linux.
+    """Return whether a thread that computes on ``device`` can be given a lower priority: on a CPU under Linux.
 
-    Nobody needs a privilege to lower one, but a sandbox may refuse it: a thread that ends at once tries.
+    Lowering takes no privilege, but a sandbox may refuse it: it is tried in a thread that ends at once.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return False
@@ -174,46 +157,49 @@ def _lower_thread() -> bool:
 
 
 class InFlight:
-    """Bounds what a thread has given to the device and not seen done. On a processor nothing is in flight.
+    """Bounds the slices that a thread has launched and that are not known to be done. On a CPU there are none.
 
     Args:
         device: whose current stream is watched.
-        most: slices that may be in flight, at least 1.
+        max_slices: at most this many are in flight; at least 1.
+
+    Raises:
+        ValueError: max_slices is less than 1.
     """
 
-    def __init__(self, device: torch.device, most: int) -> None:
-        if most < 1:
-            raise ValueError(f"most must be at least 1, got {most}")
-        self._device, self._most = device, most
+    def __init__(self, device: torch.device, max_slices: int) -> None:
+        if max_slices < 1:
+            raise ValueError(f"max_slices must be at least 1, got {max_slices}")
+        self._device, self._max_slices = device, max_slices
         self._events: collections.deque[Any] = collections.deque()
 
     def mark(self) -> None:
-        """End a slice; wait on the host, without spinning, until less than the most are in flight."""
+        """End a slice; wait on the host, without spinning, until fewer than max_slices are in flight."""
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
-        while len(self._events) >= self._most:
+        while len(self._events) >= self._max_slices:
             self._events.popleft().synchronize()
 
 
 def _priority_range() -> tuple[int, int]:
-    """Least and greatest priority; the lower the number, the greater."""
+    """Return the lowest and the highest priority of a stream: the lower the number, the higher the priority."""
     range_of = getattr(torch.cuda.Stream, "priority_range", None)
-    least, greatest = range_of() if range_of is not None else (0, -1)
-    return least, greatest
+    lowest, highest = range_of() if range_of is not None else (0, -1)
+    return lowest, highest
 
 
-def _green_stream(device: torch.device, multiprocessors: int) -> tuple[Any, Any]:
+def _green_stream(device: torch.device, sms: int) -> tuple[Any, Any]:
     there = torch.cuda.get_device_properties(device).multi_processor_count
-    if not 1 <= multiprocessors < there:
-        raise ValueError(f"validation_sms must be in [1, {there}) on this device, got {multiprocessors}")
+    if not 1 <= sms < there:
+        raise ValueError(f"validation_sms must be in [1, {there}) on this device, got {sms}")
     make = getattr(torch.cuda, "GreenContext", None)
     if make is None:
         raise ValueError("validation_sms needs a torch with green contexts (2.9 on), this one has none")
     try:
-        context = make.create(num_sms=multiprocessors, device_id=device.index)
+        context = make.create(num_sms=sms, device_id=device.index)
         return context, context.Stream()
     except (RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"validation_sms needs green contexts, which fail here: {error}") from error

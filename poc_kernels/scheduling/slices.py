@@ -1,8 +1,8 @@
-"""Slices of a model's forward: it stops between two calls of torch, where others may have the device, and goes on.
+"""Slices of a model's forward: it stops between two calls of torch, where others may take the device, and goes on.
 
-Every kernel, shape and order is that of a forward that runs in one go, so no bit changes. Where it stops is measured,
-not guessed: the first forwards of a shape are timed call by call, and consecutive calls put together to slices that
-take no longer than asked for, as far as a single call allows.
+Kernels, shapes and their order are those of a forward that runs in one go, so no bit changes. Where it stops comes from
+measurements: the first forwards of a shape are timed call by call, and consecutive calls are put together into slices
+that take no longer than asked for, unless a single call does.
 """
 
 from __future__ import annotations
@@ -18,31 +18,29 @@ from torch.overrides import TorchFunctionMode
 from .stopwatch import Span, Stopwatch
 
 Pause = Callable[[], None]
-"""Called where computing may be interrupted: it returns when it may go on, or raises to give it up."""
+"""Called where computing may be interrupted: returns when it may go on, or raises to give it up."""
 
 Result = TypeVar("Result")
 
 MEASURED_FORWARDS = 4
-"""Forwards of a shape that are timed; the shortest time of each call counts."""
+"""How many forwards of a shape are timed; the shortest time of each call counts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """Where a forward stops, and how long its slices took on their own.
+    """Where a forward stops, and how long its slices take without interruptions.
 
     Args:
-        cuts: before which of the calls of torch, counted from 0, ascending.
-        seconds: of each slice, the one before the first cut first.
-        longest_call: name of the call that took longest: no slice can be shorter.
+        cuts: indices of the calls of torch, counted from 0, before which it stops; ascending.
+        seconds: length of each slice, in order: one more than there are cuts.
     """
 
     cuts: tuple[int, ...]
     seconds: tuple[float, ...]
-    longest_call: str
 
     @property
     def longest_seconds(self) -> float:
-        """Of the longest slice."""
+        """Length of the longest slice."""
         return max(self.seconds)
 
 
@@ -51,7 +49,7 @@ class SlicedForward:
 
     Args:
         device: where they compute.
-        slice_seconds: longest that a slice should take.
+        slice_seconds: how long a slice should take at most.
 
     Raises:
         ValueError: slice_seconds is not positive.
@@ -67,21 +65,21 @@ class SlicedForward:
 
     @property
     def slices(self) -> Slices | None:
-        """Of the forwards; None until they are measured."""
+        """Slices of a forward of this shape; None until enough forwards were measured."""
         return self._slices
 
     def forget(self) -> None:
-        """Measure anew: the forwards that follow have another shape."""
+        """Measure anew, because the forwards that follow have another shape."""
         self._timings.clear()
         self._slices = None
 
     def run_unmeasured(self, forward: Callable[[], Result], pause: Pause) -> Result:
-        """What ``forward`` returns, with ``pause`` called between all its calls: for one that makes other calls."""
+        """Run a forward whose calls are not those of `run`'s, with ``pause`` between all of them; return its result."""
         with _Cut(None, pause):
             return forward()
 
     def run(self, forward: Callable[[], Result], pause: Pause) -> Result:
-        """What ``forward`` returns, with ``pause`` called between its slices: between all its calls until measured."""
+        """Run ``forward``, with ``pause`` between slices (between all calls until measured); return its result."""
         if self._slices is not None:
             with _Cut(frozenset(self._slices.cuts), pause):
                 return forward()
@@ -95,11 +93,13 @@ class SlicedForward:
 
 
 def plan(timings: Sequence[Sequence[Span]], slice_seconds: float) -> Slices:
-    """As many consecutive calls to a slice as slice_seconds take, each as long as in the forward where it was shortest.
+    """Put as many consecutive calls into each slice as take slice_seconds.
 
     Args:
-        timings: of the calls of several forwards, one forward at least, in order, each until the next call. Where a
-            forward has others than the first, because it depends on data, those of the first count.
+        timings: for each forward, at least one, its calls in order, each timed until the next. A call counts with the
+            shortest time that it took. Where data made a forward call something else than the first did, only the
+            first counts.
+        slice_seconds: how long a slice should take at most.
     """
     seconds = [timing.seconds for timing in timings[0]]
     for other in timings[1:]:
@@ -113,12 +113,11 @@ def plan(timings: Sequence[Sequence[Span]], slice_seconds: float) -> Slices:
             cuts.append(place)
             lengths.append(0.0)
         lengths[-1] += length
-    longest = max(range(len(seconds)), key=seconds.__getitem__, default=None)
-    return Slices(tuple(cuts), tuple(lengths), "" if longest is None else timings[0][longest].name)
+    return Slices(tuple(cuts), tuple(lengths))
 
 
 class _Calls(TorchFunctionMode):
-    """Counts calls of torch; what they call in turn does not count, nor do looks at a tensor's attributes."""
+    """Counts calls of torch, but neither the calls that they make in turn nor the reading of a tensor's attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +137,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Cut(_Calls):
-    """Pauses before chosen calls; None: before all but the first."""
+    """Pauses before the calls in ``cuts``; with None, before all except the first."""
 
     def __init__(self, cuts: frozenset[int] | None, pause: Pause) -> None:
         super().__init__()
@@ -150,12 +149,12 @@ class _Cut(_Calls):
 
 
 class _Measured(_Calls):
-    """Pauses before every call but the first, and times each until the next."""
+    """Pauses before every call except the first, and times each until the next."""
 
     def __init__(self, device: torch.device, pause: Pause) -> None:
         super().__init__()
         self._pause = pause
-        # What the thread itself computes: others may have the cores between.
+        # The time that the thread computes: others may have the cores in between.
         self._watch = Stopwatch(device, time.thread_time)
 
     def _before(self, place: int, name: str) -> None:
@@ -165,7 +164,7 @@ class _Measured(_Calls):
         self._watch.begin(name)
 
     def timings(self) -> list[Span]:
-        """Of the calls, once the forward is over."""
+        """Return the timings of all calls, once the forward is over."""
         if self._count > 0:
             self._watch.end()
         return self._watch.spans()

@@ -1,4 +1,4 @@
-"""Times of what a device computes: by events of the current stream on CUDA, by a clock on a processor."""
+"""Measures how long a device computes: by events of the current stream on CUDA, by a clock on a CPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 
 class Span(NamedTuple):
-    """Something that was computed, by name, and its seconds."""
+    """The name of something that was computed, and how long it took."""
 
     name: str
     seconds: float
 
 
 class Stopwatch:
-    """Times spans, one after another, without making the host wait.
+    """Measures spans, one after another, without making the host wait.
 
     Args:
-        device: what computes; of a GPU, what its current stream is given between `begin` and `end`.
-        clock: of a processor; `time.perf_counter` by default.
+        device: what computes; on a GPU, a span is what its current stream is given between `begin` and `end`.
+        clock: measures on a CPU; `time.perf_counter` by default.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] | None = None) -> None:
@@ -37,12 +37,12 @@ class Stopwatch:
         self._begins.append(self._now())
 
     def end(self) -> str:
-        """End the span that was begun last; its name."""
+        """End the span that was begun last and return its name."""
         self._ends.append(self._now())
         return self._names[-1]
 
     def spans(self) -> list[Span]:
-        """All that have ended. On a GPU it waits until the last of them is done."""
+        """Return all spans that have ended. On a GPU, wait until the last of them is done."""
         times = zip(self._names, self._begins, self._ends, strict=False)
         if self._device.type != "cuda":
             return [Span(name, end - begin) for name, begin, end in times]

@@ -10,14 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..protocol import IllegalTransitionError, PoCManager, PoCState, RoundEndedError
 from ..scheduling import TurnsClosed
-from .callbacks import CallbackSender
 from .device import Device
-from .metrics import Metrics
 from .queue import ValidationJob, ValidationQueue
+
+if TYPE_CHECKING:  # what they need, a process without a server may lack
+    from .callbacks import CallbackSender
+    from .metrics import Metrics
 
 logger = logging.getLogger("poc_kernels")
 

@@ -512,7 +512,7 @@ for arithmetic in ("int8", "fp16"):
 
 
 def test_what_a_first_use_compiles(tmp_path):
-    """As docs/operating.md and bench/gpu_check.py say it."""
+    """As docs/operating.md and bench/gpu_check/run.py say it."""
     assert run_python(COMPILED + FIRST_USE, tmp_path, TRITON_INTERPRET="0").splitlines() == ["28 26", "28 22"]
 
 

@@ -95,7 +95,7 @@ _SPILLED = {
 _SPILLED_UNALIGNED = {"before 3.7": {}, "since 3.7": {80: 64, 89: 104, 90: 128}}[_TRITON]
 """The same by compute capability, where the width is no multiple of 16."""
 
-# Warps that must find room on a multiprocessor, by the rows of the tile. A product of few rows is cut up along K until
+# Warps that must find room on an SM, by the rows of the tile. A product of few rows is cut up along K until
 # there are BLOCKS_PER_SM blocks of 4 warps for each: with 16 rows all of them run at once, with 32 all but
 # one. Products of many rows need 8: two blocks of 4, of which one draws while the other multiplies, or one of 8.
 _LEAST_WARPS = {"int8": {16: 16, 32: 12}, "fp16": {16: 12}}
@@ -178,7 +178,7 @@ def test_every_tile_of_the_table_keeps_to_its_limits(capability, bits, arithmeti
         assert not loop.count(r"\b(LDL|STL)"), what
         assert compiled.spills <= _SPILLED.get(key, {}).get(tile.rows, 0), what
         assert compiled.shared_bytes <= shared_limit(capability), what
-        assert compiled.warps_per_multiprocessor() >= _LEAST_WARPS[arithmetic].get(tile.rows, 8), what
+        assert compiled.warps_per_sm() >= _LEAST_WARPS[arithmetic].get(tile.rows, 8), what
         assert len(loop) <= _CEILINGS[key][tile.rows], what
         if arithmetic == "int8":
             assert compiled.count("IGMMA" if capability == 90 else "IMMA"), what

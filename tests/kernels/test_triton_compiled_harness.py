@@ -42,7 +42,7 @@ def test_an_int8_product_uses_the_matrix_instruction_in_its_loop(capability):
     assert compiled.count(r"\b(STL|LDL)") == 0
     assert 24 <= compiled.registers <= 255
     assert 0 < compiled.shared_bytes <= 100 * 1024
-    assert compiled.warps_per_multiprocessor() >= 4
+    assert compiled.warps_per_sm() >= 4
     assert ".target sm_" + str(capability) in compiled.ptx
     assert "ttg.num-warps" in compiled.ttgir
 

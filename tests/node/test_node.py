@@ -47,7 +47,7 @@ def test_before_any_round(model_dir: Path) -> None:
                 **dict.fromkeys(("queued_batches", "queued_nonces", "submitters", "nonces_per_second"), 0),
                 "running": None,
                 "share": 0.1,
-                "pacing": "free" if sys.platform == "linux" else "held",
+                "pacing": "free" if sys.platform == "linux" else "paced",
                 "slices": None,
             },
             "callbacks": {

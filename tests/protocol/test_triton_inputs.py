@@ -290,7 +290,7 @@ def test_the_compiled_kernel_of_normal_numbers(capability, dtype):
         options={"enable_fp_fusion": False},
     )
     assert compiled.spills == 0
-    assert compiled.warps_per_multiprocessor() >= 32
+    assert compiled.warps_per_sm() >= 32
     assert compiled.count(r"\b(LDL|STL)") == 0
     # What takes the time on cards with little float64; libraries' functions take more.
     assert compiled.count(FLOAT64) <= 44 * PAIRS
@@ -309,4 +309,4 @@ def test_the_compiled_kernel_of_hashes(capability):
         num_warps=triton_inputs._WARPS,
     )
     assert compiled.spills == 0
-    assert compiled.warps_per_multiprocessor() >= 48
+    assert compiled.warps_per_sm() >= 48

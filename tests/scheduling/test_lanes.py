@@ -1,4 +1,4 @@
-"""PriorityLanes where there are no streams, streams that others made, and what is in flight, on stand-ins."""
+"""PriorityLanes on a CPU, and on stand-ins for a GPU; streams that others made; slices in flight."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ import pytest
 import torch
 from helpers import run_python
 
-from poc_kernels.scheduling import InFlight, PriorityLanes, lanes
+from poc_kernels.scheduling import InFlight, PriorityLanes
+from poc_kernels.scheduling import lanes as lanes_module
 
 CUDA = torch.device("cuda", 0)
 
 
-# ---- a processor ----
+# ---- a CPU ----
 
 
-def test_on_a_processor_nothing_happens() -> None:
-    partition = PriorityLanes("cpu")
-    assert partition.device == torch.device("cpu")
-    assert partition.inference_stream is partition.validation_stream is None
-    partition.begin()
-    x = torch.ones(3)
-    with partition.inference(), partition.validation():
-        assert partition.hand_over(x) is x
-        assert partition.hand_over(x, to_inference=True) is x
-    assert partition.prioritise_streams(types.SimpleNamespace()) == 0
+def test_on_a_cpu_there_are_no_streams() -> None:
+    lanes = PriorityLanes("cpu")
+    assert lanes.device == torch.device("cpu")
+    assert lanes.inference_stream is lanes.validation_stream is None
+    lanes.wait_for_current_stream()
+    with lanes.inference(), lanes.validation():
+        pass
+    assert lanes.prioritise_streams(types.SimpleNamespace()) == 0
     in_flight = InFlight(torch.device("cpu"), 1)
     for _ in range(5):
         in_flight.mark()
@@ -71,9 +70,9 @@ def test_a_thread_of_validation_has_the_lowest_priority_and_so_do_those_it_start
 def test_where_threads_have_no_priorities_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "setpriority", None)
-    partition = PriorityLanes("cpu")
-    assert not partition.lowers_threads
-    assert not partition.lower_thread()
+    lanes = PriorityLanes("cpu")
+    assert not lanes.lowers_threads
+    assert not lanes.lower_thread()
 
 
 @ON_LINUX
@@ -87,21 +86,21 @@ def test_a_system_that_refuses_a_lower_priority_has_none(monkeypatch: pytest.Mon
 
 
 def test_errors_inside_go_through() -> None:
-    partition = PriorityLanes("cpu")
-    for enter in (partition.inference, partition.validation):
+    lanes = PriorityLanes("cpu")
+    for enter in (lanes.inference, lanes.validation):
         with pytest.raises(KeyError), enter():
             raise KeyError
 
 
-def test_a_processor_has_no_multiprocessors() -> None:
+def test_a_cpu_has_no_sms() -> None:
     with pytest.raises(ValueError, match="validation_sms needs a CUDA device, got cpu"):
         PriorityLanes("cpu", validation_sms=4)
 
 
-@pytest.mark.parametrize("most", [0, -1])
-def test_something_must_be_in_flight(most: int) -> None:
-    with pytest.raises(ValueError, match=f"most must be at least 1, got {most}"):
-        InFlight(torch.device("cpu"), most)
+@pytest.mark.parametrize("max_slices", [0, -1])
+def test_something_must_be_in_flight(max_slices: int) -> None:
+    with pytest.raises(ValueError, match=f"max_slices must be at least 1, got {max_slices}"):
+        InFlight(torch.device("cpu"), max_slices)
 
 
 # ---- stand-ins for a device ----
@@ -166,17 +165,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def test_two_streams_of_two_priorities_that_wait_for_what_was_before(cuda: Device) -> None:
-    partition = PriorityLanes("cuda")
-    assert partition.device == CUDA
-    inference, validation = partition.inference_stream, partition.validation_stream
+    lanes = PriorityLanes("cuda")
+    assert lanes.device == CUDA
+    inference, validation = lanes.inference_stream, lanes.validation_stream
     assert cuda.made == [inference, validation]
-    assert not partition.lower_thread()  # streams have priorities there
+    assert not lanes.lower_thread()  # streams have priorities there
     assert inference.options["priority"] < validation.options["priority"]  # the lower the number, the greater
     assert inference.waited == validation.waited == [cuda.current]
     before = cuda.current
-    with partition.validation():
+    with lanes.validation():
         assert cuda.current is validation
-        with partition.inference():
+        with lanes.inference():
             assert cuda.current is inference
         assert cuda.current is validation
     assert cuda.current is before
@@ -192,22 +191,8 @@ def test_the_range_of_priorities_is_asked_for(cuda: Device, monkeypatch: pytest.
     assert [stream.options["priority"] for stream in cuda.made] == [-5, 0]
 
 
-@pytest.mark.parametrize("to_inference", [False, True])
-def test_a_tensor_is_handed_over(cuda: Device, to_inference: bool) -> None:
-    partition = PriorityLanes("cuda")
-    taker = partition.inference_stream if to_inference else partition.validation_stream
-    taker.waited.clear()
-    recorded: list[Any] = []
-    tensor: Any = types.SimpleNamespace(record_stream=recorded.append)
-    giver = Stream("giver")
-    cuda.current = giver
-    assert partition.hand_over(tensor, to_inference=to_inference) is tensor
-    assert taker.waited == [giver]
-    assert recorded == [taker]
-
-
 @pytest.mark.parametrize("count", [0, 8, 100, -1])
-def test_more_multiprocessors_than_there_are(cuda: Device, count: int) -> None:
+def test_more_sms_than_there_are(cuda: Device, count: int) -> None:
     with pytest.raises(ValueError, match=rf"validation_sms must be in \[1, 8\) on this device, got {count}"):
         PriorityLanes("cuda", validation_sms=count)
 
@@ -235,16 +220,16 @@ def test_a_green_context_has_validation_s_stream(cuda: Device, monkeypatch: pyte
         return types.SimpleNamespace(Stream=lambda: green)
 
     monkeypatch.setattr(torch.cuda, "GreenContext", types.SimpleNamespace(create=create), raising=False)
-    partition = PriorityLanes("cuda", validation_sms=2)
+    lanes = PriorityLanes("cuda", validation_sms=2)
     assert asked == [(2, 0)]
-    assert partition.validation_stream is green
-    assert cuda.made == [partition.inference_stream]
+    assert lanes.validation_stream is green
+    assert cuda.made == [lanes.inference_stream]
 
 
 # ---- streams that others made ----
 
 
-class Held:
+class Owned:
     """An object of this package."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -258,15 +243,15 @@ class Foreign:
         vars(self).update(attributes)
 
 
-Held.__module__, Foreign.__module__ = "stack.batching.inner", "elsewhere.batching"
+Owned.__module__, Foreign.__module__ = "stack.batching.inner", "elsewhere.batching"
 
 
 def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
-    partition = PriorityLanes("cuda")
+    lanes = PriorityLanes("cuda")
     foreign = Foreign(stream=Stream("foreign"))
-    inner = Held(stream=Stream("inner"))
+    inner = Owned(stream=Stream("inner"))
     compute = Stream("compute")
-    owner = Held(
+    owner = Owned(
         compute=compute,
         compute_again=[compute],
         pairs=[Stream("in a list"), {"copy": Stream("in a dict")}],
@@ -277,8 +262,8 @@ def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
     )
     inner.owner = owner  # a cycle
     owner.again = inner
-    assert partition.prioritise_streams(owner) == 6
-    high = partition.inference_stream
+    assert lanes.prioritise_streams(owner) == 6
+    high = lanes.inference_stream
     assert owner.compute is owner.compute_again[0] is high
     others = [owner.pairs[0], owner.pairs[1]["copy"], inner.stream, owner.several[1][0]]
     assert others == cuda.made[2:], "one for each, and no stream for two"
@@ -288,19 +273,19 @@ def test_streams_are_found_wherever_a_stack_keeps_them(cuda: Device) -> None:
 
 
 def test_a_stack_without_streams(cuda: Device) -> None:
-    assert PriorityLanes("cuda").prioritise_streams(Held(a=[], b={})) == 0
+    assert PriorityLanes("cuda").prioritise_streams(Owned(a=[], b={})) == 0
 
 
 # ---- in flight ----
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
-def test_never_more_than_the_most_in_flight(cuda: Device, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+@pytest.mark.parametrize("max_slices", [1, 2, 3])
+def test_never_more_than_the_maximum_in_flight(cuda: Device, monkeypatch: pytest.MonkeyPatch, max_slices: int) -> None:
     made: list[Event] = []
 
     class Event:
         def __init__(self, blocking: bool = False) -> None:
-            assert blocking, "waiting would spin on a processor that inference needs"
+            assert blocking, "waiting would spin on a core that inference needs"
             self.recorded: Any = None
             self.seen_done = False
             made.append(self)
@@ -313,15 +298,15 @@ def test_never_more_than_the_most_in_flight(cuda: Device, monkeypatch: pytest.Mo
             self.seen_done = True
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    in_flight = InFlight(CUDA, most)
+    in_flight = InFlight(CUDA, max_slices)
     for marked in range(1, 10):
         in_flight.mark()
         assert len(made) == marked
         assert made[-1].recorded is cuda.current
-        # One more slice may be given to the device now, and then the most are in flight.
-        assert sum(not event.seen_done for event in made) == min(marked, most - 1)
+        # One more slice may be launched now, and then the maximum is in flight.
+        assert sum(not event.seen_done for event in made) == min(marked, max_slices - 1)
 
 
 def test_the_priorities_of_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", object)
-    assert lanes._priority_range() == (0, -1)
+    assert lanes_module._priority_range() == (0, -1)

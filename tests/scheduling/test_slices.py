@@ -80,24 +80,24 @@ def timings(**seconds: float) -> list[Span]:
 
 def test_consecutive_calls_are_put_together() -> None:
     forward = timings(start=1, a=2, b=1, c=5, d=1, e=3)
-    assert plan([forward], 4.0) == Slices((3, 4), (4, 5, 4), "c")
+    assert plan([forward], 4.0) == Slices((3, 4), (4, 5, 4))
     assert plan([forward], 4.0).longest_seconds == 5
-    assert plan([forward], 13.0) == Slices((), (13,), "c")
-    assert plan([forward], 0.5) == Slices((1, 2, 3, 4, 5), (1, 2, 1, 5, 1, 3), "c")
+    assert plan([forward], 13.0) == Slices((), (13,))
+    assert plan([forward], 0.5) == Slices((1, 2, 3, 4, 5), (1, 2, 1, 5, 1, 3))
 
 
 def test_the_shortest_time_of_each_call_counts() -> None:
-    assert plan([timings(a=1, b=9), timings(a=8, b=1), timings(a=2, b=2)], 2.0) == Slices((), (2,), "a")
+    assert plan([timings(a=1, b=9), timings(a=8, b=1), timings(a=2, b=2)], 2.0) == Slices((), (2,))
 
 
 def test_calls_that_depend_on_data_are_those_of_the_first_forward() -> None:
     forward = timings(a=4, b=4, c=4)
-    assert plan([forward, timings(a=1)], 4.0) == Slices((1, 2), (1, 4, 4), "b")
-    assert plan([forward, timings(a=2, x=1, c=3, d=9)], 4.0) == Slices((1, 2), (2, 4, 3), "b")
+    assert plan([forward, timings(a=1)], 4.0) == Slices((1, 2), (1, 4, 4))
+    assert plan([forward, timings(a=2, x=1, c=3, d=9)], 4.0) == Slices((1, 2), (2, 4, 3))
 
 
 def test_nothing_ran() -> None:
-    assert plan([[]], 1.0) == Slices((), (0,), "")
+    assert plan([[]], 1.0) == Slices((), (0,))
     assert plan([[]], 1.0).longest_seconds == 0
 
 
@@ -120,7 +120,6 @@ def test_slices_are_as_long_as_asked_for_where_single_calls_allow(
     edges = [0, *planned.cuts, len(shortest)]
     assert edges == sorted(set(edges))
     assert planned.seconds == tuple(sum(shortest[start:end]) for start, end in itertools.pairwise(edges))
-    assert planned.longest_call == forwards[0][shortest.index(max(shortest))][0]
     for start, end in itertools.pairwise(edges):
         assert sum(shortest[start:end]) <= slice_seconds or end - start == 1
         if end < len(shortest):
@@ -191,7 +190,7 @@ def test_a_pause_that_raises_gives_the_forward_up_and_the_next_is_right(measured
 
 
 def test_calls_are_not_longer_because_others_have_the_cores() -> None:
-    """Beside users a call may be put aside for long: that is no time of its own."""
+    """While users compute, a call may be preempted for long, which is not time of its own."""
     sliced = SlicedForward(CPU, 0.01)
     x = torch.ones(4)
 
@@ -216,7 +215,7 @@ def test_a_module_called_twice_stops_each_time() -> None:
     for _ in range(MEASURED_FORWARDS):
         assert_same_bits(sliced.run(lambda: module(x), never), expected)
     assert sliced.slices is not None
-    assert (sliced.slices.cuts, sliced.slices.longest_call) == ((1, 2, 3), "linear")
+    assert sliced.slices.cuts == (1, 2, 3)
     pauses: list[None] = []
     assert_same_bits(sliced.run(lambda: module(x), lambda: pauses.append(None)), expected)
     assert len(pauses) == 3
@@ -233,7 +232,7 @@ def test_cuts_are_those_of_the_plan_in_order() -> None:
         return [noted(str(place)) for place in range(3)]
 
     sliced = SlicedForward(CPU, FINE)
-    sliced._slices = Slices((2, 4), (0.1, 0.1, 0.1), "add")  # before the second and the third zeros()
+    sliced._slices = Slices((2, 4), (0.1, 0.1, 0.1))  # before the second and the third zeros()
     sliced.run(forward, lambda: ran.append("pause"))
     assert ran == ["0", "1", "pause", "2", "pause"]
 

@@ -29,7 +29,7 @@ class Timeline:
         self.closed: list[str] = []
 
     def party(self, name: str, turn: Turn, *seconds: float, at: float = 0.0) -> None:
-        """From ``at`` on, take ``turn`` once for each of ``seconds``, and compute for so long."""
+        """From ``at`` on, take ``turn`` once for each of ``seconds``, and compute for that long."""
 
         def compute() -> None:
             self.world.sleep(at)
@@ -191,11 +191,11 @@ def test_a_step_that_comes_while_it_is_expected_goes_first(instruments: Instrume
 
 def test_an_owed_slice_does_not_wait_for_a_step_that_is_expected(instruments: Instruments) -> None:
     def setup(timeline: Timeline) -> None:
-        timeline.sliced("proof", timeline.turns.proof(), 1, 5, 1)
+        timeline.sliced("proof", timeline.turns.proof(), 1, 5, 1, 1, 1)
         timeline.party("inference", timeline.turns.inference(lambda: True), 4, at=1.5)
 
-    # The step owes 2.7 s at a share of 0.4, more than slices take: the last one begins once the second has ended.
-    assert begins(run(instruments, lambda: paced(share=0.4, linger=100.0), setup)) == [0, 1, 6]
+    # The step owes 2.7 s at a share of 0.4, which two slices of 1 s pay once the second has ended. The last waits.
+    assert begins(run(instruments, lambda: paced(share=0.4, linger=100.0), setup)) == [0, 1, 6, 7, 105.5]
 
 
 def test_slices_while_inference_is_idle_are_not_charged(instruments: Instruments) -> None:
@@ -206,6 +206,17 @@ def test_slices_while_inference_is_idle_are_not_charged(instruments: Instruments
     # A slice of 1 s for every 1.5 s of steps.
     timeline = run(instruments, lambda: paced(share=0.4, linger=100.0), setup)
     assert begins(timeline)[10:] == pytest.approx([11, 12.5, 14], abs=1e-3)
+
+
+def test_slices_while_inference_is_paused_are_not_charged(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.call(0.5, timeline.turns.pause_inference)
+        timeline.party("inference", timeline.turns.inference(), 5, at=1)
+        timeline.sliced("proof", timeline.turns.proof(), *[1] * 6)
+        timeline.call(4.5, timeline.turns.resume_inference)
+
+    # A slice of 1 s for every 1.5 s of the step.
+    assert begins(run(instruments, lambda: paced(share=0.4), setup)) == pytest.approx([0, 1, 2, 3, 4, 6], abs=1e-3)
 
 
 def test_pausing_lets_a_step_end_and_none_begin(instruments: Instruments) -> None:
@@ -265,7 +276,7 @@ def test_a_turn_that_hangs_can_be_ended_by_another_thread(instruments: Instrumen
         timeline.call(2, hanging.end)
         timeline.party("third", turns.inference(), 1, at=3)
 
-    # Its own late end, at 10, takes nothing from who computes then.
+    # Its own late end, at 10, does not end the step that computes then.
     spans = run(instruments, paced, setup).spans
     assert spans == [("hanging", 0, 10), ("following", 2, 14), ("third", 14, 15)]
 
@@ -342,12 +353,23 @@ def test_a_step_waits_for_a_slice_that_is_owed(instruments: Instruments) -> None
         timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 15, at=0.5)
         timeline.sliced("proof", timeline.turns.proof(), 1, 20)
 
-    # Slices are taken for 1 s by the first; 9 steps of 1 s beside slices owe as much. However long the second takes, no
+    # After the first, slices are taken to last 1 s, which 9 steps of 1 s owe. However long the second slice takes, no
     # step waits for it before, and then each for a slice as they were and twice what a step owes.
     timeline = run(instruments, lambda: paced(cap=1.0, paced=False), setup)
     assert timeline.waits[:9] == [0] * 9
-    most = 1 + 2 / 9
-    assert timeline.waits[9:] == pytest.approx([most] * 5 + [21 - (9.5 + 5 * (most + 1))], abs=0.001)
+    longest = 1 + 2 / 9
+    assert timeline.waits[9:] == pytest.approx([longest] * 5 + [21 - (9.5 + 5 * (longest + 1))], abs=0.001)
+
+
+def test_slices_that_were_not_owed_are_paid_back_by_one_at_most(instruments: Instruments) -> None:
+    def setup(timeline: Timeline) -> None:
+        timeline.party("inference", timeline.turns.inference(lambda: True), *[1] * 30)
+        timeline.sliced("proof", timeline.turns.proof(), *[0.5] * 20, 100, at=0.25)
+
+    # 20 slices took 10 s, of which steps owed 1 s. From 10.25 on they owe 0.5 s for the last of these, and 0.5 s for
+    # the next: nine steps.
+    waits = run(instruments, lambda: paced(paced=False), setup).waits
+    assert next(place for place, wait in enumerate(waits) if wait > 0) == 20
 
 
 def test_no_step_waits_long_for_a_slice_that_others_keep_from_the_cores(instruments: Instruments) -> None:
@@ -510,7 +532,7 @@ def test_from_paced_to_free_and_back(instruments: Instruments) -> None:
 
 
 class Device:
-    """What a step and a slice compute on, at once or not; a slice that priorities starve stands still beside a step."""
+    """What steps and slices compute on; where priorities starve slices, one stands still while a step computes."""
 
     def __init__(self, timeline: Timeline, starves: bool) -> None:
         self.timeline, self.starves = timeline, starves
@@ -527,9 +549,9 @@ class Device:
     def slice(self, seconds: float) -> None:
         while seconds > 1e-9:
             part = min(seconds, 0.001)
-            beside = self._steps
+            before = self._steps
             self.timeline.world.sleep(part)
-            if not (self.starves and (beside or self._steps)):
+            if not (self.starves and (before or self._steps)):
                 seconds -= part
                 self.computed["proof"] += part
 
@@ -544,7 +566,7 @@ def play(
     starves: bool = False,
     then: Pacing | None = None,
 ) -> Device:
-    """Step after step, beside slices without end; with ``then``, it is the pacing of the second half of the steps."""
+    """Compute step after step while slices never end; ``then`` is the pacing of the second half of the steps."""
     made: list[Device] = []
 
     def setup(timeline: Timeline) -> None:
@@ -605,9 +627,9 @@ def test_the_share_is_kept_while_both_sides_want_the_device(
     slices = iter(lambda: source.uniform(slice_seconds, 2 * slice_seconds), None)
     device = play(lambda: paced(share, linger=0.005, paced=MODES[mode]), steps, slices, starves=mode == "starved")
     rate, longest_slice, longest_step = share / (1 - share), 2 * slice_seconds, max(steps)
-    # At every time, but for a slice that is not owed yet or is under way, and what is not paid at one go.
+    # At every time, except for a slice that is not owed yet or is under way, and what is not paid at one go.
     assert max(device.behind) <= 2 * longest_slice + 2 * longest_step * rate + 1e-9
-    # And no more than it, but for slices that ran before the first step and the one that begins it.
+    # And no more than it, except for slices that ran before the first step and the one that begins it.
     if mode != "starved":
         assert min(device.behind) >= -3 * longest_slice
     # What is owed is paid at one go, after the slice that runs.
@@ -652,14 +674,14 @@ def test_what_long_steps_owe_is_paid_and_not_at_one_go(mode: str, share: float, 
 
 def test_real_threads_of_a_side_compute_one_at_a_time_and_none_starves() -> None:
     turns = Turns(Pacing(max_wait_seconds=0.001))
-    inside, most = [0, 0], [0, 0]
+    inside, maximum = [0, 0], [0, 0]
 
     def work(side: int) -> None:
         turn = turns.proof() if side else turns.inference()
         for _ in range(100):
             with turn:
                 inside[side] += 1
-                most[side] = max(most[side], inside[side])
+                maximum[side] = max(maximum[side], inside[side])
                 inside[side] -= 1
 
     threads = [threading.Thread(target=work, args=(side,), daemon=True) for side in (0, 1) * 2]
@@ -668,7 +690,7 @@ def test_real_threads_of_a_side_compute_one_at_a_time_and_none_starves() -> None
     for thread in threads:
         thread.join(TIMEOUT)
     assert not any(thread.is_alive() for thread in threads)
-    assert (most, inside) == ([1, 1], [0, 0])
+    assert (maximum, inside) == ([1, 1], [0, 0])
 
 
 @pytest.mark.parametrize("greedy", ["inference", "proof"])

@@ -42,15 +42,20 @@ class Watched:
             if granted is not None and granted is not had:
                 assert had is None, "two compute at once"
                 assert waiting[:1] in ([], [granted]), "not first come first served"
-                assert side is self.sides[1] or not (self._paused and self.turns.inference_paused), (
-                    "granted while paused"
-                )
+                if side is self.sides[0]:
+                    assert not (self._paused and self.turns.inference_paused), "granted while paused"
+                    assert not self._owes_a_slice(), "granted before a slice that is owed"
             waiting[:] = [turn for turn in waiting if turn.waiting]
         self._had = (have[0], have[1])
         self._paused = self.turns.inference_paused
 
+    def _owes_a_slice(self) -> bool:
+        if any(turn.computing for turn in self.sides[1]) or not any(turn.waiting for turn in self.sides[1]):
+            return False
+        return self.turns._owed_seconds > LONG / 2  # as `Owing` begins, until its pacing changes
+
     def compute(self, turn: Turn, times: int = 1, slices: int = 1) -> str:
-        """Take the turn so many times, for so many slices each; what ended it."""
+        """Take the turn ``times`` times, for ``slices`` slices each; return what ended it."""
         try:
             for _ in range(times):
                 with turn:
@@ -350,7 +355,7 @@ class SilentEnd(Turns):
 
 
 class SilentCancel(Turns):
-    """Does not wake who is cancelled."""
+    """Does not wake a turn that is cancelled."""
 
     def _cancel(self, turn: Turn) -> None:
         with self._condition:

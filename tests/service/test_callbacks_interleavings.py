@@ -158,7 +158,7 @@ def test_what_is_submitted_while_the_sender_starts_and_closes(
 
         return check
 
-    record_property("interleavings", explore(instruments, scenario, most_preemptions=PREEMPTIONS))
+    record_property("interleavings", explore(instruments, scenario, max_preemptions=PREEMPTIONS))
 
 
 def test_a_post_that_is_answered_when_the_time_to_close_is_over(
@@ -186,7 +186,7 @@ def test_a_post_that_is_answered_when_the_time_to_close_is_over(
 
         return check
 
-    record_property("interleavings", explore(instruments, scenario, most_preemptions=PREEMPTIONS))
+    record_property("interleavings", explore(instruments, scenario, max_preemptions=PREEMPTIONS))
     assert outcomes == {(1, 0), (0, 1)}, "taken or dropped, told once"
 
 
@@ -218,7 +218,7 @@ def test_two_submitters_to_two_receivers_of_which_one_is_dead(
 
         return check
 
-    record_property("interleavings", explore(instruments, scenario, most_preemptions=PREEMPTIONS))
+    record_property("interleavings", explore(instruments, scenario, max_preemptions=PREEMPTIONS))
 
 
 def test_the_oldest_make_room_while_the_receiver_is_down(
@@ -251,4 +251,4 @@ def test_the_oldest_make_room_while_the_receiver_is_down(
 
         return check
 
-    record_property("interleavings", explore(instruments, scenario, most_preemptions=PREEMPTIONS))
+    record_property("interleavings", explore(instruments, scenario, max_preemptions=PREEMPTIONS))

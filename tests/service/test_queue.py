@@ -405,12 +405,12 @@ def test_any_sequence_of_calls(operations: list[tuple[Any, ...]]) -> None:
             turn.remove(job.submitter)
 
     for name, *arguments in operations:
-        held = {who: sum(job.left for job in of) for who, of in waiting.items()}
+        taken = {who: sum(job.left for job in of) for who, of in waiting.items()}
         if name == "put":
             who, nonces, keep = arguments
             places = max(1, nonces)
-            room = MOST - sum(held.values()) - places
-            if room < 0 or (held[who] > 0 and held[who] + places > room):
+            room = MOST - sum(taken.values()) - places
+            if room < 0 or (taken[who] > 0 and taken[who] + places > room):
                 with pytest.raises(QueueFullError) as full:
                     put(queue, nonces, who, keep)
                 assert 1 <= full.value.retry_seconds <= 600

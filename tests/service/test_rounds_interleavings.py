@@ -327,7 +327,7 @@ def test_a_worker_whose_round_is_stopped_and_that_is_closed(
         return check
 
     # What the worker looks at without a lock is marked by no operation: no order may be left out as another's twin.
-    record_property("interleavings", explore(working, scenario, most_preemptions=2 if THOROUGH else 1))
+    record_property("interleavings", explore(working, scenario, max_preemptions=2 if THOROUGH else 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -365,7 +365,7 @@ def test_a_worker_answers_whoever_submits(
 
         return check
 
-    record_property("interleavings", explore(working, scenario, most_preemptions=2 if THOROUGH else 1))
+    record_property("interleavings", explore(working, scenario, max_preemptions=2 if THOROUGH else 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -416,4 +416,4 @@ def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, reco
 
         return check
 
-    record_property("interleavings", explore(working, scenario, most_preemptions=2 if THOROUGH else 1))
+    record_property("interleavings", explore(working, scenario, max_preemptions=2 if THOROUGH else 1))

@@ -289,10 +289,10 @@ def test_a_phase_that_ends_while_it_drains_never_holds_users(make: Callable[...,
         return False
 
     parts = make(drain=drain, drain_seconds=TIMEOUT)
-    held: list[bool] = []
-    parts.engine.before_forward = lambda: held.append(parts.turns.inference_paused)
+    paused: list[bool] = []
+    parts.engine.before_forward = lambda: paused.append(parts.turns.inference_paused)
     hold = parts.turns.pause_inference
-    parts.turns.pause_inference = lambda: held.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
+    parts.turns.pause_inference = lambda: paused.append(True) or hold()  # type: ignore[func-returns-value,method-assign]
     parts.begin()
     assert asked.wait(TIMEOUT)
     result = parts.submit(proof(1))
@@ -305,7 +305,7 @@ def test_a_phase_that_ends_while_it_drains_never_holds_users(make: Callable[...,
         assert result.result(TIMEOUT).dist == alone(1)
         assert parts.worker._drain_end is None  # the next phase has its whole time
     eventually(lambda: parts.worker._idle)
-    assert True not in held
+    assert True not in paused
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")

@@ -72,8 +72,10 @@ class Users:
 
     def _owed(self) -> bool:
         """Whether a proof is about to begin, however long its thread takes to wake."""
-        with self._parts.turns._condition:
-            return self._parts.turns._is_owed(self._now)
+        turns = self._parts.turns
+        assert turns.pacing is not None
+        with turns._condition:
+            return turns._is_owed(turns.pacing, self._now)
 
     def __enter__(self) -> Users:
         self._parts.submit(proof(1)).result(TIMEOUT)  # how long a slice takes is measured
@@ -145,7 +147,7 @@ def test_a_worker_that_is_held_back_closes_at_once(make: Callable[..., Parts]) -
 
 
 def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., Parts]) -> None:
-    """The time that requests in flight have begins with the phase, and is not that of the forward that is held back."""
+    """The time that requests in flight have begins with the phase, and is not that of the forward that waits."""
     asked: list[float] = []
 
     def drain(seconds: float) -> bool:
@@ -154,25 +156,25 @@ def test_generating_begins_within_a_forward_of_a_validation(make: Callable[..., 
 
     parts = make(turns=Turns(Pacing(max_wait_seconds=0.001)), drain=drain, drain_seconds=TIMEOUT)
     parts.begin(PoCState.VALIDATING)
-    held: list[bool] = []
+    paused: list[bool] = []
 
     def forward(x: Any, pause: Callable[[], None]) -> Any:
         if parts.manager.state == PoCState.VALIDATING:
             parts.manager.set_phase(PoCState.GENERATING)
             assert parts.worker._drain_end is not None
-            held.append(parts.turns.inference_paused)
+            paused.append(parts.turns.inference_paused)
             pause()
-            held.append(parts.turns.inference_paused)
+            paused.append(parts.turns.inference_paused)
             parts.worker._drain_end = 0.0  # their time is over
             eventually(lambda: pause() or parts.turns.inference_paused)
-            held.append(parts.turns.inference_paused)
+            paused.append(parts.turns.inference_paused)
         return type(parts.engine).forward(parts.engine, x)
 
     parts.engine.forward = forward  # type: ignore[method-assign]
     with parts.turns.inference(busy=lambda: True):
         verdict = parts.submit(proof(1, 0.5)).result(TIMEOUT)
     assert verdict.dist == alone(1)
-    assert held == [False, False, True]
+    assert paused == [False, False, True]
     assert asked[0] == 0.0
 
 

@@ -1,12 +1,12 @@
 """A deterministic scheduler of real threads, and a search through every order in which it can run them.
 
 Code under test is given stand-ins for `threading` and `time` (`Instruments.patch`). Exactly one thread runs at a time,
-until its next operation on a stand-in: an acquire, wait, join, sleep. There the scheduler chooses who goes on. A
-release and a notify are done at once: until then others can do nothing that they could not do as well after it. Time
-is virtual: it passes when nobody can run but for a deadline, or, where that is explored, at any point.
+until its next operation on a stand-in: an acquire, wait, join or sleep. There the scheduler chooses which thread goes
+on. A release and a notify are done at once: before them, other threads can do nothing that they could not also do
+after them. Time is virtual: it passes when no thread can run before a deadline, or, where that is explored, any time.
 
-`explore` repeats a scenario depth first with every sequence of choices. Orders that differ only by operations on
-different objects are visited once (sleep sets), so what threads share without a lock must be marked with `World.at`.
+`explore` runs a scenario once for every sequence of choices, depth first. Orders that differ only by operations on
+different objects are run once (sleep sets), so what threads share without a lock must be marked with `World.at`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 _REAL_SECONDS = 60.0
-"""Until a run that should take milliseconds is given up."""
+"""How long a run may take before it is given up; it should take milliseconds."""
 _MAIN = "main"
 _TICK = "tick"
 
@@ -33,7 +33,7 @@ class Deadlock(AssertionError):  # noqa: N818 (a finding, like the assertions of
 
 
 class Endless(AssertionError):  # noqa: N818
-    """More operations than a scenario can take."""
+    """A scenario takes more operations or orders than it may."""
 
 
 class _Abandoned(BaseException):
@@ -41,7 +41,7 @@ class _Abandoned(BaseException):
 
 
 class _Redundant(Exception):  # noqa: N818
-    """Every way to go on was visited in another order."""
+    """Every way to go on was run in another order already."""
 
 
 def _nothing() -> None:
@@ -63,7 +63,7 @@ class _Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Who may go on, by name, and the object that its next operation is on."""
+    """The name of a thread that may go on, and of the object that its next operation is on."""
 
     name: str
     target: str
@@ -73,20 +73,21 @@ class World:
     """One run: its threads, its clock, and what was chosen.
 
     Args:
-        choose: from candidates, in the order in which threads were made, and the name of who ran last: the next.
-        early_ticks: how often time may pass while somebody could run.
-        most_operations: after which a run counts as endless.
+        choose: returns the next of the candidates, given in the order in which the threads were made, and the name of
+            the thread that ran last.
+        early_ticks: how often time may pass while a thread could run.
+        max_operations: number of operations after which a run counts as endless.
     """
 
     def __init__(
-        self, choose: Callable[[list[Candidate], str], Candidate], early_ticks: int = 0, most_operations: int = 20_000
+        self, choose: Callable[[list[Candidate], str], Candidate], early_ticks: int = 0, max_operations: int = 20_000
     ) -> None:
         self.now = 0.0
         self.trace: list[str] = []
         self.observe: Callable[[], None] = _nothing
         self._choose = choose
         self._early_ticks = early_ticks
-        self._operations_left = most_operations
+        self._operations_left = max_operations
         self._threads: list[Thread] = []
         self._current: Thread | None = None
         self._last = _MAIN
@@ -99,17 +100,17 @@ class World:
     # ---- for scenarios ----
 
     def spawn(self, name: str, target: Callable[[], Any]) -> Thread:
-        """A thread of the scenario, started."""
+        """Start a thread of the scenario."""
         thread = Thread(self, target, name=name)
         thread.start()
         return thread
 
     def at(self, target: str) -> None:
-        """A point where others may run: what follows is an operation on ``target``."""
+        """Let others run here: what follows is an operation on ``target``."""
         self.reach(_Operation("at", target))
 
     def sleep(self, seconds: float) -> None:
-        """Let that much time pass."""
+        """Let this much time pass."""
         deadline = self.now + seconds
         self.reach(_Operation("sleep", "time", lambda: self.now >= deadline, deadline=deadline))
 
@@ -118,7 +119,7 @@ class World:
 
         Raises:
             Deadlock: some never end.
-            what a thread raised, or ``observe``.
+            BaseException: what a thread or ``observe`` raised.
         """
         self._go_on(None)
         finished = self._over.acquire(timeout=_REAL_SECONDS)
@@ -140,13 +141,13 @@ class World:
     # ---- for stand-ins ----
 
     def name_of(self, kind: str) -> str:
-        """A name for a new object, the same in every run that made the same choices."""
+        """Return a name for a new object, the same in every run that made the same choices."""
         self._made[kind] = self._made.get(kind, 0) + 1
         return f"{kind} {self._made[kind]}"
 
     @property
     def runner(self) -> Any:
-        """Who runs: a thread, or the world itself while a scenario is set up or checked."""
+        """The thread that runs, or the world itself while a scenario is set up or checked."""
         return self if self._current is None else self._current
 
     @property
@@ -159,7 +160,7 @@ class World:
         thread.operation = _Operation("start", thread.name, eager=True)
 
     def reach(self, operation: _Operation) -> None:
-        """Let the scheduler choose; returns when ``operation`` was done."""
+        """Let the scheduler choose; return when ``operation`` was done."""
         if self._abandoned:
             raise _Abandoned
         me = self._current
@@ -232,7 +233,7 @@ class World:
                 return enabled[chosen.name]
 
     def _do(self, thread: Thread) -> bool:
-        """Do what ``thread`` is about to; whether it runs on."""
+        """Do what ``thread`` is about to do; return whether it runs on."""
         operation, thread.operation = thread.operation, None
         assert operation is not None
         self.trace.append(f"{thread.name}: {operation}")
@@ -457,7 +458,7 @@ class Event:
 
 
 class EventLoop(asyncio.BaseEventLoop):
-    """An asyncio event loop of one thread, without files: others reach it by `call_soon_threadsafe` alone."""
+    """An asyncio event loop of one thread, without files: other threads reach it only by `call_soon_threadsafe`."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -478,7 +479,7 @@ class EventLoop(asyncio.BaseEventLoop):
         return handle
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        """Wait for a call, or for what is due: what the loop takes of a selector."""
+        """Wait for a call, or until something is due: the only method of a selector that the loop calls."""
         world = self._world
         deadline = None if timeout is None else world.now + timeout
 
@@ -494,7 +495,7 @@ class EventLoop(asyncio.BaseEventLoop):
 
 
 class Instruments:
-    """Stand-ins for `threading` and `time` in modules under test, of the world that runs now."""
+    """Stand-ins for `threading` and `time` in modules under test, in the world that runs now."""
 
     TIMEOUT_MAX = threading.TIMEOUT_MAX
 
@@ -502,7 +503,7 @@ class Instruments:
         self.world = World(_first)
 
     def patch(self, monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
-        """Have ``modules`` use the stand-ins in place of their `threading` and `time`."""
+        """Replace `threading` and `time` in ``modules`` by the stand-ins."""
         for module in modules:
             for name in ("threading", "time"):
                 if hasattr(module, name):
@@ -538,17 +539,17 @@ class Instruments:
 # ---- the search -----------------------------------------------------------------------------------------------------
 
 Scenario = Callable[[World], Callable[[], None]]
-"""Sets a world up, its threads among it, and returns what checks it at the end."""
+"""Sets a world up, including its threads, and returns what checks it at the end."""
 
 
 def _first(candidates: list[Candidate], last: str) -> Candidate:
-    """Whoever ran last goes on, else the first."""
+    """Choose the thread that ran last, else the first."""
     return next((each for each in candidates if each.name == last), candidates[0])
 
 
 @dataclasses.dataclass
 class _Node:
-    """A point of the search: who could go on, who need not be tried, who was, and who is now."""
+    """A point of the search: which threads could go on, need not be tried, were tried, and which is tried now."""
 
     candidates: list[Candidate]
     last: str
@@ -560,13 +561,13 @@ class _Node:
     def preempts(self, candidate: Candidate) -> bool:
         return candidate.name != self.last and any(each.name == self.last for each in self.candidates)
 
-    def choose(self, most_preemptions: int | None) -> bool:
-        """Take what was not tried yet; False if all was."""
+    def choose(self, max_preemptions: int | None) -> bool:
+        """Choose a candidate that was not tried yet; return False if there is none."""
         order = sorted(self.candidates, key=lambda each: each.name != self.last)
         for candidate in order:
             if candidate.name in self.done or candidate.name in self.asleep:
                 continue
-            if most_preemptions is not None and self.preemptions + self.preempts(candidate) > most_preemptions:
+            if max_preemptions is not None and self.preemptions + self.preempts(candidate) > max_preemptions:
                 continue
             self.chosen = candidate
             return True
@@ -578,12 +579,12 @@ def _independent(one: Candidate, other: Candidate) -> bool:
 
 
 class _Search:
-    """Choices of one run: those of the stack again, then the first of what is left."""
+    """Makes the choices of a run: those of the stack again, then the first that is left."""
 
-    def __init__(self, most_preemptions: int | None) -> None:
+    def __init__(self, max_preemptions: int | None) -> None:
         self._stack: list[_Node] = []
         self._depth = 0
-        self._most_preemptions = most_preemptions
+        self._max_preemptions = max_preemptions
 
     def begin(self) -> None:
         self._depth = 0
@@ -591,7 +592,7 @@ class _Search:
     def choose(self, candidates: list[Candidate], last: str) -> Candidate:
         if self._depth == len(self._stack):
             self._stack.append(self._new_node(candidates, last))
-            if not self._stack[-1].choose(self._most_preemptions):
+            if not self._stack[-1].choose(self._max_preemptions):
                 self._stack.pop()
                 raise _Redundant
         node = self._stack[self._depth]
@@ -606,18 +607,18 @@ class _Search:
         parent = self._stack[-1]
         assert parent.chosen is not None
         asleep: dict[str, Candidate] = {}
-        if self._most_preemptions is None:  # with a bound, what is left out in one order may be out of reach in others
+        if self._max_preemptions is None:  # with a bound, the order that stands for a left out one may be out of reach
             before = {**parent.asleep, **parent.done}
             asleep = {name: each for name, each in before.items() if _independent(each, parent.chosen)}
         return _Node(candidates, last, asleep, parent.preemptions + parent.preempts(parent.chosen))
 
     def advance(self) -> bool:
-        """Go to the next sequence of choices; False if there is none."""
+        """Go to the next sequence of choices; return False if there is none."""
         while self._stack:
             node = self._stack[-1]
             assert node.chosen is not None
             node.done[node.chosen.name] = node.chosen
-            if node.choose(self._most_preemptions):
+            if node.choose(self._max_preemptions):
                 return True
             self._stack.pop()
         return False
@@ -638,21 +639,25 @@ def explore(
     instruments: Instruments,
     scenario: Scenario,
     *,
-    most_preemptions: int | None = None,
+    max_preemptions: int | None = None,
     early_ticks: int = 0,
-    most_runs: int | None = None,
+    max_runs: int | None = None,
 ) -> int:
     """Run ``scenario`` in every order, and check each.
 
     Args:
-        most_preemptions: leave out orders in which a thread that could go on is put aside more often.
-        early_ticks: how often in a run time may pass although somebody could run.
-        most_runs: fail rather than run more often.
+        max_preemptions: leave out orders in which a thread that could go on has to wait more often than this.
+        early_ticks: how often in a run time may pass although a thread could run.
+        max_runs: fail rather than run more orders.
 
     Returns:
         How many orders were run to their end.
+
+    Raises:
+        Endless: there are more than max_runs orders.
+        BaseException: what a run or its check raised, with the order as a note.
     """
-    search = _Search(most_preemptions)
+    search = _Search(max_preemptions)
     runs = 0
     while True:
         search.begin()
@@ -666,21 +671,21 @@ def explore(
             else:
                 check()
                 runs += 1
-        if most_runs is not None and runs > most_runs:
-            raise Endless(f"more than {most_runs} orders")
+        if max_runs is not None and runs > max_runs:
+            raise Endless(f"more than {max_runs} orders")
         if not search.advance():
             return runs
 
 
 def simulate(instruments: Instruments, scenario: Scenario, seed: int | None = None) -> World:
-    """Run ``scenario`` once: whoever runs goes on until it waits, or, with a seed, in a random order."""
+    """Run ``scenario`` once: each thread goes on until it waits, or, with a seed, in a random order."""
     source = None if seed is None else random.Random(seed)
 
     def at_random(candidates: list[Candidate], _: str) -> Candidate:
         assert source is not None
         return source.choice(candidates)
 
-    world = instruments.world = World(_first if source is None else at_random, most_operations=10**6)
+    world = instruments.world = World(_first if source is None else at_random, max_operations=10**6)
     with _told(world):
         check = scenario(world)
         world.run()

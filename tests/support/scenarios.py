@@ -1,4 +1,4 @@
-"""What scenarios of several threads share."""
+"""What the scenarios of several threads share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from poc_kernels.scheduling import Pacing, Turns
 
 THOROUGH = os.environ.get("POC_INTERLEAVINGS") == "all"
-"""Larger scenarios, for many minutes."""
+"""Whether to run larger scenarios, which take many minutes."""
 
 Record = Callable[[str, object], None]
 """The type of pytest's ``record_property``."""
 
 LONG = 1000.0
-"""Seconds of virtual time that pass only where a wake-up is missing."""
+"""Seconds of virtual time that pass only if a wake-up is missing."""
 
 
 MODES = {"paced": True, "free": False}
-"""Whether slices are paced. A node's are on a GPU; on a CPU they are free."""
+"""Whether slices are paced. By default a node paces them on a GPU, and on a CPU whose threads have no priorities."""
 
 
 def turns_of(mode: str, share: float = 0.25, max_wait: float = LONG, linger: float = 0.0) -> Turns:
-    """Turns in which nobody waits for time to pass, unless told to."""
+    """Make turns in which nobody waits for time to pass, unless the arguments say so."""
     return Turns(Pacing(share=share, max_wait_seconds=max_wait, linger_seconds=linger, paced=MODES[mode]))

@@ -127,8 +127,8 @@ class Compiled:
         """`Code.loop_with` of the whole kernel."""
         return self.code.loop_with(pattern)
 
-    def warps_per_multiprocessor(self) -> int:
-        """Warps that registers and shared memory leave room for on one multiprocessor."""
+    def warps_per_sm(self) -> int:
+        """Warps that registers and shared memory leave room for on one SM."""
         shared = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}[self.capability] * 1024
         most = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}[self.capability]
         per_warp = -(-self.registers // 8) * 8 * 32

@@ -1,0 +1,213 @@
+"""What make gpu-check runs, and its time: step after step within 10 minutes, with a result for each.
+
+The 10 minutes count from --began, when the build began; the steps are planned to take less (`PLAN`). Results go to the
+folder OUT. A step that fails does not stop the others. --device cpu rehearses it with small cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import ROOT
+from bench.gpu_check.steps import Check, Command, take_signals
+
+TESTS = ("tests/test_*.py", "tests/kernels", "tests/protocol", "tests/engines/transformers/test_engine.py")
+OVERLAP_TESTS = "tests/test_cuda_colocated.py"
+"""These look at what runs at the same time, so nothing else may run."""
+SHARDS = min(8, max(1, (os.cpu_count() or 1) // 2))
+"""Processes that share the tests."""
+
+
+class Suite(NamedTuple):
+    """A benchmark and its report; its most important cases come first."""
+
+    name: str
+    target: str
+    """The file of a suite of pytest, or the module of a script, in ``bench``."""
+    report: str
+    """The module of the report."""
+    seconds: float
+    """Planned for the suite."""
+    case_seconds: float | None
+    """The longest time of a case: none begins when less is left. None for a script, which limits itself."""
+    on_gpu: tuple[str, ...] = ()
+    """Options on a GPU."""
+    rehearsed: tuple[str, ...] = ()
+    """Options in a rehearsal."""
+
+
+SUITES = (
+    Suite("projection", "projection/test_gpu.py", "projection.gpu_report", 75, 8),
+    Suite(
+        *("round", "round/test_overhead.py", "round.report", 50, 30),
+        on_gpu=("--bench-cases", "qwen3-8b@32x256,qwen3-0.6b@32x256"),
+    ),
+    Suite(
+        *("interference", "interference", "interference.report", 100, None),
+        on_gpu=("--device", "cuda", "--short", "--limit-seconds", "60"),
+        rehearsed=("--quick",),
+    ),
+)
+REPORT_SECONDS = 8
+TOTAL_SECONDS = 570
+"""Less than 10 minutes, since some work follows the last step."""
+# Seconds of the steps, in order. What a step leaves, and what the sum leaves of the total, the following may use.
+# A new machine imports torch slowly, and compiles 54 kernels before it trusts them.
+PLAN: dict[str, float] = {"torch": 45, "verify": 60, "tests": 90, "overlap tests": 40}
+for _suite in SUITES:
+    PLAN |= {_suite.name: _suite.seconds, f"{_suite.name} report": REPORT_SECONDS}
+PLAN["compute-sanitizer"] = 45
+
+
+def _python(code: str, *arguments: str) -> list[str]:
+    """Return what runs ``code`` with the installed package: importing ``bench`` takes the sources off the path."""
+    return [sys.executable, "-c", f"import bench, sys; {code}", *arguments]
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    """Return what runs a module of ``bench``, likewise with the installed package."""
+    return [sys.executable, "-m", f"bench.{name}", *arguments]
+
+
+PYTEST = "import pytest; sys.exit(pytest.console_main())"
+MARKED_GPU = ("-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider")
+
+
+def _sanitizer() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    bundled = Path(home, "bin", "compute-sanitizer")
+    return shutil.which("compute-sanitizer") or (str(bundled) if bundled.exists() else None)
+
+
+def _verify() -> Command:
+    return Command(_python("from poc_kernels.cli import main; sys.exit(main(['verify']))"))
+
+
+def _measure_what_is_wrong(check: Check) -> None:
+    """Have the projection's suite measure the Triton kernels even if the last step, `verify`, rejected them.
+
+    The suite compares the bits of every case: what is right is measured, only what is wrong fails. A `verify` that
+    failed only for another backend, or that was late, has not rejected them.
+    """
+    if check.outcomes[-1].result.startswith("FAILED with"):
+        verdicts = (check.out / "verify.log").read_text()
+        if not re.search(r"^triton +cuda:0 +gives the known answers", verdicts, re.MULTILINE):
+            os.environ["POC_BENCH_TRUST"] = "triton"
+
+
+def _sees_a_device(check: Check, command: Command) -> bool:
+    """Return False if torch said that there is no CUDA device; a torch that imports too slowly has not said so."""
+    return check.run("torch", command, must_end=False) or not check.outcomes[-1].result.startswith("FAILED")
+
+
+def _overlap_tests() -> Command:
+    return Command(_python(PYTEST, *MARKED_GPU, str(ROOT / OVERLAP_TESTS)))
+
+
+def _tests(device: str) -> list[Command]:
+    """Return the tests in several processes, and the short runs, so that the kernels of these are compiled."""
+    paths = [path for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
+    files = [str(path) for path in paths if path != ROOT / OVERLAP_TESTS]
+    shards = [_module("gpu_check.shard", f"{shard}/{SHARDS}", *MARKED_GPU, *files) for shard in range(1, SHARDS + 1)]
+    return [Command(arguments) for arguments in (*shards, *_short_runs(device))]
+
+
+def _short_runs(device: str) -> tuple[list[str], list[str]]:
+    return _module("gpu_check.short_run", device), _module("gpu_check.short_forwards", device)
+
+
+def _memcheck(check: Check) -> None:
+    sanitizer = _sanitizer()
+    if check.device == "cpu":
+        check.skip("compute-sanitizer", "a rehearsal on a CPU")
+    elif sanitizer is None:
+        check.skip("compute-sanitizer", "not on this machine")
+    else:
+        # torch asks the driver for features that it may lack: such answers are no errors.
+        options = ["--tool", "memcheck", "--error-exitcode", "1", "--report-api-errors", "no"]
+        options += ["--target-processes", "application-only"]
+        ops, forwards = ([sanitizer, *options, *arguments] for arguments in _short_runs(check.device))
+        # Without torch's cache, which graphs need, an access beyond a tensor is one beyond its allocation.
+        commands = Command(ops, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), Command(forwards)
+        check.run("compute-sanitizer", *commands, must_end=False, error="=+ (Invalid|Misaligned) ")
+
+
+def _suite_command(check: Check, suite: Suite, json: Path, more: list[str]) -> Command:
+    """Return what runs a suite, with more options, so that its results go to ``json``."""
+    on_gpu = check.device == "cuda"
+    options = [*(suite.on_gpu if on_gpu else suite.rehearsed), *more]
+    if suite.case_seconds is None:
+        return Command(_module(suite.target, str(json), *options))
+    pytest = _python(PYTEST, "-q", "-rs", str(ROOT / "bench" / suite.target), "--bench-device", check.device)
+    pytest += [*options, f"--benchmark-json={json}"]
+    pytest.append(f"--bench-seconds={max(0.0, check.left(suite.name) - suite.case_seconds):.0f}")
+    return Command(pytest, {} if on_gpu else {"POC_BENCH_QUICK": "1"})
+
+
+def _benchmark(check: Check, suite: Suite, more: list[str]) -> str | None:
+    """Run a suite and its report; returns a script's verdicts on its goals, then what the report prints."""
+    json = check.out / f"{suite.name}-{'cuda' if check.device == 'cuda' else 'rehearsal'}.json"
+    json.unlink(missing_ok=True)
+    check.run(suite.name, _suite_command(check, suite, json, more))
+    if not json.exists() or json.stat().st_size == 0:  # pytest's is made at the start and written at the end
+        check.skip(f"{suite.name} report", "no results")
+        return None
+    done = check.run(f"{suite.name} report", Command(_module(suite.report, str(json))))
+    if not done:
+        return None
+    report = (check.out / f"{suite.name}-report.log").read_text()
+    if suite.case_seconds is None:
+        lines = (check.out / f"{suite.name}.log").read_text().splitlines()
+        report = "\n".join([line for line in lines if re.match("(met|MISSED|not measured): ", line)] + [report])
+    return report
+
+
+def main() -> int:
+    """Run all steps; returns 1 if one failed or none was run."""
+    parser = argparse.ArgumentParser("python -m bench.gpu_check", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for JSON, tables, plots and logs")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--began", type=float, help="Unix time from which the 10 minutes count; the default is now")
+    parser.add_argument("--round-args", default="", help="options of the round's suite")
+    arguments = parser.parse_args()
+    take_signals()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    elapsed = 0.0 if arguments.began is None else time.time() - arguments.began
+    check = Check(arguments.out.resolve(), arguments.device, PLAN, TOTAL_SECONDS, elapsed=elapsed)
+
+    there = Command(_python("import torch; sys.exit(not torch.cuda.is_available())"))
+    if check.device == "cuda" and not _sees_a_device(check, there):
+        print("gpu-check: torch finds no CUDA device, so nothing of it ran (make gpu-check DEVICE=cpu rehearses it)")
+        return 1
+
+    check.run("verify", _verify())
+    _measure_what_is_wrong(check)
+    check.run("tests", *_tests(check.device))
+    if importlib.util.find_spec("transformers") is None:
+        check.skip("overlap tests", "no transformers")
+    else:
+        check.run("overlap tests", _overlap_tests())
+    more = {"round": shlex.split(arguments.round_args)}
+    summaries = [_benchmark(check, suite, more.get(suite.name, [])) for suite in SUITES]
+    check.summary = "\n".join(filter(None, summaries))
+    check.save()
+    print(f"\n{check.summary}", flush=True)
+    _memcheck(check)  # last: it may take whatever is left
+
+    print(f"\n== results in {check.out}\n")
+    print((check.out / f"gpu-check-{check.device}.txt").read_text())
+    results = [outcome.result for outcome in check.outcomes]
+    return 1 if "ok" not in results or any(result.startswith("FAILED") for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
