@@ -47,10 +47,10 @@ class Plan:
 
     Args:
         idle_seconds: how long users chat before the round.
-        generate_seconds: the shortest time in GENERATING, which continues until ``proofs`` are found.
-        max_generate_seconds: the longest time in GENERATING, in each of the two rounds.
+        generate_seconds: minimum time in GENERATING, which continues until ``proofs`` are found.
+        max_generate_seconds: maximum time in GENERATING, in each of the two rounds.
         validate_seconds: how long batches of honest proofs, and of each survey, are sent; at least two are.
-        proofs: the fewest valid nonces to find; at least one batch.
+        proofs: minimum number of valid nonces to find; at least one batch.
         earlier: nonces checked in the round of the previous block, the best of which are replayed.
         calibrate: nonces recomputed to set r_target, where geometry does not.
         survey: nonces recomputed for the distribution of distances.
@@ -59,7 +59,7 @@ class Plan:
         seq_len: positions of a nonce's inputs.
         valid_share: share of nonces that are to be valid; sets r_target.
         users: chats at the same time.
-        max_tokens: the most tokens of an answer.
+        max_tokens: maximum number of tokens of an answer.
     """
 
     idle_seconds: float = 6.0
@@ -235,11 +235,11 @@ class Play:
         """Poll /status until the time is over and the proofs are found, and return the last status."""
         began = self.clock()
         next_chat = began
-        with self.show.progress(seconds, proofs) as update:
+        with self.show.progress() as update:
             while True:
                 self.server.check()
                 status, elapsed = self.node.status(), self.clock() - began
-                update(elapsed, status)
+                update(status)
                 if record:
                     self._sample(status)
                     if self.clock() >= next_chat:

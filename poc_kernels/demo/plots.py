@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,19 +96,16 @@ def timeline(results: Results) -> str:
         patches = [Patch(color=STATE_COLOURS.get(state, GREY), alpha=0.3, label=state) for state in states]
         figure.legend(handles=[*upper.get_lines(), *patches], loc="outside upper center", ncols=6, columnspacing=1.2)
         upper.set(ylabel="nonces")
-        served = [(chat.began, chat.ended) for chat in results.chats if chat.served]
+        served = [chat for chat in results.chats if chat.served]
+        began = [chat.began for chat in served]
         refused = [chat.began for chat in results.chats if chat.status == 503]
-        lower.hlines([1.0] * len(served), *_columns(served), color=BLUE, linewidth=5, alpha=0.5)
-        lower.plot([began for began, _ in served], [1.0] * len(served), "|", color=BLUE, markersize=12)
+        lower.hlines([1.0] * len(served), began, [chat.ended for chat in served], color=BLUE, linewidth=5, alpha=0.5)
+        lower.plot(began, [1.0] * len(served), "|", color=BLUE, markersize=12)
         lower.plot(refused, [0.0] * len(refused), "x", color=RED)
         lower.set(xlabel="seconds", ylim=(-0.6, 1.6))
         lower.set_yticks([0, 1], ["503", "chat served"])
         lower.grid(visible=False)
         return _svg(figure)
-
-
-def _columns(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [began for began, _ in spans], [ended for _, ended in spans]
 
 
 def latency(results: Results) -> str:

@@ -12,7 +12,7 @@ from . import plots
 from .results import Results
 
 MAX_CALLBACKS = 40
-"""The most callbacks that the report lists: the first and the last ones."""
+"""Maximum number of callbacks that the report lists: the first and the last ones."""
 
 
 def _data_uri(svg: str) -> str:
@@ -27,11 +27,7 @@ def html(results: Results) -> str:
     omitted = max(0, len(calls) - MAX_CALLBACKS)
     return template.render(
         results=results,
-        figures={
-            "distances": _data_uri(plots.distances(results)),
-            "timeline": _data_uri(plots.timeline(results)),
-            "latency": _data_uri(plots.latency(results)),
-        },
+        figures={plot.__name__: _data_uri(plot(results)) for plot in (plots.distances, plots.timeline, plots.latency)},
         total_seconds=sum(results.parts.values()) or 1.0,
         callbacks=calls[:half] + calls[-half:] if omitted else calls,
         omitted=omitted,

@@ -5,9 +5,12 @@ Times are seconds since the server was ready; rates are per second.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from jinja2.filters import do_filesizeformat
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Results:
 
     Args:
         about: names and values of what was run, and where.
-        hidden_size, vocab_size: the model's sizes.
+        vocab_size: the size of the model's vocabulary.
         r_target, expected_share: the round's threshold, and the share of nonces expected below it.
         retained_bytes, stored_bytes: what the two projections retain for their matrices P, and what stored matrices
             would take.
@@ -102,7 +105,6 @@ class Results:
     """
 
     about: dict[str, str]
-    hidden_size: int
     vocab_size: int
     r_target: float
     expected_share: float
@@ -150,6 +152,7 @@ class Results:
 
     def summary(self) -> list[tuple[str, str]]:
         """Return the rows of the closing table: what was measured, and its value."""
+        size = functools.partial(do_filesizeformat, binary=True)
         found = self.valid / self.checked if self.checked else 0.0
         rows = [
             ("nonces checked while generating", f"{self.generating_rate:.1f} per second"),
@@ -167,16 +170,6 @@ class Results:
                 for state, word in (("idle", "IDLE"), ("validating", "VALIDATING"))
             ]
         return rows
-
-
-def size(count: int) -> str:
-    """Format a number of bytes in the largest binary unit in which it is at least 1."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value >= 10 or value == int(value) else f"{value:.1f} {unit}"
 
 
 def median_and_tail(seconds: Sequence[float]) -> str:

@@ -66,7 +66,6 @@ def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometr
             f"transformers {transformers.__version__}",
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         },
-        hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         r_target=r_target,
         geometric=geometric,

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -39,28 +38,16 @@ class Show:
         outcome = ("ok      ", "green") if check.passed else ("FAILED  ", "bold red")
         self._console.print(Text.assemble("  ", outcome, check.name))
         if check.detail:
-            self._console.print(Padding(Text(check.detail, style="dim"), (0, 0, 0, 10)))
+            self.note(check.detail)
 
     @contextmanager
-    def progress(self, seconds: float, proofs: int) -> Iterator[Callable[[float, dict[str, Any]], None]]:
-        """Show a progress bar, which the yielded function updates with the seconds elapsed and the node's status."""
-        columns = (
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[checked]} nonces checked, {task.fields[valid]} valid"),
-            TextColumn("{task.fields[rate]:.0f} per second"),
-        )
-        with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task("", total=1.0, checked=0, valid=0, rate=0.0)
+    def progress(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Show a line that the yielded function updates by the node's status."""
+        with self._console.status("") as line:
 
-            def update(elapsed: float, status: dict[str, Any]) -> None:
-                done = min(1.0, status["total_valid"] / proofs, elapsed / seconds if seconds > 0 else 1.0)
-                bar.update(
-                    task,
-                    completed=done,
-                    checked=status["total_checked"],
-                    valid=status["total_valid"],
-                    rate=status["rate_per_second"],
-                )
+            def update(status: dict[str, Any]) -> None:
+                found = f"{status['total_checked']} nonces checked, {status['total_valid']} valid"
+                line.update(f"{found}, {status['rate_per_second']:.0f} per second")
 
             yield update
 

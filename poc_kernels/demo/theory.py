@@ -13,36 +13,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, binomtest, fisher_exact, kstest
 
 
+def _of_directions(dimensions: int) -> Any:
+    """Return the distribution of (1 + c) / 2, and by symmetry of (1 - c) / 2 = distance**2 / 4."""
+    return beta((dimensions - 1) / 2, (dimensions - 1) / 2)
+
+
 def share_below(distance: float, dimensions: int) -> float:
     """Return the probability of a distance below ``distance``, in [0, 2], in at least 2 ``dimensions``."""
-    half = (dimensions - 1) / 2
-    return float(beta.cdf(distance**2 / 4, half, half))
+    return float(_of_directions(dimensions).cdf(distance**2 / 4))
 
 
 def distance_at(share: float, dimensions: int) -> float:
     """Return the distance that a ``share`` in (0, 1) of nonces is below: the inverse of `share_below`."""
-    half = (dimensions - 1) / 2
-    return 2 * math.sqrt(float(beta.ppf(share, half, half)))
+    return 2 * math.sqrt(float(_of_directions(dimensions).ppf(share)))
 
 
 def density(distances: NDArray[np.float64], dimensions: int) -> NDArray[np.float64]:
     """Return the probability density at each of ``distances``, per unit of distance."""
-    half = (dimensions - 1) / 2
-    # d/dr of the distribution of (1 - c) / 2 = r**2 / 4, which is that of (1 + c) / 2 by symmetry.
-    values: NDArray[np.float64] = beta.pdf(distances**2 / 4, half, half) * distances / 2
+    values: NDArray[np.float64] = _of_directions(dimensions).pdf(distances**2 / 4) * distances / 2
     return values
 
 
 def agreement(distances: Sequence[float], dimensions: int) -> float:
     """Return the p-value of the Kolmogorov-Smirnov test of ``distances`` against the theory."""
-    half = (dimensions - 1) / 2
-    return float(kstest(np.square(distances) / 4, beta(half, half).cdf).pvalue)
+    return float(kstest(np.square(distances) / 4, _of_directions(dimensions).cdf).pvalue)
 
 
 def share_agreement(valid: int, checked: int, share: float) -> float:

@@ -25,21 +25,21 @@ class Pieces:
         self._row_seconds: dict[tuple[str, int], float] = {}
         self._unread: list[tuple[tuple[str, int], int, Stopwatch]] = []
 
-    def of(self, work: str, rows: int, width: int, pause: Pause, *, at_once: int, least: int = 1) -> Iterator[slice]:
-        """Pieces of ``rows``, with a pause after each.
+    def of(self, work: str, rows: int, width: int, pause: Pause, *, at_once: int, min_rows: int = 1) -> Iterator[slice]:
+        """Divide ``rows`` into pieces, with a pause after each.
 
         Args:
             work: what is computed; for another ``width`` of rows it is timed anew.
             pause: called after each piece.
-            at_once: rows that a GPU is given before it was timed; a processor begins with ``least``.
-            least: rows of a piece, at least.
+            at_once: rows that a GPU is given before it was timed; a CPU begins with ``min_rows``.
+            min_rows: minimum number of rows of a piece.
         """
         key, start = (work, width), 0
         on_gpu = self._device.type == "cuda"
         while start < rows:
             known = self._row_seconds.get(key)
-            size = (at_once if on_gpu else least) if known is None else int(self._slice_seconds / known)
-            piece = slice(start, min(rows, start + max(size, least)))
+            size = (at_once if on_gpu else min_rows) if known is None else int(self._slice_seconds / known)
+            piece = slice(start, min(rows, start + max(size, min_rows)))
             watch = Stopwatch(self._device, time.thread_time)
             watch.begin(work)
             yield piece
@@ -59,5 +59,5 @@ class Pieces:
         self._unread.clear()
 
     def forget_unread(self) -> None:
-        """Of a batch that was given up."""
+        """Forget the pieces of a batch that was given up."""
         self._unread.clear()

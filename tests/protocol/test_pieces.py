@@ -71,7 +71,7 @@ def test_on_a_gpu_pieces_are_timed_once_their_results_were_read(device):
 
     def computed(count):
         found = []
-        for piece in pieces.of("inputs", count, 7, lambda: None, at_once=30, least=2):
+        for piece in pieces.of("inputs", count, 7, lambda: None, at_once=30, min_rows=2):
             device.given += ROW_SECONDS * (piece.stop - piece.start)
             found.append(piece.stop - piece.start)
         return found
@@ -89,11 +89,11 @@ def test_on_a_gpu_pieces_are_timed_once_their_results_were_read(device):
     assert device.waited == 0  # what was read is not read again
 
 
-def test_a_piece_has_its_least_rows(device):
+def test_a_piece_has_its_minimum_of_rows(device):
     pieces = Pieces(torch.device("cuda", 0), 1e-9)
 
     def ends(count):
-        return [piece.stop for piece in pieces.of("projection", count, 7, lambda: None, at_once=0, least=256)]
+        return [piece.stop for piece in pieces.of("projection", count, 7, lambda: None, at_once=0, min_rows=256)]
 
     assert ends(600) == [256, 512, 600]
     pieces.read()

@@ -15,7 +15,6 @@ def results(**changes: object) -> Results:
     """A small, complete demonstration in which all checks passed."""
     values: dict[str, object] = {
         "about": {"model": "tiny", "device": "cpu"},
-        "hidden_size": 256,
         "vocab_size": 2048,
         "r_target": 1.401,
         "expected_share": 0.2,

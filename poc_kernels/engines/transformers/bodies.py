@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -216,10 +217,7 @@ def _names_a_type(part: int | str) -> bool:
     return isinstance(part, str) and (part in ("str", "dict") or part.startswith(("_", "list[", "dict[", "function-")))
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn_ignored(field: str) -> None:
-    if field not in _warned:
-        _warned.add(field)
-        logger.warning("requests set %s, which has no effect here: the server samples all requests alike", field)
+    """Warn of a field, once per process."""
+    logger.warning("requests set %s, which has no effect here: the server samples all requests alike", field)

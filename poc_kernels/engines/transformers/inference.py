@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from transformers import GenerationConfig
@@ -38,9 +39,6 @@ class Inference:
         temperature: of all requests. None samples as the model's generation config says, 0 takes the likeliest token,
             more samples with that temperature.
         streams: steps run on the stream of inference; by default, lanes of the model's device.
-
-    Raises:
-        ValueError: a negative temperature.
     """
 
     def __init__(
@@ -81,17 +79,13 @@ class Inference:
         """
         if self._supervisor is not None:
             raise RuntimeError("inference can be started once")
-        built = threading.Event()
-        failure: list[BaseException] = []
+        built: Future[None] = Future()
         # Threads of a daemon are daemons: a step that hangs keeps the thread of continuous batching, not the process.
         self._supervisor = threading.Thread(
-            target=self._supervise, args=(built, failure), name="inference-supervisor", daemon=True
+            target=self._supervise, args=(built,), name="inference-supervisor", daemon=True
         )
         self._supervisor.start()
-        built.wait()
-        if failure:
-            self._supervisor.join()
-            raise failure[0]
+        built.result()
 
     def stop(self, timeout_seconds: float) -> None:
         """End continuous batching and its supervisor; what is in flight fails. Idempotent.
@@ -174,14 +168,13 @@ class Inference:
 
     # ---- the supervisor's thread ----
 
-    def _supervise(self, built: threading.Event, failure: list[BaseException]) -> None:
+    def _supervise(self, built: Future[None]) -> None:
         try:
             self._build()
         except BaseException as error:
-            failure.append(error)
+            built.set_exception(error)
             return
-        finally:
-            built.set()
+        built.set_result(None)
         while not self._stop.wait(_POLL_SECONDS):
             with self._lock:
                 batching = self._batching

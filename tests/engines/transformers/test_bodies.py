@@ -132,7 +132,7 @@ def test_nulls_go() -> None:
 def test_fields_without_effect_go_and_are_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "_warned", set())
+    bodies._warn_ignored.cache_clear()
     given_fields = {
         "seed": 1,
         "temperature": 0.5,

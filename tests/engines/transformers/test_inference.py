@@ -294,11 +294,6 @@ def test_a_cache_that_cannot_be_made_is_said_at_start(loaded: tuple[Any, Any]) -
     inference.stop(1)
 
 
-def test_a_negative_temperature_is_refused(loaded: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="-1"):
-        Inference(*loaded, NAME, Turns(), temperature=-1)
-
-
 @pytest.mark.parametrize(("temperature", "sampled"), [(0, False), (0.7, True)])
 def test_temperature(loaded: tuple[Any, Any], temperature: float, sampled: bool) -> None:
     config = Inference(*loaded, NAME, Turns(), temperature=temperature).generation_config(5)
