@@ -25,6 +25,7 @@ from poc_kernels.protocol import (
 from poc_kernels.scheduling import PriorityLanes, Turns
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 from poc_kernels.service.device import TurnsDevice
+from poc_kernels.service.settings import ServiceSettings
 from poc_kernels.service.worker import ProofWorker
 
 BLOCK_HASH, PUBLIC_KEY = "0x00000000000000000001a2b3c4d5e6f7", "bench"
@@ -130,9 +131,8 @@ def _worker(
         low_priority=True,  # where the lanes have it so
     )
     sinks: Any = (_NoCallbacks(), recorder)
-    return ProofWorker(
-        manager, device, *sinks, drain_seconds=0.0, max_queued_nonces=4 * config.batch_size, stall_seconds=600.0
-    )
+    settings = ServiceSettings(drain_seconds=0.0, max_queued_nonces=4 * config.batch_size, stall_seconds=600.0)
+    return ProofWorker(manager, device, *sinks, settings)
 
 
 def distances_alone(model: Any, config: PoCConfig) -> list[ProofBatch]:

@@ -88,7 +88,7 @@ class PoCConfig:
         return self.node_count != UNSET
 
     def nonce(self, index: int) -> int:
-        """The nonce that this node tries as its ``index``-th, counted from 0.
+        """Return the nonce that this node tries as its ``index``-th, counted from 0.
 
         Raises:
             ValueError: node_id and node_count are not set.

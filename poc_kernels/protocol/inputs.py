@@ -28,7 +28,7 @@ _C2 = 0x1B873593
 _MIX1 = 0x85EBCA6B - 2**32
 _MIX2 = 0xC2B2AE35 - 2**32
 _ADD = 0xE6546B64 - 2**32
-# Numbers worked on at once: what fits the caches of a processor; a GPU wants fewer, larger launches.
+# Numbers worked on at once: what fits the caches of a CPU; a GPU wants fewer, larger launches.
 _CHUNK_CPU = 2**16
 _CHUNK_DEVICE = 2**24
 _CHECKED_SEEDS = (0, 1, 2**31, 2**32 - 1)
@@ -36,12 +36,12 @@ _CHECKED_COUNT = 10_001
 
 
 def seed32(text: str) -> int:
-    """The first 8 hexadecimal digits of SHA-256 of ``text`` in UTF-8, as a number."""
+    """Return the first 8 hexadecimal digits of SHA-256 of ``text`` in UTF-8, as a number."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
 def inputs_seed(block_hash: str, public_key: str, nonce: int) -> int:
-    """Seed of a nonce's inputs."""
+    """Return the seed of a nonce's inputs."""
     return seed32(f"{block_hash}_{public_key}_nonce{nonce}")
 
 
@@ -70,7 +70,7 @@ def _hash(index: Tensor, seeds: Tensor) -> Tensor:
 
 
 def hash32(seeds: Sequence[int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """MurmurHash3_x86_32 of the 4-byte keys start .. start + count - 1, without the final xor of the length.
+    """Compute MurmurHash3_x86_32 of the 4-byte keys start .. start + count - 1, without the final xor of the length.
 
     Returns:
         int32 [len(seeds), count] with the 32 bits of each hash.
@@ -95,7 +95,7 @@ def _uniform(index: Tensor, seeds: Tensor) -> Tensor:
 def normal(
     seeds: Sequence[int], count: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal numbers by Box and Muller, [len(seeds), count], computed in float32 and cast to ``dtype``."""
+    """Draw standard normal numbers by Box and Muller, [len(seeds), count], in float32, and cast them to ``dtype``."""
     device = torch.device(device)
     column = _seed_column(seeds, device)
     kernels = _kernels(device)
@@ -125,7 +125,7 @@ def _plain_normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The kernels that draw on ``device``, or None where torch's operators do; tried once per device.
+    """Return the kernels that draw on ``device``, or None where torch's operators do; tried once per device.
 
     Raises:
         RuntimeError: they were not tried yet and a CUDA graph is being captured, in which they cannot be.
@@ -140,7 +140,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 
 def _wrong_draws(kernels: ModuleType, device: torch.device) -> list[str]:
-    """What the kernels draw otherwise than torch's operators on a CPU."""
+    """List what the kernels draw otherwise than torch's operators on a CPU."""
     column, local = (_seed_column(_CHECKED_SEEDS, torch.device(place)) for place in (device, "cpu"))
     expected = _plain_normal(local, _CHECKED_COUNT, torch.float32)
     wrong = [
@@ -163,6 +163,6 @@ def nonce_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Input embeddings of nonces: [len(nonces), seq_len, dim] in the model's ``dtype``."""
+    """Draw the input embeddings of nonces: [len(nonces), seq_len, dim] in the model's ``dtype``."""
     seeds = [inputs_seed(block_hash, public_key, nonce) for nonce in nonces]
     return normal(seeds, seq_len * dim, device, dtype).view(len(nonces), seq_len, dim)

@@ -19,7 +19,7 @@ class SliceTimes(NamedTuple):
 
 
 class Device(Protocol):
-    """Where proofs are computed beside users: pauses users, and lets the proofs' thread have the device.
+    """Where users are served and proofs computed: pauses users, and lets the proofs' thread have the device.
 
     `lane` is entered once, by the thread that computes; `take`, `pause` and `give_back` are called in it. The other
     methods may be called from any thread.
@@ -72,7 +72,7 @@ class TurnsDevice:
     Args:
         turns: shared with users' steps.
         lanes: proofs run in the lane of validation.
-        drain: waits up to so many seconds until no user's request is in flight; returns whether none is.
+        drain: waits up to that many seconds until no user's request is in flight; returns whether none is.
         max_slices_in_flight: slices that a GPU is given before the first of them is done.
         low_priority: give the proofs' thread the lowest priority, where threads have priorities: for turns that are
             not paced.

@@ -21,7 +21,6 @@ from .errors import AdmissionError
 from .settings import ServiceSettings
 
 POC_PREFIX = "/api/v1/pow"
-_BODY_ROUTES = (f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
 _MAX_PLACES = 256
 """Requests with a body at once on PoC routes: their bodies, each within its bound, lie in memory until answered."""
 _MAX_SMALL_BODY = 1024
@@ -44,7 +43,7 @@ def posted_under(*prefixes: str) -> Callable[[Scope], bool]:
     return lambda scope: scope.get("method") == "POST" and scope["path"].startswith(prefixes)
 
 
-_TAKES_BODY = posted_under(*_BODY_ROUTES)
+_TAKES_BODY = posted_under(f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,7 +310,7 @@ class ValidationQueue:
         self._rate_seconds = self._rate_seconds * weight + seconds
 
     def _rate(self, now: float) -> float:
-        """Nonces per second while there was something to do; 0 if that was not measured yet."""
+        """Return nonces per second while there was something to do; 0 if that was not measured yet."""
         unfinished = now - self._rate_until if self.batches > 0 else 0.0
         seconds = max(self._rate_seconds, unfinished)
         return self._rate_nonces / seconds if seconds > 0 else 0.0

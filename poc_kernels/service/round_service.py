@@ -42,16 +42,7 @@ class RoundService:
         self.manager = PoCManager(prover, self.metrics.batch)
         key = None if settings.callback_key is None else settings.callback_key.encode()
         self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
-        self.worker = ProofWorker(
-            self.manager,
-            device,
-            self.callbacks,
-            self.metrics,
-            drain_seconds=settings.drain_seconds,
-            max_queued_nonces=settings.max_queued_nonces,
-            result_seconds=settings.result_seconds,
-            stall_seconds=settings.stall_seconds,
-        )
+        self.worker = ProofWorker(self.manager, device, self.callbacks, self.metrics, settings)
         self._prover = prover
         self._device = device
         self._watches = (*troubles, self.worker.trouble)

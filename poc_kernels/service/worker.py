@@ -16,6 +16,7 @@ from ..protocol import IllegalTransitionError, PoCManager, PoCState, RoundEndedE
 from ..scheduling import TurnsClosed
 from .device import Device
 from .queue import ValidationJob, ValidationQueue
+from .settings import ServiceSettings
 
 if TYPE_CHECKING:  # what they need, a process without a server may lack
     from .callbacks import CallbackSender
@@ -35,10 +36,7 @@ class ProofWorker:
         device: shared with users.
         callbacks: where proofs and verdicts go.
         metrics: told of slices, failures and frauds.
-        drain_seconds: how long requests in flight may go on once GENERATING begins, before they are paused.
-        max_queued_nonces: maximum number of nonces waiting to be validated, and of nonces of results that are kept.
-        result_seconds: how long results are kept.
-        stall_seconds: after this long without progress, `trouble` says so.
+        settings: of drain_seconds, stall_seconds, max_queued_nonces and result_seconds.
     """
 
     def __init__(
@@ -47,20 +45,16 @@ class ProofWorker:
         device: Device,
         callbacks: CallbackSender,
         metrics: Metrics,
-        *,
-        drain_seconds: float,
-        max_queued_nonces: int,
-        stall_seconds: float,
-        result_seconds: float = 3600.0,
+        settings: ServiceSettings,
     ) -> None:
         self._manager = manager
         self._form = manager.prover.form
         self._device = device
         self._callbacks = callbacks
         self._metrics = metrics
-        self._drain_seconds = drain_seconds
-        self._stall_seconds = stall_seconds
-        self.queue = ValidationQueue(max_queued_nonces, result_seconds, self._ended)
+        self._drain_seconds = settings.drain_seconds
+        self._stall_seconds = settings.stall_seconds
+        self.queue = ValidationQueue(settings.max_queued_nonces, settings.result_seconds, self._ended)
         self._condition = threading.Condition()
         self._users_paused = False
         self._drain_end: float | None = None

@@ -31,6 +31,7 @@ from poc_kernels.service import queue as queue_module
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.device import TurnsDevice
 from poc_kernels.service.queue import JobState, ValidationJob, ValidationQueue
+from poc_kernels.service.settings import ServiceSettings
 from poc_kernels.service.worker import ProofWorker
 
 _LEGAL = {
@@ -278,9 +279,7 @@ def worker_of(manager: PoCManager, turns: Turns) -> ProofWorker:
         TurnsDevice(turns, PARTITION, lambda seconds: True),
         nowhere,
         everything,
-        drain_seconds=1.0,
-        max_queued_nonces=20,
-        stall_seconds=60.0,
+        ServiceSettings(drain_seconds=1.0, max_queued_nonces=20, stall_seconds=60.0),
     )
 
 

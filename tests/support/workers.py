@@ -18,6 +18,7 @@ from poc_kernels.scheduling import Pacing, PriorityLanes, Turns
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.device import TurnsDevice
 from poc_kernels.service.metrics import Metrics
+from poc_kernels.service.settings import ServiceSettings
 from poc_kernels.service.worker import ProofWorker
 
 BATCH = 4
@@ -54,13 +55,13 @@ class Parts:
         of_device = {name: options.pop(name) for name in ("low_priority", "max_slices_in_flight") if name in options}
         drain = options.pop("drain", lambda seconds: True)
         self.device = TurnsDevice(self.turns, PriorityLanes("cpu"), drain, **of_device)
-        defaults = {"drain_seconds": 0.0, "max_queued_nonces": 200, "stall_seconds": 60.0}
+        defaults: dict[str, Any] = {"drain_seconds": 0.0, "max_queued_nonces": 200, "stall_seconds": 60.0}
         self.worker = ProofWorker(
             self.manager,
             self.device,
             self.callbacks,  # type: ignore[arg-type]
             self.metrics,
-            **{**defaults, **options},
+            ServiceSettings(**{**defaults, **options}),
         )
 
     def submit(self, batch: ProofBatch, submitter: str = "this process") -> Future[ValidatedBatch]:

@@ -14,7 +14,7 @@ BLOCK_SIZE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_
 
 
 def cache_tokens(cache: Any, limit: int) -> int:
-    """How many tokens of one request, at most ``limit``, an empty KV cache of continuous batching can hold."""
+    """Return how many tokens of one request, at most ``limit``, an empty KV cache of continuous batching can hold."""
     if hasattr(cache, "cache_allocators"):  # from 5.18 on: the attention types' allocators share one pool of sectors
 
         def fits(tokens: int) -> bool:
@@ -33,6 +33,6 @@ def cache_tokens(cache: Any, limit: int) -> int:
 
 
 def required_arguments(build_server: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that ``build_server`` requires, None where none is given: 5.20 added ``systemone_handler``."""
+    """Return the arguments that ``build_server`` requires, None for those not given: 5.20 added one."""
     parameters = inspect.signature(build_server).parameters.values()
     return {each.name: given.get(each.name) for each in parameters if each.default is each.empty}

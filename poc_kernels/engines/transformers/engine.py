@@ -133,8 +133,7 @@ class TransformersEngine:
             self._shape = shape
         if self._captured is not None:
             return self._captured.replay(inputs_embeds, pause)
-        states: Tensor = self._sliced.run(lambda: self._run(inputs_embeds), pause)
-        return states
+        return self._sliced.run(lambda: self._run(inputs_embeds), pause)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

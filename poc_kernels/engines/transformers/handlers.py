@@ -30,7 +30,7 @@ def handlers(inference: Inference) -> dict[str, Any]:
     """Make the handlers of ``inference``, by the names that transformers' ``build_server`` gives its arguments."""
     for handler in (ChatCompletionHandler, CompletionHandler, ResponseHandler):
         logging.getLogger(handler.__module__).setLevel(logging.ERROR)  # it warns of every request
-    manager = _OneModel(inference)
+    manager = ModelManager(device="cpu", model_timeout=-1)  # it loads no model: the handlers have theirs
     return {
         "model_manager": manager,
         "chat_handler": _Chat(inference, manager),
@@ -115,20 +115,6 @@ class _State(GenerationState):
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         return self._generator
-
-
-class _OneModel(ModelManager):
-    """Manages the one loaded model, which is never fetched, reloaded or unloaded."""
-
-    def __init__(self, inference: Inference) -> None:
-        super().__init__(device="cpu", model_timeout=-1)  # it places no model anywhere
-        self._pair = inference.model, inference.tokenizer
-
-    def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
-        return self._pair
-
-    def shutdown(self) -> None:
-        """Do nothing: the model outlives the app."""
 
 
 class _CheckedHandler:

@@ -22,14 +22,14 @@ def permutation_seed(block_hash: str, public_key: str, nonce: int) -> int:
 def permutations(
     block_hash: str, public_key: str, nonces: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Permutations of the vocabulary: int64 [len(nonces), vocab_size], for ``logits.gather(1, permutations)``."""
+    """Draw permutations of the vocabulary: int64 [len(nonces), vocab_size], for ``logits.gather(1, permutations)``."""
     seeds = [permutation_seed(block_hash, public_key, nonce) for nonce in nonces]
     # With the sign bit flipped, signed order is unsigned order.
     return torch.argsort(hash32(seeds, 0, vocab_size, device).bitwise_xor_(_SIGN), dim=1, stable=True)
 
 
 def target(block_hash: str, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The round's unit vector: float32 [vocab_size], the same for every node and nonce."""
+    """Draw the round's unit vector: float32 [vocab_size], the same for every node and nonce."""
     direction = normal([seed32(f"{block_hash}_target")], vocab_size, device)[0].double()
     return (direction / _norm(direction)).float()
 
@@ -39,7 +39,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def distances(logits: Tensor, permutation: Tensor, unit_target: Tensor) -> Tensor:
-    """Distance of each row's permuted, normalised logits to the target.
+    """Compute the distance of each row's permuted, normalised logits to the target.
 
     Args:
         logits: [rows, vocab_size], taken as float32.
