@@ -59,7 +59,7 @@ class Show:
         self._console.print()
         self._console.print(table)
         failed = sum(not check.passed for check in results.checks)
+        outcome = Text(f"all {len(results.checks)} checks passed", style="bold green")
         if failed:
-            self._console.print(Text(f"{failed} of {len(results.checks)} checks FAILED", style="bold red"))
-        else:
-            self._console.print(Text(f"all {len(results.checks)} checks passed", style="bold green"))
+            outcome = Text(f"{failed} of {len(results.checks)} checks FAILED", style="bold red")
+        self._console.print(outcome)

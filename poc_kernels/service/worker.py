@@ -248,17 +248,9 @@ class ProofWorker:
         verdict = job.verdict
         if verdict is not None and verdict.fraud_detected:
             self._metrics.fraud()
-            logger.warning(
-                "fraud detected",
-                extra={
-                    "public_key": verdict.public_key,
-                    "block_hash": verdict.block_hash,
-                    "node_id": verdict.node_id,
-                    "nonces": len(verdict),
-                    "n_invalid": verdict.n_invalid,
-                    "probability_honest": verdict.probability_honest,
-                },
-            )
+            told = ("public_key", "block_hash", "node_id", "n_invalid", "probability_honest")
+            fields = {name: getattr(verdict, name) for name in told}
+            logger.warning("fraud detected", extra={**fields, "nonces": len(verdict)})
 
     @contextlib.contextmanager
     def _slices(self) -> Iterator[None]:
