@@ -45,11 +45,6 @@ class Chat:
         return self.status == 200 and bool(self.arrivals)
 
     @property
-    def first(self) -> float | None:
-        """Time to the first token, in seconds."""
-        return self.arrivals[0] - self.began if self.arrivals else None
-
-    @property
     def gaps(self) -> list[float]:
         """Times between tokens, in seconds."""
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
@@ -144,7 +139,7 @@ class Results:
 
     def firsts(self, state: str) -> list[float]:
         """Return the times to the first token of the chats served in a state, in seconds."""
-        return [chat.first for chat in self.chats if chat.state == state and chat.served and chat.first is not None]
+        return [chat.arrivals[0] - chat.began for chat in self.chats if chat.state == state and chat.served]
 
     def gaps(self, state: str) -> list[float]:
         """Return the times between tokens of the chats served in a state, in seconds."""

@@ -82,18 +82,13 @@ class PoCConfig:
         if self.callback_url is not None:
             check_url("callback_url", self.callback_url)
 
-    @property
-    def can_generate(self) -> bool:
-        """Whether the node knows its place among the others."""
-        return self.node_count != UNSET
-
     def nonce(self, index: int) -> int:
         """Return the nonce that this node tries as its ``index``-th, counted from 0.
 
         Raises:
             ValueError: node_id and node_count are not set.
         """
-        if not self.can_generate:
+        if self.node_count == UNSET:
             raise ValueError(f"node_id and node_count must be set to generate, got {self.node_id}, {self.node_count}")
         offset = self.node_id + self.group_id * self.node_count
         return offset + index * self.node_count * self.n_groups

@@ -58,7 +58,7 @@ class Round:
 
 
 class Validation(Iterator[Any]):
-    """A proof that is being validated: gives None after each forward but the last, then the verdict.
+    """A proof that is being validated: gives None after each forward except the last, then the verdict.
 
     Whoever schedules the device decides when each forward runs. The proof belongs to ``round``, however late its
     forwards are.

@@ -155,7 +155,7 @@ class CallbackSender:
                 name is "nonces".
 
         Raises:
-            TypeError, ValueError: body and per_nonce do not fit (see `Delivery`).
+            TypeError, ValueError, KeyError: body and per_nonce do not fit (see `Delivery`).
         """
         self._add(GENERATED, url, Delivery(body, per_nonce))
 
@@ -165,13 +165,11 @@ class CallbackSender:
 
     def pending(self) -> int:
         """Return the number of deliveries not yet accepted, including those in flight."""
-        with self._lock:
-            return len(self._outbox)
+        return len(self._outbox)
 
     def pending_nonces(self) -> int:
         """Return the number of nonces not yet accepted, including those in flight."""
-        with self._lock:
-            return self._outbox.nonces
+        return self._outbox.nonces
 
     def status(self) -> dict[str, Any]:
         """Return what is pending, counts since the start, and the last error (None if there was none).

@@ -63,21 +63,15 @@ class Delivery:
         per_nonce: names of the lists in body that have one value per nonce; the first name is "nonces".
 
     Raises:
-        TypeError, ValueError: body is not JSON, or one of the lists is missing or has another length than the nonces.
+        TypeError, ValueError: body is not JSON.
+        KeyError: one of the lists is missing.
     """
 
     __slots__ = ("arrival", "common", "due", "goes_after", "per_nonce", "refused", "waiting")
 
     def __init__(self, body: Mapping[str, Any], per_nonce: tuple[str, ...]) -> None:
         self.common: dict[str, Any] = json.loads(canonical_json(dict(body)))  # a copy that is guaranteed to be JSON
-        self.per_nonce: dict[str, list[Any]] = {name: self.common.pop(name, None) for name in per_nonce}
-        for name, values in self.per_nonce.items():
-            if not isinstance(values, list):
-                raise TypeError(f"body[{name!r}] must be a list, got {type(values).__name__}")
-            if len(values) != len(self.nonces):
-                raise ValueError(
-                    f"body[{name!r}] must have {len(self.nonces)} values, one per nonce, got {len(values)}"
-                )
+        self.per_nonce: dict[str, list[Any]] = {name: self.common.pop(name) for name in per_nonce}
         self.arrival = 0
         """A number that grows from one delivery to the next."""
         self.due = 0.0
@@ -255,7 +249,7 @@ class Outbox:
     those in flight, not to those that are retained.
 
     Args:
-        max_nonces: the most that waiting deliveries may weigh together; a single one that waits may weigh more.
+        max_nonces: maximum weight of all waiting deliveries together; a single one that waits may weigh more.
     """
 
     def __init__(self, max_nonces: int) -> None:

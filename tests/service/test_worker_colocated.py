@@ -1,4 +1,4 @@
-"""The proof worker beside inference that never rests, and jobs in every state through every change of the round's."""
+"""The proof worker and inference that never rests, and jobs in every state through every change of the round's."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def running(directory: Path, **changes: Any) -> Iterator[tuple[Node, httpx2.Clie
 
 
 class Alone:
-    """Computes distances on a model of its own, with nothing beside it."""
+    """Computes distances on a model of its own, while nothing else runs."""
 
     def __init__(self, directory: Path) -> None:
         self.model = load(directory)[0]
@@ -135,9 +135,9 @@ def claim(nonces: Iterable[int], dist: Iterable[float] = (), **changes: Any) -> 
     return {**common, "nonces": list(nonces), "dist": list(dist), **changes}
 
 
-def checked(http: httpx2.Client, least: int) -> dict[str, Any]:
-    """The status once so many nonces are checked."""
-    eventually(lambda: status(http)["total_checked"] >= least)
+def checked(http: httpx2.Client, minimum: int) -> dict[str, Any]:
+    """The status once at least that many nonces are checked."""
+    eventually(lambda: status(http)["total_checked"] >= minimum)
     return status(http)
 
 

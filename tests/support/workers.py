@@ -73,8 +73,8 @@ class Parts:
     def stop(self) -> None:
         self.manager.stop_round()
 
-    def checked(self, least: int) -> None:
-        eventually(lambda: self.manager.status()["total_checked"] >= least)
+    def checked(self, minimum: int) -> None:
+        eventually(lambda: self.manager.status()["total_checked"] >= minimum)
 
     def ended(self) -> bool:
         return not self.worker._thread.is_alive()
@@ -116,7 +116,7 @@ def blocked(parts: Parts) -> Iterator[threading.Event]:
 
 
 def failing(*times: int) -> Callable[[], None]:
-    """Fails so many times; without end if no number is given."""
+    """Fails that many times; without end if no number is given."""
     errors = itertools.repeat(RuntimeError("out of memory"), *times)
 
     def fail() -> None:
