@@ -12,6 +12,7 @@ from helpers import run_python
 import poc_kernels
 from poc_kernels import backends, cli, kernels, reference
 from poc_kernels.node.settings import OPTIONS, Settings, described
+from poc_kernels.service.settings import REQUIRED
 
 
 def test_version_is_the_packages(capsys):
@@ -222,7 +223,7 @@ def test_serve_help_has_every_option_with_its_default(capsys):
     for each in OPTIONS:
         option, default, _ = described(each)
         assert f" {option} " in shown
-        assert each.required or f"default: {default})" in shown
+        assert each.default is REQUIRED or f"default: {default})" in shown
 
 
 WITHOUT_TRANSFORMERS = """
