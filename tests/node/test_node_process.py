@@ -205,8 +205,8 @@ def test_a_signal_while_the_node_starts_is_not_lost(model_dir: Path, monkeypatch
 
     monkeypatch.setattr(Node, "start", signalled)
     serve(settings(model_dir, port=0))
-    assert [node.stopping for node in started] == [True]
-    assert not started[0].worker._thread.is_alive()
+    assert [node.service.stopping for node in started] == [True]
+    assert not started[0].service.worker._thread.is_alive()
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded() -> None:
