@@ -131,8 +131,6 @@ def _project(x: Tensor, seed: Tensor, shape: tuple[int, ...], request: Request) 
     project = select(x.device).project
     if x.dim() == 2:
         return project(x, seed, request)
-    if request.row_mask is not None:
-        request = request._replace(row_mask=request.row_mask.reshape(-1))
     return project(x.reshape(-1, x.shape[-1]), seed, request).view(shape)
 
 
@@ -148,9 +146,8 @@ def _residual_projection(
 ) -> Tensor:
     shape = _residual_shape(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
     coefficient = definition.coefficient(std)
-    return _project(
-        x, seed, shape, Request(domain, coefficient, activation_bits, row_mask, column_start, shape[-1], True)
-    )
+    mask = row_mask if row_mask is None or row_mask.dim() == 1 else row_mask.reshape(-1)
+    return _project(x, seed, shape, Request(domain, coefficient, activation_bits, mask, column_start, shape[-1], True))
 
 
 def _random_projection(

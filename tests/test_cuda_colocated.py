@@ -1,4 +1,4 @@
-"""Validation while users are served on a GPU: two streams that overlap, and the bits of each side alone."""
+"""Validation while users are served on a GPU: two streams of two priorities that overlap, each with the bits alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A round of PoC 2.0 (``docs/protocol.md``): its states, nonces, proofs and verdicts. No server in it."""
 
 from .config import UNSET, PoCConfig
-from .distances.distance import distances, permutations, target
+from .distances.distance import permutations, target
 from .distances.proofs import ProofBatch, ValidatedBatch, validate_distances
 from .distances.prover import DistanceProver
 from .engine import Engine
@@ -29,7 +29,6 @@ __all__ = [
     "RoundEndedError",
     "ValidatedBatch",
     "Validation",
-    "distances",
     "nonce_inputs",
     "permutations",
     "probability_honest",

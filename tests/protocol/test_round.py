@@ -21,12 +21,12 @@ from poc_kernels.protocol import (
     PoCState,
     ProofBatch,
     RoundEndedError,
-    distances,
     nonce_inputs,
     permutations,
     target,
 )
 from poc_kernels.protocol import pieces as pieces_module
+from poc_kernels.protocol.distances.distance import distances
 from poc_kernels.protocol.engine import never
 from poc_kernels.reference import project
 from poc_kernels.scheduling import stopwatch as stopwatch_module

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from poc_kernels.protocol import distances, nonce_inputs, permutations, target
-from poc_kernels.protocol.distances.distance import permutation_seed
+from poc_kernels.protocol import nonce_inputs, permutations, target
+from poc_kernels.protocol.distances.distance import distances, permutation_seed
 from poc_kernels.protocol.inputs import hash32, inputs_seed, normal, seed32
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "poc2_vectors.json").read_text())["cases"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from poc_kernels.protocol import distances, permutations, target
+from poc_kernels.protocol import permutations, target
+from poc_kernels.protocol.distances.distance import distances
 
 
 def _logits(rows, vocab, seed=0):
