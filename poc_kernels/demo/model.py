@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+MIN_VOCAB = 512
+MAX_VOCAB = 2048
 MAX_POSITIONS = 4096
 """Maximum number of tokens of a prompt and its answer together."""
 
@@ -61,7 +63,7 @@ def _fill(model: Qwen3ForCausalLM, special: list[int]) -> None:
         model.lm_head.weight[special] = 0.0
 
 
-def build(directory: Path, *, hidden_size: int = 256, layers: int = 4, vocab: int = 2048) -> None:
+def build(directory: Path, *, hidden_size: int = 256, layers: int = 4, vocab: int = MAX_VOCAB) -> None:
     """Save a float32 causal language model and its tokenizer, as ``from_pretrained`` loads them.
 
     The same arguments and versions give the same bytes; torch's global generators are left as they were.
@@ -71,7 +73,16 @@ def build(directory: Path, *, hidden_size: int = 256, layers: int = 4, vocab: in
         hidden_size: a positive multiple of 64.
         layers: number of decoder layers, at least 1.
         vocab: size of the vocabulary, in [512, 2048]; every id has a token.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+    if hidden_size < 1 or hidden_size % (2 * _HEAD_DIM):
+        raise ValueError(f"hidden_size must be a positive multiple of {2 * _HEAD_DIM}, got {hidden_size}")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    if not MIN_VOCAB <= vocab <= MAX_VOCAB:
+        raise ValueError(f"vocab must be in [{MIN_VOCAB}, {MAX_VOCAB}], got {vocab}")
     tokenizer = _tokenizer(vocab)
     heads = hidden_size // _HEAD_DIM
     config = Qwen3Config(

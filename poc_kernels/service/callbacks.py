@@ -83,6 +83,10 @@ class CallbackSender:
             at random. A Retry-After is respected, up to max_retry_seconds.
         timeout_seconds: how long a receiver may take over one post.
         observer: learns of every post, every failure and every dropped delivery.
+
+    Raises:
+        TypeError: key is not bytes.
+        ValueError: key is empty, or a number is out of its range.
     """
 
     def __init__(
@@ -97,6 +101,22 @@ class CallbackSender:
         timeout_seconds: float = 10.0,
         observer: CallbackObserver | None = None,
     ) -> None:
+        if key is not None and not isinstance(key, bytes):
+            raise TypeError(f"key must be bytes or None, got {type(key).__name__}")
+        if key == b"":
+            raise ValueError("key must be None or at least one byte, got none")
+        for name, count in (("max_nonces", max_nonces), ("max_nonces_per_post", max_nonces_per_post)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if not flush_seconds >= 0:
+            raise ValueError(f"flush_seconds must be at least 0, got {flush_seconds}")
+        if not 0 < first_retry_seconds <= max_retry_seconds:
+            raise ValueError(
+                "first_retry_seconds must be positive and at most max_retry_seconds, "
+                f"got {first_retry_seconds} and {max_retry_seconds}"
+            )
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
         self._key = key
         self._max_nonces_per_post = max_nonces_per_post
         self._flush_seconds = flush_seconds
@@ -155,7 +175,7 @@ class CallbackSender:
                 name is "nonces".
 
         Raises:
-            TypeError, ValueError, KeyError: body and per_nonce do not fit (see `Delivery`).
+            TypeError, ValueError: url is not a str, or body and per_nonce do not fit (see `Delivery`).
         """
         self._add(GENERATED, url, Delivery(body, per_nonce))
 
@@ -219,6 +239,8 @@ class CallbackSender:
             self._report_dropped("callbacks not delivered before the deadline", destination, deliveries)
 
     def _add(self, kind: str, url: str, delivery: Delivery) -> None:
+        if not isinstance(url, str):
+            raise TypeError(f"url must be a str, got {type(url).__name__}")
         url = f"{url.rstrip('/')}/{kind}"
         with self._lock:
             delivery.arrival = self._arrivals

@@ -63,15 +63,26 @@ class Delivery:
         per_nonce: names of the lists in body that have one value per nonce; the first name is "nonces".
 
     Raises:
-        TypeError, ValueError: body is not JSON.
-        KeyError: one of the lists is missing.
+        TypeError, ValueError: body is not JSON, one of the lists is missing or has another length than the nonces, or
+            per_nonce does not begin with "nonces".
     """
 
     __slots__ = ("arrival", "common", "due", "goes_after", "per_nonce", "refused", "waiting")
 
     def __init__(self, body: Mapping[str, Any], per_nonce: tuple[str, ...]) -> None:
+        if not isinstance(body, Mapping):
+            raise TypeError(f"body must be a mapping, got {type(body).__name__}")
+        if not isinstance(per_nonce, tuple) or per_nonce[:1] != ("nonces",):
+            raise ValueError(f'per_nonce must be a tuple of names that begins with "nonces", got {per_nonce!r}')
         self.common: dict[str, Any] = json.loads(canonical_json(dict(body)))  # a copy that is guaranteed to be JSON
-        self.per_nonce: dict[str, list[Any]] = {name: self.common.pop(name) for name in per_nonce}
+        self.per_nonce: dict[str, list[Any]] = {name: self.common.pop(name, None) for name in per_nonce}
+        for name, values in self.per_nonce.items():
+            if not isinstance(values, list):
+                raise TypeError(f"body[{name!r}] must be a list, got {type(values).__name__}")
+            if len(values) != len(self.nonces):
+                raise ValueError(
+                    f"body[{name!r}] must have {len(self.nonces)} values, one per nonce, got {len(values)}"
+                )
         self.arrival = 0
         """A number that grows from one delivery to the next."""
         self.due = 0.0

@@ -114,11 +114,18 @@ class ValidationQueue:
         result_seconds: how long finished jobs are kept.
         ended: called once with every job that is done, failed or cancelled, before its future is set; in any thread.
             What it raises is logged.
+
+    Raises:
+        ValueError: max_nonces is not positive, or result_seconds is not.
     """
 
     def __init__(
         self, max_nonces: int, result_seconds: float = 3600.0, ended: Callable[[ValidationJob], Any] = lambda job: None
     ) -> None:
+        if max_nonces < 1:
+            raise ValueError(f"max_nonces must be positive, got {max_nonces}")
+        if not result_seconds > 0:
+            raise ValueError(f"result_seconds must be positive, got {result_seconds}")
         self._max_nonces = max_nonces
         self._result_seconds = result_seconds
         self._ended = ended

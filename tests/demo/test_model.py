@@ -82,3 +82,19 @@ def test_sizes_are_those_asked_for_in_float32(tmp_path):
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size) == (128, 2, 600)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 600
     assert model.config.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_size": 100}, "hidden_size must be a positive multiple of 64, got 100"),
+        ({"hidden_size": 0}, "hidden_size must be a positive multiple of 64, got 0"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"vocab": 511}, r"vocab must be in \[512, 2048\], got 511"),
+        ({"vocab": 2049}, r"vocab must be in \[512, 2048\], got 2049"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small_model.build(tmp_path / "none", **arguments)
+    assert not (tmp_path / "none").exists()

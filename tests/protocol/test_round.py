@@ -479,6 +479,8 @@ def test_what_does_not_fit_the_engine():
         m.start_round({})
     with pytest.raises(ValueError, match=r"engine must have a hidden size in \[1, 65536\], got 65537"):
         DistanceProver(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
+    with pytest.raises(ValueError, match="slice_seconds must be positive, got 0"):
+        DistanceProver(SmallEngine(), slice_seconds=0)
     with pytest.raises(ValueError, match="node_id and node_count must be set to generate"):
         m.start_round(config(node_id=UNSET, node_count=UNSET))
     assert m.state == PoCState.IDLE

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from callback_receivers import KEY, OK, SECONDS, Observer, alone, batch, generated, records, verdict
 
-from poc_kernels.service.callbacks import canonical_json, sign, verify
+from poc_kernels.service.callbacks import CallbackSender, canonical_json, sign, verify
 
 pytest_plugins = ["callback_receivers"]
 
@@ -308,10 +308,38 @@ def test_start_is_called_once(senders):
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key": "text"}, TypeError, "key must be bytes or None, got str"),
+        ({"key": b""}, ValueError, "key must be None or at least one byte"),
+        ({"max_nonces": 0}, ValueError, "max_nonces must be at least 1, got 0"),
+        ({"max_nonces_per_post": -1}, ValueError, "max_nonces_per_post must be at least 1, got -1"),
+        ({"flush_seconds": -1.0}, ValueError, "flush_seconds must be at least 0, got -1.0"),
+        ({"first_retry_seconds": 0.0}, ValueError, "first_retry_seconds must be positive"),
+        ({"first_retry_seconds": 2.0, "max_retry_seconds": 1.0}, ValueError, "got 2.0 and 1.0"),
+        ({"timeout_seconds": float("nan")}, ValueError, "timeout_seconds must be positive, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        CallbackSender(**options)
+
+
+def test_a_url_that_is_no_text_is_refused_at_once(senders):
+    sender = senders()
+    with pytest.raises(TypeError, match="url must be a str, got NoneType"):
+        generated(sender, None, batch(1))
+    assert sender.pending() == 0
+
+
+@pytest.mark.parametrize(
     ("body", "error", "message"),
     [
-        ({"dist": []}, KeyError, "nonces"),
-        ({"nonces": [1]}, KeyError, "dist"),
+        ([1], TypeError, "body must be a mapping, got list"),
+        ({"dist": []}, TypeError, r"body\['nonces'\] must be a list, got NoneType"),
+        ({"nonces": [1]}, TypeError, r"body\['dist'\] must be a list, got NoneType"),
+        ({"nonces": [1], "dist": 1.0}, TypeError, r"body\['dist'\] must be a list, got float"),
+        ({"nonces": [1], "dist": []}, ValueError, r"body\['dist'\] must have 1 values, one per nonce, got 0"),
         ({"nonces": [1], "dist": [object()]}, TypeError, "not JSON serializable"),
     ],
 )
@@ -322,8 +350,17 @@ def test_a_body_that_does_not_fit_is_refused_at_once(senders, body, error, messa
     assert sender.pending() == 0
 
 
-def test_a_verdict_needs_nonces(senders):
+@pytest.mark.parametrize("body", [[1], {"dist": [1.0]}, {"nonces": 1}])
+def test_a_verdict_needs_nonces(senders, body):
     sender = senders()
-    with pytest.raises(KeyError, match="nonces"):
-        sender.validated("http://127.0.0.1:1", {"dist": [1.0]})
+    with pytest.raises(TypeError, match=r"body.* must be a (mapping|list)"):
+        sender.validated("http://127.0.0.1:1", body)
+    assert sender.pending() == 0
+
+
+@pytest.mark.parametrize("per_nonce", [(), ("dist",), ("dist", "nonces"), ["nonces", "dist"], "nonces", None])
+def test_names_that_do_not_begin_with_the_nonces_are_refused_at_once(senders, per_nonce):
+    sender = senders()
+    with pytest.raises(ValueError, match='per_nonce must be a tuple of names that begins with "nonces", got '):
+        sender.generated("http://127.0.0.1:1", batch(1), per_nonce=per_nonce)
     assert sender.pending() == 0

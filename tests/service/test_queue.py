@@ -495,3 +495,12 @@ def test_many_threads_at_once() -> None:
     assert {job.state for job in jobs} == {JobState.DONE, JobState.CANCELLED}
     assert all(job.future.done() for job in jobs)
     assert (queue.nonces, queue.batches) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0,), "max_nonces must be positive, got 0"), ((1, 0.0), "result_seconds must be positive, got 0.0")],
+)
+def test_bounds_that_make_no_sense(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ValidationQueue(*arguments)

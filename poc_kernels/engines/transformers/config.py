@@ -40,7 +40,13 @@ class InferenceLimits:
 
 
 def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:
-    """Make the sampling of all requests: as the model says, or with ``temperature``, greedy at 0."""
+    """Make the sampling of all requests: as the model says, or with ``temperature``, greedy at 0.
+
+    Raises:
+        ValueError: a negative temperature.
+    """
+    if temperature is not None and temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     if temperature == 0:
         config.do_sample = False

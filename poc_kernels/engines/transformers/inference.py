@@ -39,6 +39,9 @@ class Inference:
         temperature: of all requests. None samples as the model's generation config says, 0 takes the likeliest token,
             more samples with that temperature.
         streams: steps run on the stream of inference; by default, lanes of the model's device.
+
+    Raises:
+        ValueError: a negative temperature.
     """
 
     def __init__(

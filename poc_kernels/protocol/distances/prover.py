@@ -42,12 +42,14 @@ class DistanceProver:
         max_logits: bound on batch_size * vocab_size of a round; None for no bound.
 
     Raises:
-        ValueError: the engine's hidden size is not one that projections take.
+        ValueError: the engine's hidden size is not one that projections take, or slice_seconds is not positive.
     """
 
     form = DISTANCES
 
     def __init__(self, engine: Engine, *, slice_seconds: float = 0.002, max_logits: int | None = None) -> None:
+        if not slice_seconds > 0:
+            raise ValueError(f"slice_seconds must be positive, got {slice_seconds}")
         if not 1 <= engine.hidden_size <= MAX_FEATURES:
             raise ValueError(f"engine must have a hidden size in [1, {MAX_FEATURES}], got {engine.hidden_size}")
         self.engine = engine

@@ -314,3 +314,8 @@ def test_more_at_once_than_the_cache_holds(loaded: tuple[Any, Any]) -> None:
         with ThreadPoolExecutor(10) as pool:
             assert list(pool.map(ask, range(10))) == [30 + n for n in range(10)]
         assert inference.restarts == 0
+
+
+def test_a_negative_temperature_is_refused(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="-1"):
+        Inference(*loaded, NAME, Turns(), temperature=-1)
