@@ -72,7 +72,9 @@ class Rig:
         self.manager.start_round(CONFIG, PoCState.VALIDATING)
         self.router = Router()
         self._sampling = generation_config(model, _NoTokenizer(), 0)
-        limits = InferenceLimits(kv_blocks=256, kv_block_size=32, max_batch_tokens=512)
+        limits = InferenceLimits(
+            max_new_tokens=1024, stall_seconds=60.0, kv_blocks=256, kv_block_size=32, max_batch_tokens=512
+        )
         self.batching = ContinuousBatching(
             model, self._sampling, batching_config(limits, "cuda"), self.router, self.turns, self.streams
         )

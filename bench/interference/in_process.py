@@ -97,7 +97,7 @@ class InProcessRig:
         self._router = Router()
         self._generation = greedy(model)
         self._generation.max_new_tokens = new_tokens
-        limits = batching_config(InferenceLimits(), model.device.type)
+        limits = batching_config(InferenceLimits(max_new_tokens=1, stall_seconds=1.0), model.device.type)
         self._batching = ContinuousBatching(
             model, self._generation, limits, self._router, self._turns, lanes[PRIORITIES]
         )

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..scheduling.slices import Pause
+from ..scheduling.slices import Pause, Slices
 
 
 def never() -> None:
@@ -31,6 +31,10 @@ class Engine(Protocol):
     """dtype of input embeddings and hidden states: float32, bfloat16 or float16."""
     device: torch.device
     """Where input embeddings are taken, and hidden states given."""
+
+    @property
+    def slices(self) -> Slices | None:
+        """The slices of the forward; None until they are measured, or where it is not cut."""
 
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
         """Compute the last hidden states [batch, seq_len, hidden_size], after the final norm, of input embeddings.

@@ -10,11 +10,13 @@ from .config import PoCConfig
 
 
 class Histogram(NamedTuple):
-    """A histogram of outcomes, as Prometheus shows it."""
+    """A histogram of what outcomes measure, as Prometheus shows it."""
 
     name: str
     description: str
     buckets: tuple[float, ...]
+    measure: Callable[[Any], float] = float
+    """What is measured of an outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class ProofForm:
         parts: names of the parts that a prover's time is made of.
         per_nonce: names of a proof's lists that have one value per nonce, the nonces first, then the outcomes.
         listed_as: name under which the status lists the outcomes of valid nonces.
-        histogram: of outcomes.
+        histogram: of outcomes; None for none.
         count_valid: how many of the outcomes count in a round.
         valid: the part of a proof that counts, and is sent to the chain's node.
         verdict: the verdict on a proof from the recomputed outcomes of its nonces.
@@ -41,7 +43,7 @@ class ProofForm:
     parts: tuple[str, ...]
     per_nonce: tuple[str, str]
     listed_as: str
-    histogram: Histogram
+    histogram: Histogram | None
     count_valid: Callable[[PoCConfig, Sequence[Any]], int]
     valid: Callable[[PoCConfig, Any], Any]
     verdict: Callable[[PoCConfig, Any, Sequence[Any]], Any]

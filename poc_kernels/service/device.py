@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from ..scheduling import InFlight, PriorityLanes, Turns
+from ..scheduling import InFlight, Pacing, PriorityLanes, Turns
 
 
 class SliceTimes(NamedTuple):
@@ -53,8 +53,8 @@ class Device(Protocol):
         """Whether the proofs' thread waits for the device now."""
 
     @property
-    def pacing(self) -> str:
-        """How slices share the device, for the status: "paced" or "free"."""
+    def pacing(self) -> Pacing | None:
+        """How slices share the device now; None where proofs are guaranteed nothing."""
 
     def drain_users(self, timeout_seconds: float) -> bool:
         """Wait until no user's request is in flight; return whether none is."""
@@ -101,10 +101,9 @@ class TurnsDevice:
         return self._turn.waiting
 
     @property
-    def pacing(self) -> str:
-        """Whether slices wait for their share ("paced") or run on priorities alone ("free")."""
-        pacing = self._turns.pacing
-        return "paced" if pacing is not None and pacing.paced else "free"
+    def pacing(self) -> Pacing | None:
+        """The turns' pacing."""
+        return self._turns.pacing
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[None]:

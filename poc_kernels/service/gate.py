@@ -25,7 +25,9 @@ _MAX_PLACES = 256
 """Requests with a body at once on PoC routes: their bodies, each within its bound, lie in memory until answered."""
 _MAX_SMALL_BODY = 1024
 """Bound on the bodies of routes that take none."""
-_DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]"
+_TAIL = 32
+"""Bytes of the end of a stream: the last event, whatever its line ends."""
 _TRY_AGAIN_LATER = 1013
 """Close code of a websocket that is refused for now."""
 
@@ -303,9 +305,9 @@ class DoneEvent:
                 content_type = dict(message["headers"]).get(b"content-type", b"")
                 streaming = message["status"] == 200 and content_type.startswith(b"text/event-stream")
             elif streaming and message["type"] == "http.response.body":
-                tail = (tail + message.get("body", b""))[-len(_DONE) :]
-                if not message.get("more_body", False) and tail != _DONE:
-                    message = {**message, "body": message.get("body", b"") + _DONE}
+                tail = (tail + message.get("body", b"")[-_TAIL:])[-_TAIL:]
+                if not message.get("more_body", False) and not tail.rstrip().endswith(_DONE):
+                    message = {**message, "body": message.get("body", b"") + _DONE + b"\n\n"}
             await send(message)
 
         await self._app(scope, receive, sending)

@@ -32,8 +32,9 @@ class Metrics:
         self._checked = counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"])
         self._valid = counter("poc_nonces_valid", "Nonces below r_target, by phase", ["phase"])
         self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=self.registry)
-        name, description, buckets = form.histogram
-        self._outcomes = histogram(name, description, buckets=buckets)
+        self._measure = None if form.histogram is None else form.histogram.measure
+        if form.histogram is not None:
+            self._outcomes = histogram(form.histogram.name, form.histogram.description, buckets=form.histogram.buckets)
         self._batch_seconds = histogram(
             "poc_batch_seconds", "Time of a forward of a round", ["phase"], buckets=_SECONDS_BUCKETS
         )
@@ -75,8 +76,9 @@ class Metrics:
         self._batch_seconds.labels(report.phase).observe(report.seconds)
         for part, seconds in report.part_seconds.items():
             self._part_seconds.labels(part).inc(seconds)
-        for outcome in report.outcomes:
-            self._outcomes.observe(outcome if math.isfinite(outcome) else math.inf)
+        if self._measure is not None:
+            for value in map(self._measure, report.outcomes):
+                self._outcomes.observe(value if math.isfinite(value) else math.inf)
 
     def slice(self, seconds: float) -> None:
         """Count a slice of a forward."""

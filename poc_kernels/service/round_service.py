@@ -122,7 +122,7 @@ class RoundService:
     def status(self) -> dict[str, Any]:
         """Return state and progress of the round, of the validation queue and of the callbacks."""
         config = self.manager.config
-        slices = self._prover.slices
+        slices, pacing = self._prover.slices, self._device.pacing
         return {
             **self.manager.status(),
             "config": None
@@ -131,8 +131,8 @@ class RoundService:
             "queued_nonces": self.worker.queue.nonces,
             "validation": {
                 **self.worker.queue.status(),
-                "share": self.settings.validation_share,
-                "pacing": self._device.pacing,
+                "share": 0.0 if pacing is None else pacing.share,
+                "pacing": "paced" if pacing is not None and pacing.paced else "free",
                 "slices": None
                 if slices is None
                 else {"count": len(slices.seconds), "longest_seconds": slices.longest_seconds},

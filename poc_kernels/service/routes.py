@@ -6,7 +6,6 @@ Nothing long runs on the event loop: bodies are read into their models, and larg
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
 
 from ..protocol import UNSET, IllegalTransitionError, PoCState, RoundEndedError
 from ..protocol.distances import wire as distances_wire
@@ -31,6 +31,8 @@ WIRES = {DISTANCES.name: distances_wire}
 _BUSY_SECONDS = 5
 _MAX_DETAILS = 20
 _MAX_SHOWN = 200
+_MAX_PARSED_AGAIN = 65536
+"""Bytes of a wrong body up to which its errors are made as FastAPI makes them, with the input: that takes long."""
 
 
 class RoundBody(BaseModel):
@@ -96,9 +98,12 @@ def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
     if not body:
         raise _invalid(("body",), "missing", "Field required", None)
     is_json = content_type == "application/json" or content_type.endswith("+json")
-    with contextlib.suppress(ValidationError):
-        if is_json:
+    if is_json:
+        try:
             return model.model_validate_json(body)  # holds the interpreter for a fifth of the time of json.loads
+        except ValidationError as error:
+            if len(body) > _MAX_PARSED_AGAIN:
+                raise _mismatch(error, include_input=False) from error
     try:
         content: Any = json.loads(body) if is_json else body
     except json.JSONDecodeError as error:
@@ -108,8 +113,12 @@ def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
     try:
         return model.model_validate(content, from_attributes=True)  # as FastAPI does
     except ValidationError as error:
-        details = error.errors(include_url=False)[:_MAX_DETAILS]
-        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from error
+        raise _mismatch(error, include_input=True) from error
+
+
+def _mismatch(error: ValidationError, include_input: bool) -> RequestValidationError:
+    details = error.errors(include_url=False, include_input=include_input)[:_MAX_DETAILS]
+    return RequestValidationError([{"input": None, **detail, "loc": ("body", *detail["loc"])} for detail in details])
 
 
 def _invalid(loc: tuple[Any, ...], kind: str, message: str, value: object) -> RequestValidationError:
@@ -170,7 +179,7 @@ def poc_router(service: RoundService) -> APIRouter:
             raise HTTPException(400, str(error)) from error
         except IllegalTransitionError as error:
             raise _not_allowed(error) from error
-        return JSONResponse({"status": "OK", "pow_status": service.status()})
+        return _json({"status": "OK", "pow_status": service.status()})
 
     def _not_allowed(error: Exception) -> HTTPException:
         return HTTPException(400 if manager.config is None else 409, str(error))
@@ -271,7 +280,7 @@ def poc_router(service: RoundService) -> APIRouter:
     @router.get("/status", response_model=dict[str, Any])
     def status() -> Response:
         """Return state and progress of the round."""
-        return JSONResponse(service.status())
+        return _json(service.status())
 
     @router.post("/stop", **phase)
     def stop() -> Response:
@@ -279,6 +288,11 @@ def poc_router(service: RoundService) -> APIRouter:
         return changed(manager.stop_round)
 
     return router
+
+
+def _json(content: object) -> Response:
+    """Write what may be long: the status lists up to 100,000 nonces."""
+    return Response(to_json(content), media_type="application/json")
 
 
 def _waiting(job: ValidationJob, headers: dict[str, str] | None = None) -> Response:

@@ -132,14 +132,16 @@ class ProofWorker:
         try:
             with self._device.lane():
                 while self._wait():
-                    self._step()
+                    if self._step():
+                        self._wait_to_retry()
         except TurnsClosed:
             logger.info("the proof thread ends: the device is closed")
         finally:
-            self._device.resume_users()
             with self._condition:
                 self._closing = True  # whatever ended it: nobody would compute what comes
             self.queue.close("the proof thread ended")
+            with contextlib.suppress(Exception):  # a device that is gone has no users either
+                self._device.resume_users()
 
     def _wait(self) -> bool:
         with self._condition:
@@ -149,18 +151,27 @@ class ProofWorker:
             self._idle = False
             return not self._closing
 
-    def _step(self) -> None:
-        generating = self._manager.state == PoCState.GENERATING
-        if generating and not self._users_paused:
-            self._pause_users()
-        self._resume_users()
-        failed = self._validate_some()
-        if self._users_paused and generating:
-            failed = self._generate() or failed
-        if failed:
-            with self._condition:
-                if not self._closing:
-                    self._condition.wait(_RETRY_SECONDS)
+    def _step(self) -> bool:
+        """Compute a forward to validate, and one of the round; return whether something failed."""
+        try:
+            generating = self._manager.state == PoCState.GENERATING
+            if generating and not self._users_paused:
+                self._pause_users()
+            self._resume_users()
+            failed = self._validate_some()
+            if self._users_paused and generating:
+                failed = self._generate() or failed
+            return failed
+        except TurnsClosed:
+            raise
+        except Exception as error:  # of the device: a proof's own are caught where it is computed
+            self._failed(error)
+            return True
+
+    def _wait_to_retry(self) -> None:
+        with self._condition:
+            if not self._closing:
+                self._condition.wait(_RETRY_SECONDS)
 
     def _drain_left(self) -> float | None:
         """Return the seconds until requests in flight are paused; None while nothing is generated.

@@ -496,6 +496,22 @@ def test_phases(phase):
             enter(phase)
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (5, 1), (1, 1), (5, 6)])
+def test_the_engine_s_output_is_left_alone(shape):
+    """It may be the engine's own memory, and the last positions of one row are no copy of it."""
+
+    class Keeping(SmallEngine):
+        def forward(self, inputs_embeds, pause=never):
+            self.result = super().forward(inputs_embeds, pause)
+            self.before = self.result.clone()
+            return self.result
+
+    m = PoCManager(DistanceProver(Keeping()))
+    m.start_round(config(batch_size=shape[0], seq_len=shape[1], use_random_projection=True))
+    m.run_batch()
+    assert_same_bits(m.prover.engine.result, m.prover.engine.before)
+
+
 def test_the_engine_s_output_may_be_a_view_that_the_next_call_overwrites():
     class Reusing(SmallEngine):
         buffer = None

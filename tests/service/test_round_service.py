@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,16 @@ import pytest
 from callback_receivers import Receiver
 from helpers import run_python
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_service import TinyNode, distance, tiny_node
-from web import CHAT, client, eventually, serving
+from tiny_service import TinyDevice, TinyNode, TinyProver, distance, tiny_node
+from web import CHAT, TIMEOUT, client, eventually, serving
 
-from poc_kernels.protocol import PoCState, ProofBatch
+from poc_kernels.protocol import Outcomes, PoCConfig, PoCState, ProofBatch, ProofForm, RoundEndedError
 from poc_kernels.protocol.distances import wire
-from poc_kernels.service import round_service, routes
+from poc_kernels.protocol.engine import never
+from poc_kernels.protocol.form import Histogram
+from poc_kernels.scheduling import Pacing
+from poc_kernels.service import outbox, round_service, routes
+from poc_kernels.service import worker as worker_module
 
 POW = "/api/v1/pow"
 ROUND: dict[str, Any] = {
@@ -154,6 +160,126 @@ def test_a_watch_of_the_app_s_own_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         assert service.troubles() == ["it hangs", "the proof thread is not running"]
 
 
+# ---- a device of another kind ----
+
+
+@pytest.mark.parametrize("call", ["drain_users", "pause_users", "resume_users", "take", "pause"])
+def test_a_device_whose_calls_fail_is_asked_again(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.setattr(worker_module, "_RETRY_SECONDS", 0.01)
+    device = TinyDevice()
+    with tiny_node(device=device) as node:
+        device.failures[call] = 2
+        node.service.begin(ROUND, PoCState.GENERATING)
+        eventually(lambda: node.service.manager.progress()["total_checked"] >= 8)
+        assert device.paused
+        node.service.manager.set_phase(PoCState.VALIDATING)
+        eventually(lambda: not device.paused)
+        assert device.failures[call] == 0
+        job = node.service.enqueue(ProofBatch("key", "block", 7, [1, 2], []), "somebody")
+        assert job.future.result(TIMEOUT).dist == [of(node, 1), of(node, 2)]
+        assert node.service.troubles() == []
+
+
+def test_what_waits_is_cancelled_though_the_device_fails_at_the_end() -> None:
+    device = TinyDevice()
+    with tiny_node(device=device) as node:
+        node.service.begin(ROUND, PoCState.VALIDATING)
+        device.failures["resume_users"] = 1000
+        node.prover.before_forward = node.service.worker._device.cancel
+        job = node.service.enqueue(ProofBatch("key", "block", 7, list(range(20)), []), "somebody")
+        with pytest.raises(RoundEndedError):
+            job.future.result(TIMEOUT)
+
+
+# ---- a proof form of another kind ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Nonces, and a word for each."""
+
+    public_key: str
+    block_hash: str
+    block_height: int
+    nonces: list[int]
+    words: list[str]
+    node_id: int = -1
+
+    def __len__(self) -> int:
+        return len(self.nonces)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WordsVerdict(Words):
+    """How many words were wrong."""
+
+    n_invalid: int = 0
+    probability_honest: float = 1.0
+    fraud_detected: bool = False
+    judged = True
+
+
+def _judged(config: PoCConfig, proof: Words, words: Any) -> WordsVerdict:
+    wrong = sum(claimed != word for claimed, word in zip(proof.words, words, strict=True))
+    return WordsVerdict(**proof.to_dict(), n_invalid=wrong, fraud_detected=wrong > 0)
+
+
+WORDS = ProofForm(
+    name="words",
+    proof_type=Words,
+    parts=("words",),
+    per_nonce=("nonces", "words"),
+    listed_as="words",
+    histogram=Histogram("poc_word_length", "Lengths of words", (1.0, 2.0, 4.0), len),
+    count_valid=lambda config, words: len(words),
+    valid=lambda config, proof: proof,
+    verdict=_judged,
+)
+
+
+class WordsProver(TinyProver):
+    form = WORDS
+
+    def prove(self, config: PoCConfig, public_key: str, nonces: Any, pause: Any = never) -> Outcomes:
+        return Outcomes([f"w{nonce}" for nonce in nonces], {"words": 0.5})
+
+
+@pytest.mark.parametrize("histogram", [WORDS.histogram, None])
+def test_a_form_whose_outcomes_are_words(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, histogram: Histogram | None
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    form = dataclasses.replace(WORDS, histogram=histogram)
+    monkeypatch.setattr(WordsProver, "form", form)
+    monkeypatch.setitem(routes.WIRES, "words", wire)
+    with tiny_node(WordsProver()) as node:
+        service = node.service
+        service.begin({**ROUND, "callback_url": receiver.url}, PoCState.GENERATING)
+        eventually(lambda: receiver.posts)
+        service.manager.set_phase(PoCState.VALIDATING)
+        body = json.loads(receiver.posts[0][2])
+        assert body["words"] == [f"w{nonce}" for nonce in body["nonces"]]
+        status = service.status()
+        assert status["words"] == [f"w{nonce}" for nonce in range(status["total_checked"])]
+        forged = Words("key", "block", 7, [5, 6], ["w5", "w7"])
+        verdict = service.enqueue(forged, "somebody").future.result(TIMEOUT)
+        assert (verdict.n_invalid, verdict.fraud_detected) == (1, True)
+        eventually(lambda: any(path.endswith("/validated") for path, *_ in receiver.posts))
+        assert (b"poc_word_length_count" in service.metrics_text()) == (histogram is not None)
+        with pytest.raises(TypeError, match="batch must be a Words, got ProofBatch"):
+            service.enqueue(ProofBatch("key", "block", 7, [1], []), "somebody")
+
+
+def test_the_status_says_how_slices_share_the_device_now(node: TinyNode) -> None:
+    assert node.service.status()["validation"]["pacing"] == "paced"
+    node.turns.pacing = Pacing(share=0.5, paced=False)
+    validation = node.service.status()["validation"]
+    assert (validation["pacing"], validation["share"]) == ("free", 0.5)
+
+
 # ---- nothing long on the event loop ----
 
 
@@ -198,18 +324,48 @@ def test_the_status_is_written_in_a_thread(
     node: TinyNode, http: httpx2.Client, loop_thread: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
-    render = routes.JSONResponse.render
+    to_json = routes.to_json
 
-    def noted(self: Any, content: Any) -> bytes:
+    def noted(content: Any) -> bytes:
         threads.append(threading.get_ident())
-        return render(self, content)
+        return to_json(content)
 
-    monkeypatch.setattr(routes.JSONResponse, "render", noted)
+    monkeypatch.setattr(routes, "to_json", noted)
     posted(http, "/init/validate", ROUND)
     http.get(f"{POW}/status")
     posted(http, "/stop")
     assert len(threads) == 3
     assert loop_thread not in threads
+
+
+def test_no_call_of_json_has_a_long_text_or_list(
+    node: TinyNode, http: httpx2.Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a call keeps the interpreter from the event loop, whatever thread it is in."""
+    count = 20_000
+    dumps, loads = json.dumps, json.loads
+
+    def checked_dumps(obj: Any, **options: Any) -> str:
+        assert not isinstance(obj, list) or len(obj) <= outbox._PIECE
+        return dumps(obj, **options)
+
+    def checked_loads(text: Any) -> Any:
+        assert len(text) <= 200_000
+        return loads(text)
+
+    slow = types.SimpleNamespace(dumps=checked_dumps, loads=checked_loads, JSONDecodeError=json.JSONDecodeError)
+    monkeypatch.setattr(outbox, "json", slow)
+    monkeypatch.setattr(routes, "json", slow)
+    node.service.worker.queue._max_nonces = 2 * count
+    posted(http, "/init/validate", {**ROUND, "batch_size": 4096, "callback_url": receiver.url})
+    proof = claim(list(range(10**12, 10**12 + count)), [0.5] * count)
+    assert posted(http, "/validate", proof)["fraud_detected"]
+    eventually(lambda: receiver.posts)
+    assert loads(receiver.posts[0][2])["nonces"] == proof["nonces"]
+    wrong = http.post(f"{POW}/validate", json={**proof, "dist": ["x"] * count})
+    assert (wrong.status_code, wrong.json()["detail"][0]["loc"]) == (422, ["body", "dist", 0])
+    cut = http.post(f"{POW}/validate", content=dumps(proof)[:-1], headers={"content-type": "application/json"})
+    assert (cut.status_code, cut.json()["detail"][0]["type"]) == (422, "json_invalid")
 
 
 def test_a_large_proof_is_looked_at_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,17 @@ def load(directory: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
 
+def limits_of(**changes: Any) -> InferenceLimits:
+    """Small enough for a tiny model, and in no hurry."""
+    return InferenceLimits(**{"max_new_tokens": 1024, "stall_seconds": 60.0, **changes})
+
+
 @contextlib.contextmanager
 def started(model: Any, tokenizer: Any, **limits: Any) -> Iterator[Inference]:
     """A greedy Inference that runs, and afterwards leaves no thread."""
     before = set(threading.enumerate())
     turns = Turns()
-    inference = Inference(model, tokenizer, NAME, turns, InferenceLimits(**limits), temperature=0)
+    inference = Inference(model, tokenizer, NAME, turns, limits_of(**limits), temperature=0)
     inference.start()
     try:
         yield inference

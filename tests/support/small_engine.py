@@ -9,6 +9,7 @@ class SmallEngine:
     """Each position sees the mean of those before it, through two matrices."""
 
     max_positions = 64
+    slices = None
 
     def __init__(self, hidden_size=24, vocab_size=101, dtype=torch.float32, device="cpu", seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from poc_kernels.protocol import Outcomes, PoCConfig
+from poc_kernels.protocol import Outcomes, PoCConfig, Prover
 from poc_kernels.protocol.distances.form import DISTANCES
 from poc_kernels.protocol.engine import never
-from poc_kernels.scheduling import PriorityLanes, Turns
+from poc_kernels.scheduling import PriorityLanes, Turns, TurnsClosed
 from poc_kernels.service import routes
-from poc_kernels.service.device import TurnsDevice
+from poc_kernels.service.device import Device, SliceTimes, TurnsDevice
 from poc_kernels.service.gate import Gate, GateRules
 from poc_kernels.service.round_service import RoundService
 from poc_kernels.service.settings import ServiceSettings
@@ -57,13 +57,61 @@ def is_user(scope: Any) -> bool:
     return scope["path"] in ("/v1/chat/completions", "/invocations")
 
 
+class TinyDevice:
+    """A device far away, which computes at once whatever it is given, and whose calls may fail."""
+
+    pacing = None
+    waiting = False
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.failures: dict[str, int] = {}
+        self._cancelled = False
+
+    def _call(self, name: str) -> None:
+        if self.failures.get(name, 0) > 0:
+            self.failures[name] -= 1
+            raise ConnectionError(f"{name} was not answered")
+
+    def lane(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def take(self) -> float:
+        self._call("take")
+        if self._cancelled:
+            raise TurnsClosed("cancelled")
+        return 0.0
+
+    def pause(self) -> SliceTimes:
+        self._call("pause")
+        return SliceTimes(self.take(), 0.0)
+
+    def give_back(self) -> float:
+        return 0.0
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def drain_users(self, timeout_seconds: float) -> bool:
+        self._call("drain_users")
+        return True
+
+    def pause_users(self) -> None:
+        self._call("pause_users")
+        self.paused = True
+
+    def resume_users(self) -> None:
+        self._call("resume_users")
+        self.paused = False
+
+
 class TinyNode:
     """The service behind its gate, before an app that ends its own event streams."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.prover = TinyProver()
+    def __init__(self, prover: Prover | None = None, device: Device | None = None, **settings: Any) -> None:
+        self.prover = prover or TinyProver()
         self.turns = Turns()
-        device = TurnsDevice(self.turns, PriorityLanes("cpu"), self._drain)
+        device = device or TurnsDevice(self.turns, PriorityLanes("cpu"), self._drain)
         self.service = RoundService(self.prover, device, ServiceSettings(**settings))
         self.api = FastAPI()
         self.api.post("/v1/chat/completions")(self._chat)
@@ -93,9 +141,9 @@ class TinyNode:
 
 
 @contextlib.contextmanager
-def tiny_node(**settings: Any) -> Iterator[TinyNode]:
+def tiny_node(prover: Prover | None = None, device: Device | None = None, **settings: Any) -> Iterator[TinyNode]:
     """A `TinyNode` that has started, and ends."""
-    node = TinyNode(**settings)
+    node = TinyNode(prover, device, **settings)
     node.service.start()
     try:
         yield node

@@ -118,7 +118,7 @@ class ContinuousBatching:
         config: the manager's own settings.
         router: takes the outputs.
         turns: every step of the model takes its turn there.
-        streams: steps run on the stream of inference.
+        lanes: steps run on the stream of inference.
 
     Attributes:
         max_tokens: tokens that one request can have, prompt and completion together.
@@ -134,12 +134,12 @@ class ContinuousBatching:
         config: ContinuousBatchingConfig,
         router: Router,
         turns: Turns,
-        streams: PriorityLanes,
+        lanes: PriorityLanes,
     ) -> None:
         self._router = router
         self._turns = turns
         self._turn = turns.inference(lambda: router.in_flight() > 0)
-        self._streams = streams
+        self._lanes = lanes
         self._stopping = False
         attention = model.config._attn_implementation
         self._manager: Any = model.init_continuous_batching(
@@ -151,9 +151,9 @@ class ContinuousBatching:
         self._manager._run_generation_loop = partial(self._on_its_stream, self._manager._run_generation_loop)
         try:
             # As its warmup() does it: its thread would make the cache some time after start() has returned.
-            with torch.no_grad(), streams.inference():
+            with torch.no_grad(), lanes.inference():
                 self._manager.batch_processor = self._manager._create_batch_processor()
-            raised = streams.prioritise_streams(self._manager.batch_processor)  # before it captures anything
+            raised = lanes.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -181,7 +181,7 @@ class ContinuousBatching:
 
     def _on_its_stream(self, loop: Callable[[], None]) -> None:
         """Run the whole thread on the stream, not each step: it begins by clearing the tensors that steps read."""
-        with self._streams.inference():
+        with self._lanes.inference():
             loop()
 
     def submit(

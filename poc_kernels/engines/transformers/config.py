@@ -16,7 +16,7 @@ _CPU_DEFAULTS = {BLOCK_SIZE: 32, "num_blocks": 512, "max_batch_tokens": 1024, "m
 _ACCELERATOR_DEFAULTS = {"max_memory_percent": 0.6}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InferenceLimits:
     """Bounds of what is served.
 
@@ -31,12 +31,12 @@ class InferenceLimits:
     The KV cache defaults to 512 blocks of 32 tokens on a CPU, elsewhere to what fits into 0.6 of the free memory.
     """
 
-    max_new_tokens: int = 1024
+    max_new_tokens: int
+    stall_seconds: float
     kv_block_size: int | None = None
     kv_blocks: int | None = None
     max_batch_tokens: int | None = None
     kv_memory: float | None = None
-    stall_seconds: float = 60.0
 
 
 def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:

@@ -161,7 +161,7 @@ class TransformersEngine:
                 self._give_up_graphs(str(error))
                 return None
         if not torch.equal(captured.replay(example, pause), expected):
-            self._give_up_graphs("its replay gives other bits")
+            self._give_up_graphs("its replay is not bit-identical")
             return None
         return captured
 

@@ -38,7 +38,7 @@ class Inference:
         limits: bounds of what is served.
         temperature: of all requests. None samples as the model's generation config says, 0 takes the likeliest token,
             more samples with that temperature.
-        streams: steps run on the stream of inference; by default, lanes of the model's device.
+        lanes: steps run on the stream of inference; by default, lanes of the model's device.
 
     Raises:
         ValueError: a negative temperature.
@@ -50,17 +50,17 @@ class Inference:
         tokenizer: Any,
         name: str,
         turns: Turns,
-        limits: InferenceLimits | None = None,
+        limits: InferenceLimits,
         temperature: float | None = None,
-        streams: PriorityLanes | None = None,
+        lanes: PriorityLanes | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.restarts = 0
         self._turns = turns
-        self._streams = streams or PriorityLanes(model.device)
-        self._limits = limits or InferenceLimits()
+        self._lanes = lanes or PriorityLanes(model.device)
+        self._limits = limits
         self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self._generation_config = generation_config(self.model, self.tokenizer, temperature)
         self._config = batching_config(self._limits, self.model.device.type)
@@ -204,7 +204,7 @@ class Inference:
 
     def _build(self) -> None:
         batching = ContinuousBatching(
-            self.model, self._generation_config, self._config, self._router, self._turns, self._streams
+            self.model, self._generation_config, self._config, self._router, self._turns, self._lanes
         )
         with self._lock:
             if not self._stop.is_set():

@@ -62,9 +62,8 @@ class DistanceProver:
 
     @property
     def slices(self) -> Slices | None:
-        """The slices of the engine's forward; None where they are not measured yet, or the engine does not tell."""
-        slices: Slices | None = getattr(self.engine, "slices", None)
-        return slices
+        """The slices of the engine's forward; None until they are measured."""
+        return self.engine.slices
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the round does not fit the engine."""
@@ -90,7 +89,7 @@ class DistanceProver:
             with parts.part("projection"):
                 self._project(x.view(-1, engine.hidden_size), self._projection.pre, parts.pause)
         with parts.part("forward"):
-            hidden = engine.forward(x, parts.pause)[:, -1].contiguous()
+            hidden = engine.forward(x, parts.pause)[:, -1].clone(memory_format=torch.contiguous_format)
             parts.pause()
         if config.use_random_projection:
             with parts.part("projection"):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from served import load, started
+from served import limits_of, load, started
 from transformers import Qwen3ForCausalLM
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
@@ -21,7 +21,7 @@ from web import TIMEOUT, client, error_of, eventually, serving
 from poc_kernels.engines.transformers import openai_app
 from poc_kernels.engines.transformers.admission import ENGINE_FAILED
 from poc_kernels.engines.transformers.batching import ContinuousBatching, Router
-from poc_kernels.engines.transformers.config import InferenceLimits, batching_config, generation_config
+from poc_kernels.engines.transformers.config import batching_config, generation_config
 from poc_kernels.scheduling import PriorityLanes, Turns
 
 
@@ -176,7 +176,7 @@ class Batched:
         self.batching = ContinuousBatching(
             self.model,
             self.sampling,
-            batching_config(InferenceLimits(), "cpu"),
+            batching_config(limits_of(), "cpu"),
             self.router,
             self.turns,
             self.streams,

@@ -12,12 +12,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from served import NAME, load, started
+from served import NAME, limits_of, load, started
 from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, serving, text_of
 
 from poc_kernels.engines.transformers import inference as inference_module
 from poc_kernels.engines.transformers import openai_app
-from poc_kernels.engines.transformers.config import InferenceLimits
 from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.scheduling import Turns
 
@@ -222,7 +221,7 @@ def test_stop_leaves_no_thread(
     condition: str,
 ) -> None:
     turns = Turns()
-    inference = Inference(*loaded, NAME, turns, InferenceLimits(), temperature=0)
+    inference = Inference(*loaded, NAME, turns, limits_of(), temperature=0)
     assert inference.trouble() == "inference is not started"
     inference.start()
     threads = [inference._supervisor, inference._batching._thread]  # type: ignore[union-attr]
@@ -256,7 +255,7 @@ def test_stop_during_a_rebuild(loaded: tuple[Any, Any], monkeypatch: pytest.Monk
     model, _ = loaded
     building, go_on = threading.Event(), threading.Event()
     build = type(model).init_continuous_batching
-    inference = Inference(*loaded, NAME, Turns(), temperature=0)
+    inference = Inference(*loaded, NAME, Turns(), limits_of(), temperature=0)
     inference.start()
 
     def init(self: Any, **settings: Any) -> Any:
@@ -279,7 +278,7 @@ def test_stop_during_a_rebuild(loaded: tuple[Any, Any], monkeypatch: pytest.Monk
 
 
 def test_stop_before_start_and_start_twice(loaded: tuple[Any, Any]) -> None:
-    inference = Inference(*loaded, NAME, Turns())
+    inference = Inference(*loaded, NAME, Turns(), limits_of())
     inference.stop(1)
     with started(*loaded) as running, pytest.raises(RuntimeError, match="once"):
         running.start()
@@ -287,7 +286,7 @@ def test_stop_before_start_and_start_twice(loaded: tuple[Any, Any]) -> None:
 
 def test_a_cache_that_cannot_be_made_is_said_at_start(loaded: tuple[Any, Any]) -> None:
     attention = loaded[0].config._attn_implementation
-    inference = Inference(*loaded, NAME, Turns(), InferenceLimits(kv_blocks=10**9))
+    inference = Inference(*loaded, NAME, Turns(), limits_of(kv_blocks=10**9))
     with pytest.raises((MemoryError, RuntimeError)):
         inference.start()
     assert loaded[0].config._attn_implementation == attention
@@ -296,7 +295,7 @@ def test_a_cache_that_cannot_be_made_is_said_at_start(loaded: tuple[Any, Any]) -
 
 @pytest.mark.parametrize(("temperature", "sampled"), [(0, False), (0.7, True)])
 def test_temperature(loaded: tuple[Any, Any], temperature: float, sampled: bool) -> None:
-    config = Inference(*loaded, NAME, Turns(), temperature=temperature).generation_config(5)
+    config = Inference(*loaded, NAME, Turns(), limits_of(), temperature=temperature).generation_config(5)
     assert bool(config.do_sample) is sampled
     assert config.max_new_tokens == 5
     assert not sampled or config.temperature == temperature
@@ -318,4 +317,4 @@ def test_more_at_once_than_the_cache_holds(loaded: tuple[Any, Any]) -> None:
 
 def test_a_negative_temperature_is_refused(loaded: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="-1"):
-        Inference(*loaded, NAME, Turns(), temperature=-1)
+        Inference(*loaded, NAME, Turns(), limits_of(), temperature=-1)
