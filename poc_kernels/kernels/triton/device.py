@@ -275,22 +275,12 @@ def added_sums(totals, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def finish_tile(
-    x,
-    exponents,
-    sums,
-    row_mask,
-    y,
-    coefficient,
+    operands,  # (x, exponents, sums, row_mask, y, coefficient)
+    extent,  # (rows, row_stride, columns, column_start, residual_columns, masked_rows)
     high,
     low,
     first_row,
     first_column,
-    rows,
-    row_stride,
-    columns,
-    column_start,
-    residual_columns,
-    masked_rows,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -300,15 +290,12 @@ def finish_tile(
     if ROWS > 16:
         high0, high1 = _halves(high, COLUMNS, ROWS)
         low0, low1 = _halves(low, COLUMNS, ROWS)
-        finish_tile(
-            *(x, exponents, sums, row_mask, y, coefficient, high0, low0, first_row, first_column, rows, row_stride),
-            *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS // 2),
-        )
-        finish_tile(
-            *(x, exponents, sums, row_mask, y, coefficient, high1, low1, first_row + ROWS // 2, first_column),
-            *(rows, row_stride, columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS // 2),
-        )
+        half: tl.constexpr = ROWS // 2
+        finish_tile(operands, extent, high0, low0, first_row, first_column, DTYPE, BITS, COLUMNS, half)
+        finish_tile(operands, extent, high1, low1, first_row + half, first_column, DTYPE, BITS, COLUMNS, half)
     else:
+        x, exponents, sums, row_mask, y, coefficient = operands
+        rows, row_stride, columns, column_start, residual_columns, masked_rows = extent
         column = first_column + tl.arange(0, COLUMNS)
         row = first_row + tl.arange(0, ROWS)
         in_rows = row < rows

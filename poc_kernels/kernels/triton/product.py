@@ -196,7 +196,6 @@ def product_kernel(
     first = tl.program_id(1) * panels_per_split
     last = tl.minimum(first + panels_per_split, panels) * any_wanted
     seed_bits = tl.load(seed)
-    factor = coefficient.to(tl.float32, bitcast=True)
     offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
     plane = padded_rows.to(tl.int64) * PANEL
     panel_limbs = 2 * plane if two_limbs else plane
@@ -223,6 +222,8 @@ def product_kernel(
             high, low = _accumulate(high, low, limbs, offsets, plane, v, two_limbs, tl.int32)
             limbs += panel_limbs
 
+    operands = (x, exponents, sums, row_mask, y, coefficient.to(tl.float32, bitcast=True))
+    extent = (rows, row_stride, columns, column_start, residual_columns, masked_rows)
     if SPLIT:
         totals += ((tile % column_tiles).to(tl.int64) * rows + first_row) * COLUMNS
         high_totals = totals + column_tiles.to(tl.int64) * rows * COLUMNS
@@ -237,16 +238,10 @@ def product_kernel(
                 high_sum = low_sum
                 if two_limbs:
                     high_sum = added_sums(high_totals + start * COLUMNS, rows_left - start, COLUMNS, part)
-                finish_tile(
-                    *(x, exponents, sums, row_mask, y, factor, high_sum, low_sum, first_row + start, first_column),
-                    *(rows, row_stride, columns, column_start, residual_columns, masked_rows),
-                    *(DTYPE, BITS, COLUMNS, part),
-                )
+                part_row = first_row + start
+                finish_tile(operands, extent, high_sum, low_sum, part_row, first_column, DTYPE, BITS, COLUMNS, part)
     else:
-        finish_tile(
-            *(x, exponents, sums, row_mask, y, factor, high, low, first_row, first_column, rows, row_stride),
-            *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS),
-        )
+        finish_tile(operands, extent, high, low, first_row, first_column, DTYPE, BITS, COLUMNS, ROWS)
 
 
 @triton.jit(do_not_specialize=["seed", "domain", "k_start", "k", "n_start"])
