@@ -14,9 +14,7 @@ from torch import Tensor
 
 from . import definition
 from .backends import select
-from .definition import Request
-
-DEFAULT_STD = definition.DEFAULT_STD
+from .definition import DEFAULT_STD, Request
 
 # ---- checks: each error names the argument, what it got and what it takes ----
 
@@ -157,20 +155,24 @@ def _projection_matrix(
     coefficient = definition.coefficient(std)
     if dtype not in definition.DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    entries: Tensor = torch.ops.poc_kernels.projection_entries.default(seed, domain, k_start, k, n_start, n)
-    return entries.to(torch.float32).mul_(coefficient).to(dtype)
+    return _entries_op(seed, domain, k_start, k, n_start, n).to(torch.float32).mul_(coefficient).to(dtype)
 
 
 # ---- registration ----
 
 
-def _register(name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "default", implementation)
-    torch.library.register_fake(name, fake)
+Op = Callable[..., Tensor]
 
 
-def _register_product(name: str, schema: str, checked_request: Callable[..., Request]) -> None:
+def _register(name: str, schema: str, implementation: Op, fake: Op) -> Op:
+    torch.library.define(f"poc_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"poc_kernels::{name}", "default", implementation)
+    torch.library.register_fake(f"poc_kernels::{name}", fake)
+    op: Op = getattr(torch.ops.poc_kernels, name).default
+    return op
+
+
+def _register_product(name: str, schema: str, checked_request: Callable[..., Request]) -> Op:
     def implementation(x: Tensor, seed: Tensor, *args: Any) -> Tensor:
         return _project(x, seed, checked_request(x, seed, *args))
 
@@ -179,34 +181,35 @@ def _register_product(name: str, schema: str, checked_request: Callable[..., Req
 
     def backward(context: Any, gradient: Tensor) -> NoReturn:
         raise NotImplementedError(
-            f"{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
+            f"poc_kernels::{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
             "or torch.no_grad(), or detach its result"
         )
 
-    _register(name, schema, implementation, fake)
-    torch.library.register_autograd(name, backward)
+    op = _register(name, schema, implementation, fake)
+    torch.library.register_autograd(f"poc_kernels::{name}", backward)
+    return op
 
 
-_register_product(
-    "poc_kernels::residual_projection",
+_residual_op = _register_product(
+    "residual_projection",
     f"(Tensor x, Tensor seed, SymInt domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
     "Tensor? row_mask=None, SymInt column_start=0, SymInt? columns=None) -> Tensor",
     _residual_request,
 )
-_register_product(
-    "poc_kernels::random_projection",
+_random_op = _register_product(
+    "random_projection",
     f"(Tensor x, Tensor seed, SymInt out_features, SymInt domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
     "SymInt column_start=0) -> Tensor",
     _random_request,
 )
-_register(
-    "poc_kernels::projection_entries",
+_entries_op = _register(
+    "projection_entries",
     "(Tensor seed, SymInt domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n) -> Tensor",
     _projection_entries,
     _fake_entries,
 )
-_register(
-    "poc_kernels::projection_matrix",
+_matrix_op = _register(
+    "projection_matrix",
     f"(Tensor seed, SymInt domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n, float std={DEFAULT_STD}, "
     "ScalarType dtype=float) -> Tensor",
     _projection_matrix,
@@ -266,10 +269,7 @@ def residual_projection(
     if columns is not None:
         definition.check_int("columns", columns)
     _check_form(std, activation_bits)
-    result: Tensor = torch.ops.poc_kernels.residual_projection.default(
-        x, seed, domain, std, activation_bits, row_mask, column_start, columns
-    )
-    return result
+    return _residual_op(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
 
 
 def random_projection(
@@ -298,10 +298,7 @@ def random_projection(
     """
     _check_types(x=x, seed=seed, domain=domain, column_start=column_start, out_features=out_features)
     _check_form(std, activation_bits)
-    result: Tensor = torch.ops.poc_kernels.random_projection.default(
-        x, seed, out_features, domain, std, activation_bits, column_start
-    )
-    return result
+    return _random_op(x, seed, out_features, domain, std, activation_bits, column_start)
 
 
 def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
@@ -321,8 +318,7 @@ def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start:
         ValueError: a number is not as above.
     """
     _check_types(seed=seed, domain=domain, k_start=k_start, k=k, n_start=n_start, n=n)
-    result: Tensor = torch.ops.poc_kernels.projection_entries.default(seed, domain, k_start, k, n_start, n)
-    return result
+    return _entries_op(seed, domain, k_start, k, n_start, n)
 
 
 def projection_matrix(
@@ -352,5 +348,4 @@ def projection_matrix(
     definition.check_std(std)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    result: Tensor = torch.ops.poc_kernels.projection_matrix.default(seed, domain, k_start, k, n_start, n, std, dtype)
-    return result
+    return _matrix_op(seed, domain, k_start, k, n_start, n, std, dtype)
