@@ -6,6 +6,7 @@ On a GPU they are the priorities of two streams, neither of which is the default
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import sys
 import threading
@@ -195,23 +196,21 @@ def _replace_streams(owner: Any, replace: Callable[[Any], Any], package: str, se
     if id(owner) in seen:
         return 0
     seen.add(id(owner))
-    if isinstance(owner, dict):
-        items: list[tuple[Any, Any]] = list(owner.items())
-    elif isinstance(owner, list):
-        items = list(enumerate(owner))
-    elif isinstance(owner, tuple):
+    if isinstance(owner, tuple):
         return sum(_replace_streams(value, replace, package, seen) for value in owner)
+    put: Callable[[Any, Any], None]
+    if isinstance(owner, (dict, list)):
+        items = list(owner.items() if isinstance(owner, dict) else enumerate(owner))
+        put = owner.__setitem__
     elif type(owner).__module__.startswith(package) and hasattr(owner, "__dict__"):
         items = list(vars(owner).items())
+        put = functools.partial(setattr, owner)
     else:
         return 0
     replaced = 0
     for key, value in items:
         if isinstance(value, torch.Stream):
-            if isinstance(owner, (dict, list)):
-                owner[key] = replace(value)
-            else:
-                setattr(owner, key, replace(value))
+            put(key, replace(value))
             replaced += 1
         else:
             replaced += _replace_streams(value, replace, package, seen)
