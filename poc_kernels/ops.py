@@ -228,11 +228,6 @@ def _check_types(**values: object) -> None:
             definition.check_int(name, value)
 
 
-def _check_form(std: float, activation_bits: int) -> None:
-    definition.check_std(std)
-    definition.check_activation_bits(activation_bits)
-
-
 def residual_projection(
     x: Tensor,
     seed: Tensor,
@@ -268,7 +263,8 @@ def residual_projection(
         definition.check_tensor("row_mask", row_mask)
     if columns is not None:
         definition.check_int("columns", columns)
-    _check_form(std, activation_bits)
+    definition.check_std(std)
+    definition.check_activation_bits(activation_bits)
     return _residual_op(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
 
 
@@ -297,7 +293,8 @@ def random_projection(
         TypeError, ValueError, NotImplementedError: as for `residual_projection`.
     """
     _check_types(x=x, seed=seed, domain=domain, column_start=column_start, out_features=out_features)
-    _check_form(std, activation_bits)
+    definition.check_std(std)
+    definition.check_activation_bits(activation_bits)
     return _random_op(x, seed, out_features, domain, std, activation_bits, column_start)
 
 
