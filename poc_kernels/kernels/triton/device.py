@@ -89,19 +89,13 @@ def half_entries(word, BYTE_PERM: tl.constexpr):
 
 @triton.jit
 def half_entry_tile(
-    panel,
-    first_column,
-    domain,
-    seed,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    RUN: tl.constexpr,
-    BYTE_PERM: tl.constexpr,
+    panel, where, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, BYTE_PERM: tl.constexpr
 ):
-    """Draw v [COLUMNS, PANEL] of the COLUMNS columns from first_column on as int8; k in the order of runs of RUN.
+    """Draw v [COLUMNS, PANEL] as int8 for where = (first column, domain, seed); k in the order of runs of RUN.
 
     Columns are drawn in an order, 8 per warp, that gives each thread of a matrix unit the rows that it multiplies.
     """
+    first_column, domain, seed = where
     halves: tl.constexpr = PANEL // 64
     blocks: tl.constexpr = COLUMNS // (16 * WARPS)
     calls = panel * (PANEL // 16) + tl.arange(0, halves)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
