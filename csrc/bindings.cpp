@@ -36,6 +36,20 @@ py::list instruction_sets() {
   return names;
 }
 
+// Binds what the driver makes of a Call: the bytes of workspace that it needs, and its run.
+template <class Call>
+void bind_run(py::class_<Call>& bound, int64_t (*workspace_bytes)(const cpu::Kernels&, const Call&),
+              void (*run)(const cpu::Kernels&, const Call&, void* workspace)) {
+  bound.def("workspace_bytes", [workspace_bytes](const Call& call, const std::string& instruction_set) {
+    return workspace_bytes(kernels_named(instruction_set), call);
+  });
+  bound.def("run", [run](const Call& call, const std::string& instruction_set, uintptr_t workspace) {
+    const cpu::Kernels& chosen = kernels_named(instruction_set);
+    py::gil_scoped_release release;
+    run(chosen, call, pointer<void>(workspace));
+  });
+}
+
 py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
   const Words out = philox4x32_10({{c0, c1, c2, c3}}, key0, key1);
   return py::make_tuple(out.w[0], out.w[1], out.w[2], out.w[3]);
@@ -50,62 +64,40 @@ PYBIND11_MODULE(_native, m) {
   m.def("team_runtime", [] { return std::string(cpu::team_runtime()); });
   m.def("philox4x32_10", &philox);
 
-  py::class_<cpu::Projection>(m, "Projection")
-      .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t k, int64_t row_stride, uintptr_t row_mask,
-                       uintptr_t y, int64_t columns, int64_t column_start, bool residual, uintptr_t seed,
-                       uint32_t domain, double coefficient, int activation_bits, int threads, int64_t block_rows,
-                       int64_t panel_columns, int64_t panel_k) {
-             cpu::Projection p;
-             p.x = {pointer<const void>(x), static_cast<DType>(dtype), row_stride, k, (k + 15) / 16 * 16,
-                    activation_bits};
-             p.rows = rows;
-             p.row_mask = pointer<const uint8_t>(row_mask);
-             p.residual = residual;
-             p.y = pointer<void>(y);
-             p.columns = columns;
-             p.column_start = column_start;
-             p.seed = pointer<const uint64_t>(seed);
-             p.domain = domain;
-             p.coefficient = coefficient;
-             p.threads = threads;
-             p.tiling = {block_rows, panel_columns, panel_k};
-             return p;
-           }),
-           py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("row_stride"),
-           py::arg("row_mask"), py::arg("y"), py::arg("columns"), py::arg("column_start"), py::arg("residual"),
-           py::arg("seed"), py::arg("domain"), py::arg("coefficient"), py::arg("activation_bits"), py::arg("threads"),
-           py::arg("block_rows"), py::arg("panel_columns"), py::arg("panel_k"))
-      .def("workspace_bytes",
-           [](const cpu::Projection& p, const std::string& instruction_set) {
-             return cpu::project_workspace(kernels_named(instruction_set), p);
-           })
-      .def(
-          "run",
-          [](const cpu::Projection& p, const std::string& instruction_set, uintptr_t workspace) {
-            const cpu::Kernels& chosen = kernels_named(instruction_set);
-            py::gil_scoped_release release;
-            cpu::project(chosen, p, pointer<void>(workspace));
-          },
-          py::arg("instruction_set"), py::arg("workspace"));
+  py::class_<cpu::Projection> projection(m, "Projection");
+  projection.def(
+      py::init([](uintptr_t x, int dtype, int64_t rows, int64_t k, int64_t row_stride, uintptr_t row_mask, uintptr_t y,
+                  int64_t columns, int64_t column_start, bool residual, uintptr_t seed, uint32_t domain,
+                  double coefficient, int activation_bits, int threads, int64_t block_rows, int64_t panel_columns,
+                  int64_t panel_k) {
+        cpu::Projection p;
+        p.x = {pointer<const void>(x), static_cast<DType>(dtype), row_stride, k, (k + 15) / 16 * 16, activation_bits};
+        p.rows = rows;
+        p.row_mask = pointer<const uint8_t>(row_mask);
+        p.residual = residual;
+        p.y = pointer<void>(y);
+        p.columns = columns;
+        p.column_start = column_start;
+        p.seed = pointer<const uint64_t>(seed);
+        p.domain = domain;
+        p.coefficient = coefficient;
+        p.threads = threads;
+        p.tiling = {block_rows, panel_columns, panel_k};
+        return p;
+      }),
+      py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("row_stride"),
+      py::arg("row_mask"), py::arg("y"), py::arg("columns"), py::arg("column_start"), py::arg("residual"),
+      py::arg("seed"), py::arg("domain"), py::arg("coefficient"), py::arg("activation_bits"), py::arg("threads"),
+      py::arg("block_rows"), py::arg("panel_columns"), py::arg("panel_k"));
+  bind_run(projection, &cpu::project_workspace, &cpu::project);
 
-  py::class_<cpu::Entries>(m, "Entries")
-      .def(py::init([](uintptr_t seed, uint32_t domain, int64_t k_start, int64_t k, int64_t n_start, int64_t n,
-                       uintptr_t out, int threads) {
-             return cpu::Entries{pointer<const uint64_t>(seed), domain, k_start, k, n_start, n,
-                                 pointer<int16_t>(out),         threads};
-           }),
-           py::kw_only(), py::arg("seed"), py::arg("domain"), py::arg("k_start"), py::arg("k"), py::arg("n_start"),
-           py::arg("n"), py::arg("out"), py::arg("threads"))
-      .def("workspace_bytes",
-           [](const cpu::Entries& e, const std::string& instruction_set) {
-             return cpu::entries_workspace(kernels_named(instruction_set), e);
-           })
-      .def(
-          "run",
-          [](const cpu::Entries& e, const std::string& instruction_set, uintptr_t workspace) {
-            const cpu::Kernels& chosen = kernels_named(instruction_set);
-            py::gil_scoped_release release;
-            cpu::entries(chosen, e, pointer<void>(workspace));
-          },
-          py::arg("instruction_set"), py::arg("workspace"));
+  py::class_<cpu::Entries> entries(m, "Entries");
+  entries.def(py::init([](uintptr_t seed, uint32_t domain, int64_t k_start, int64_t k, int64_t n_start, int64_t n,
+                          uintptr_t out, int threads) {
+                return cpu::Entries{pointer<const uint64_t>(seed), domain, k_start, k, n_start, n,
+                                    pointer<int16_t>(out),         threads};
+              }),
+              py::kw_only(), py::arg("seed"), py::arg("domain"), py::arg("k_start"), py::arg("k"), py::arg("n_start"),
+              py::arg("n"), py::arg("out"), py::arg("threads"));
+  bind_run(entries, &cpu::entries_workspace, &cpu::entries);
 }

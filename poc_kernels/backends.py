@@ -70,12 +70,7 @@ def backends() -> tuple[Backend, ...]:
             wrong=_imported_when_called(_TRITON_CHECK, "wrong_tiles"),
             warmup=_imported_when_called(_TRITON, "warmup"),
         ),
-        Backend(
-            name="reference",
-            project=reference.project,
-            entries=reference.entries,
-            unavailable=lambda device: None,
-        ),
+        Backend("reference", project=reference.project, entries=reference.entries, unavailable=lambda device: None),
     )
 
 

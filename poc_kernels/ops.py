@@ -6,6 +6,7 @@ number of threads (``docs/definition.md``). The seed is a tensor, so that compil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,12 +14,7 @@ from torch import Tensor
 
 from . import definition
 from .backends import select
-from .definition import Request
-
-DEFAULT_STD = definition.DEFAULT_STD
-
-_NAMESPACE = "poc_kernels"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+from .definition import DEFAULT_STD, Request
 
 # ---- checks: each error names the argument, what it got and what it takes ----
 
@@ -44,7 +40,7 @@ def _check_range(start_name: str, start: int, count_name: str, count: int, limit
         raise ValueError(f"{start_name} + {count_name} must be at most {limit}, got {start} + {count}")
 
 
-def _check_activations(x: Tensor, seed: Tensor, domain: int, std: float, activation_bits: int) -> None:
+def _checked_coefficient(x: Tensor, seed: Tensor, domain: int, std: float, activation_bits: int) -> float:
     if x.dtype not in definition.DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
@@ -55,11 +51,12 @@ def _check_activations(x: Tensor, seed: Tensor, domain: int, std: float, activat
     if seed.device != x.device:
         raise ValueError(f"seed must be on the device of x, {x.device}, got {seed.device}")
     _check_domain(domain)
-    definition.coefficient(std)
+    coefficient = definition.coefficient(std)
     definition.check_activation_bits(activation_bits)
+    return coefficient
 
 
-def _residual_shape(
+def _residual_request(
     x: Tensor,
     seed: Tensor,
     domain: int = 0,
@@ -68,8 +65,8 @@ def _residual_shape(
     row_mask: Tensor | None = None,
     column_start: int = 0,
     columns: int | None = None,
-) -> tuple[int, ...]:
-    _check_activations(x, seed, domain, std, activation_bits)
+) -> Request:
+    coefficient = _checked_coefficient(x, seed, domain, std, activation_bits)
     features = x.shape[-1]
     if row_mask is not None:
         if row_mask.dtype != torch.bool:
@@ -80,6 +77,8 @@ def _residual_shape(
             )
         if row_mask.device != x.device:
             raise ValueError(f"row_mask must be on the device of x, {x.device}, got {row_mask.device}")
+        if row_mask.dim() != 1:
+            row_mask = row_mask.reshape(-1)
     if not 0 <= column_start < features:
         raise ValueError(f"column_start must be in [0, {features}), the features of x, got {column_start}")
     if columns is None:
@@ -89,10 +88,10 @@ def _residual_shape(
             f"columns must be in [1, {features - column_start}], from column_start {column_start} to the "
             f"{features} features of x, got {columns}"
         )
-    return (*x.shape[:-1], columns)
+    return Request(domain, coefficient, activation_bits, row_mask, column_start, columns, True)
 
 
-def _random_shape(
+def _random_request(
     x: Tensor,
     seed: Tensor,
     out_features: int,
@@ -100,12 +99,12 @@ def _random_shape(
     std: float = DEFAULT_STD,
     activation_bits: int = 16,
     column_start: int = 0,
-) -> tuple[int, ...]:
-    _check_activations(x, seed, domain, std, activation_bits)
+) -> Request:
+    coefficient = _checked_coefficient(x, seed, domain, std, activation_bits)
     if out_features < 1:
         raise ValueError(f"out_features must be at least 1, got {out_features}")
     _check_range("column_start", column_start, "out_features", out_features, definition.MAX_COLUMNS)
-    return (*x.shape[:-1], out_features)
+    return Request(domain, coefficient, activation_bits, None, column_start, out_features, False)
 
 
 def _entries_shape(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> tuple[int, int]:
@@ -116,52 +115,20 @@ def _entries_shape(seed: Tensor, domain: int, k_start: int, k: int, n_start: int
     return k, n
 
 
-def _check_matrix(std: float, dtype: torch.dtype) -> None:
-    definition.coefficient(std)
-    if dtype not in definition.DTYPES:
-        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-
-
 # ---- implementations, and fake ones that make the same checks ----
 
 
-def _project(x: Tensor, seed: Tensor, shape: tuple[int, ...], request: Request) -> Tensor:
+def _project(x: Tensor, seed: Tensor, request: Request) -> Tensor:
     if x.numel() == 0:
-        return x.new_empty(shape)
+        return _fake_project(x, request)
     project = select(x.device).project
     if x.dim() == 2:
         return project(x, seed, request)
-    return project(x.reshape(-1, x.shape[-1]), seed, request).view(shape)
+    return project(x.reshape(-1, x.shape[-1]), seed, request).view(*x.shape[:-1], request.columns)
 
 
-def _residual_projection(
-    x: Tensor,
-    seed: Tensor,
-    domain: int = 0,
-    std: float = DEFAULT_STD,
-    activation_bits: int = 16,
-    row_mask: Tensor | None = None,
-    column_start: int = 0,
-    columns: int | None = None,
-) -> Tensor:
-    shape = _residual_shape(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
-    coefficient = definition.coefficient(std)
-    mask = row_mask if row_mask is None or row_mask.dim() == 1 else row_mask.reshape(-1)
-    return _project(x, seed, shape, Request(domain, coefficient, activation_bits, mask, column_start, shape[-1], True))
-
-
-def _random_projection(
-    x: Tensor,
-    seed: Tensor,
-    out_features: int,
-    domain: int = 0,
-    std: float = DEFAULT_STD,
-    activation_bits: int = 16,
-    column_start: int = 0,
-) -> Tensor:
-    shape = _random_shape(x, seed, out_features, domain, std, activation_bits, column_start)
-    coefficient = definition.coefficient(std)
-    return _project(x, seed, shape, Request(domain, coefficient, activation_bits, None, column_start, shape[-1], False))
+def _fake_project(x: Tensor, request: Request) -> Tensor:
+    return x.new_empty(*x.shape[:-1], request.columns)
 
 
 def _projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
@@ -169,6 +136,10 @@ def _projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start
     if 0 in shape:
         return seed.new_empty(shape, dtype=torch.int16)
     return select(seed.device).entries(seed, domain, k_start, k, n_start, n)
+
+
+def _fake_entries(seed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return seed.new_empty(_entries_shape(seed, *args, **kwargs), dtype=torch.int16)
 
 
 def _projection_matrix(
@@ -181,89 +152,68 @@ def _projection_matrix(
     std: float = DEFAULT_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    _check_matrix(std, dtype)
-    entries = _projection_entries(seed, domain, k_start, k, n_start, n)
-    return entries.to(torch.float32).mul_(definition.coefficient(std)).to(dtype)
-
-
-def _fake_residual(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return x.new_empty(_residual_shape(x, *args, **kwargs))
-
-
-def _fake_random(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return x.new_empty(_random_shape(x, *args, **kwargs))
-
-
-def _fake_entries(seed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return seed.new_empty(_entries_shape(seed, *args, **kwargs), dtype=torch.int16)
-
-
-def _fake_matrix(
-    seed: Tensor,
-    domain: int,
-    k_start: int,
-    k: int,
-    n_start: int,
-    n: int,
-    std: float = DEFAULT_STD,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    _check_matrix(std, dtype)
-    return seed.new_empty(_entries_shape(seed, domain, k_start, k, n_start, n), dtype=dtype)
+    coefficient = definition.coefficient(std)
+    if dtype not in definition.DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return _entries_op(seed, domain, k_start, k, n_start, n).to(torch.float32).mul_(coefficient).to(dtype)
 
 
 # ---- registration ----
 
 
-def _refuse_backward(name: str) -> Any:
+Op = Callable[..., Tensor]
+
+
+def _register(name: str, schema: str, implementation: Op, fake: Op) -> Op:
+    torch.library.define(f"poc_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"poc_kernels::{name}", "default", implementation)
+    torch.library.register_fake(f"poc_kernels::{name}", fake)
+    op: Op = getattr(torch.ops.poc_kernels, name).default
+    return op
+
+
+def _register_product(name: str, schema: str, checked_request: Callable[..., Request]) -> Op:
+    def implementation(x: Tensor, seed: Tensor, *args: Any) -> Tensor:
+        return _project(x, seed, checked_request(x, seed, *args))
+
+    def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _fake_project(x, checked_request(x, *args, **kwargs))
+
     def backward(context: Any, gradient: Tensor) -> NoReturn:
         raise NotImplementedError(
-            f"{_NAMESPACE}::{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
+            f"poc_kernels::{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
             "or torch.no_grad(), or detach its result"
         )
 
-    return backward
+    op = _register(name, schema, implementation, fake)
+    torch.library.register_autograd(f"poc_kernels::{name}", backward)
+    return op
 
 
-def _register(name: str, schema: str, implementation: Any, fake: Any, differentiable: bool) -> None:
-    qualified = f"{_NAMESPACE}::{name}"
-    torch.library.define(qualified, schema, tags=_TAGS)
-    torch.library.impl(qualified, "default", implementation)
-    torch.library.register_fake(qualified, fake)
-    if differentiable:
-        torch.library.register_autograd(qualified, _refuse_backward(name))
-
-
-_register(
+_residual_op = _register_product(
     "residual_projection",
     f"(Tensor x, Tensor seed, SymInt domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
     "Tensor? row_mask=None, SymInt column_start=0, SymInt? columns=None) -> Tensor",
-    _residual_projection,
-    _fake_residual,
-    differentiable=True,
+    _residual_request,
 )
-_register(
+_random_op = _register_product(
     "random_projection",
     f"(Tensor x, Tensor seed, SymInt out_features, SymInt domain=0, float std={DEFAULT_STD}, int activation_bits=16, "
     "SymInt column_start=0) -> Tensor",
-    _random_projection,
-    _fake_random,
-    differentiable=True,
+    _random_request,
 )
-_register(
+_entries_op = _register(
     "projection_entries",
     "(Tensor seed, SymInt domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n) -> Tensor",
     _projection_entries,
     _fake_entries,
-    differentiable=False,
 )
-_register(
+_matrix_op = _register(
     "projection_matrix",
     f"(Tensor seed, SymInt domain, SymInt k_start, SymInt k, SymInt n_start, SymInt n, float std={DEFAULT_STD}, "
     "ScalarType dtype=float) -> Tensor",
     _projection_matrix,
-    _fake_matrix,
-    differentiable=False,
+    _projection_matrix,
 )
 
 # ---- public functions ----
@@ -276,11 +226,6 @@ def _check_types(**values: object) -> None:
             definition.check_tensor(name, value)
         else:
             definition.check_int(name, value)
-
-
-def _check_form(std: float, activation_bits: int) -> None:
-    definition.check_std(std)
-    definition.check_activation_bits(activation_bits)
 
 
 def residual_projection(
@@ -318,11 +263,9 @@ def residual_projection(
         definition.check_tensor("row_mask", row_mask)
     if columns is not None:
         definition.check_int("columns", columns)
-    _check_form(std, activation_bits)
-    result: Tensor = torch.ops.poc_kernels.residual_projection.default(
-        x, seed, domain, std, activation_bits, row_mask, column_start, columns
-    )
-    return result
+    definition.check_std(std)
+    definition.check_activation_bits(activation_bits)
+    return _residual_op(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
 
 
 def random_projection(
@@ -350,11 +293,9 @@ def random_projection(
         TypeError, ValueError, NotImplementedError: as for `residual_projection`.
     """
     _check_types(x=x, seed=seed, domain=domain, column_start=column_start, out_features=out_features)
-    _check_form(std, activation_bits)
-    result: Tensor = torch.ops.poc_kernels.random_projection.default(
-        x, seed, out_features, domain, std, activation_bits, column_start
-    )
-    return result
+    definition.check_std(std)
+    definition.check_activation_bits(activation_bits)
+    return _random_op(x, seed, out_features, domain, std, activation_bits, column_start)
 
 
 def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
@@ -374,8 +315,7 @@ def projection_entries(seed: Tensor, domain: int, k_start: int, k: int, n_start:
         ValueError: a number is not as above.
     """
     _check_types(seed=seed, domain=domain, k_start=k_start, k=k, n_start=n_start, n=n)
-    result: Tensor = torch.ops.poc_kernels.projection_entries.default(seed, domain, k_start, k, n_start, n)
-    return result
+    return _entries_op(seed, domain, k_start, k, n_start, n)
 
 
 def projection_matrix(
@@ -405,5 +345,4 @@ def projection_matrix(
     definition.check_std(std)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    result: Tensor = torch.ops.poc_kernels.projection_matrix.default(seed, domain, k_start, k, n_start, n, std, dtype)
-    return result
+    return _matrix_op(seed, domain, k_start, k, n_start, n, std, dtype)

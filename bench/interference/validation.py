@@ -36,9 +36,9 @@ PROOFS = 4
 class EqualLanes(PriorityLanes):
     """Lanes of one priority: what two threads do that know nothing of each other."""
 
-    @property
-    def lowers_threads(self) -> bool:
-        return False
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.lowers_threads = False
 
     @contextlib.contextmanager
     def validation(self) -> Iterator[None]:

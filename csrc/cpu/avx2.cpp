@@ -17,9 +17,15 @@ constexpr int kMaxRows = 6;
 constexpr int kVectors = 2;           // groups that a block multiplies at once
 constexpr int64_t kFlushSteps = 512;  // of 2 k: 2 * 16384 * 124 * 512 = 2,080,374,784 stays below 2^31
 
-inline __m256i xor3(__m256i a, __m256i b, __m256i c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-inline __m256i high_half(__m256i a) { return _mm256_srli_epi64(a, 32); }
-inline __m256i set1_64(uint64_t value) { return _mm256_set1_epi64x(static_cast<int64_t>(value)); }
+struct Lanes {
+  using Vector = __m256i;
+  static inline Vector set1(uint64_t value) { return _mm256_set1_epi64x(static_cast<int64_t>(value)); }
+  static inline Vector multiply(Vector a, Vector b) { return _mm256_mul_epu32(a, b); }
+  static inline Vector high_half(Vector a) { return _mm256_srli_epi64(a, 32); }
+  static inline Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
+  static inline Vector exclusive_or(Vector a, Vector b, Vector c) { return exclusive_or(exclusive_or(a, b), c); }
+};
+
 // Even columns live in one vector of 64-bit lanes, odd columns in another: join their low or high halves.
 inline __m256i join_low(__m256i even, __m256i odd) {
   return _mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xA0), 0xAA);
@@ -27,32 +33,6 @@ inline __m256i join_low(__m256i even, __m256i odd) {
 inline __m256i join_high(__m256i even, __m256i odd) {
   return _mm256_blend_epi32(odd, _mm256_shuffle_epi32(even, 0xF5), 0x55);
 }
-
-// Half of the columns of a group on their way through the rounds; the upper halves of lanes are not used.
-struct Half {
-  __m256i h, l;            // of the columns
-  __m256i c0, c1, c2, c3;  // the counter
-
-  Half(const RoundKeys& keys, __m256i n) {
-    l = _mm256_mul_epu32(set1_64(kPhiloxM0), _mm256_xor_si256(n, set1_64(keys.column_mask)));
-    h = high_half(l);
-  }
-  inline void round2(const CallScalars& s, int i) {
-    const __m256i p1 = _mm256_mul_epu32(set1_64(kPhiloxM1), _mm256_xor_si256(h, set1_64(s.s0[i])));
-    c0 = _mm256_xor_si256(high_half(p1), set1_64(s.s1[i]));
-    c1 = p1;
-    c2 = _mm256_xor_si256(l, set1_64(s.s2[i]));
-    c3 = set1_64(s.s3[i]);
-  }
-  inline void round(uint64_t a, uint64_t b) {
-    const __m256i p0 = _mm256_mul_epu32(set1_64(kPhiloxM0), c0);
-    const __m256i p1 = _mm256_mul_epu32(set1_64(kPhiloxM1), c2);
-    c0 = xor3(high_half(p1), c1, set1_64(a));
-    c2 = xor3(high_half(p0), c3, set1_64(b));
-    c1 = p1;
-    c3 = p0;
-  }
-};
 
 inline __m256i both_lanes(__m128i a) { return _mm256_broadcastsi128_si256(a); }
 
@@ -68,7 +48,8 @@ inline __m256i half_entries(__m256i words) {
   const __m256i high = both_lanes(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
   const __m256i a = nibbles(_mm256_shuffle_epi8(words, low)), b = nibbles(_mm256_shuffle_epi8(words, high));
   // Eight entries, then the same again: bit 3 of a is the sign, bit 3 of b is not used.
-  const __m256i u = _mm256_add_epi8(_mm256_shuffle_epi8(set1_64(kTableA), a), _mm256_shuffle_epi8(set1_64(kTableB), b));
+  const __m256i u =
+      _mm256_add_epi8(_mm256_shuffle_epi8(Lanes::set1(kTableA), a), _mm256_shuffle_epi8(Lanes::set1(kTableB), b));
   return _mm256_xor_si256(u, _mm256_shuffle_epi8(both_lanes(_mm_set_epi64x(-1, 0)), a));
 }
 
@@ -83,20 +64,21 @@ inline void store_pairs(int16_t* first, int16_t* second, __m256i words) {
 
 void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
   const RoundKeys keys(key);
-  const __m256i m0 = set1_64(kPhiloxM0), m1 = set1_64(kPhiloxM1);
+  const __m256i m0 = Lanes::set1(kPhiloxM0), m1 = Lanes::set1(kPhiloxM1);
   const int64_t stride = static_cast<int64_t>(shape.groups) * 16;  // int16 from one k / 2 to the next
   for (int begin = 0; begin < shape.calls; begin += CallScalars::kCalls) {
     const int count = shape.calls - begin < CallScalars::kCalls ? shape.calls - begin : CallScalars::kCalls;
     CallScalars scalars;
     scalars.fill(keys, shape.call + static_cast<uint32_t>(begin), count);
     for (int g = 0; g < shape.groups; ++g) {
-      const __m256i n =
-          _mm256_add_epi64(set1_64(shape.column + static_cast<uint32_t>(g * kColumns)), _mm256_setr_epi64x(0, 2, 4, 6));
-      Half even(keys, n), odd(keys, _mm256_add_epi64(n, set1_64(1)));
+      const __m256i n = _mm256_add_epi64(Lanes::set1(shape.column + static_cast<uint32_t>(g * kColumns)),
+                                         _mm256_setr_epi64x(0, 2, 4, 6));
+      const Columns<Lanes> even_columns(keys, n), odd_columns(keys, _mm256_add_epi64(n, Lanes::set1(1)));
+      Counters<Lanes> even, odd;
       auto* out = static_cast<int16_t*>(panel) + (static_cast<int64_t>(begin) * 8 * shape.groups + g) * 16;
       for (int i = 0; i < count; ++i) {
-        even.round2(scalars, i);
-        odd.round2(scalars, i);
+        even.round2(even_columns, scalars, i);
+        odd.round2(odd_columns, scalars, i);
 #pragma GCC unroll 8
         for (int r = 3; r < kPhiloxRounds - 1; ++r) {
           even.round(keys.a[r], keys.b[r]);
@@ -104,10 +86,10 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
         }
         const __m256i p0e = _mm256_mul_epu32(m0, even.c0), p0o = _mm256_mul_epu32(m0, odd.c0);
         const __m256i p1e = _mm256_mul_epu32(m1, even.c2), p1o = _mm256_mul_epu32(m1, odd.c2);
-        const __m256i w0 = xor3(join_high(p1e, p1o), join_low(even.c1, odd.c1),
-                                _mm256_set1_epi32(static_cast<int>(keys.a[kPhiloxRounds - 1])));
-        const __m256i w2 = xor3(join_high(p0e, p0o), join_low(even.c3, odd.c3),
-                                _mm256_set1_epi32(static_cast<int>(keys.b[kPhiloxRounds - 1])));
+        const __m256i w0 = Lanes::exclusive_or(join_high(p1e, p1o), join_low(even.c1, odd.c1),
+                                               _mm256_set1_epi32(static_cast<int>(keys.a[kPhiloxRounds - 1])));
+        const __m256i w2 = Lanes::exclusive_or(join_high(p0e, p0o), join_low(even.c3, odd.c3),
+                                               _mm256_set1_epi32(static_cast<int>(keys.b[kPhiloxRounds - 1])));
         store_pairs(out + 0 * stride, out + 1 * stride, w0);
         store_pairs(out + 2 * stride, out + 3 * stride, join_low(p1e, p1o));
         store_pairs(out + 4 * stride, out + 5 * stride, w2);
@@ -197,15 +179,9 @@ void multiply(const void* tile, int rows, int /*activation_bits*/, const void* p
   }
 }
 
-void unpack(const void* panel, const PanelShape& shape, int k_begin, int k_end, int columns, int16_t* entries,
-            int64_t entries_stride) {
-  const auto* v = static_cast<const int16_t*>(panel);
-  for (int k = k_begin; k < k_end; ++k)
-    for (int n = 0; n < columns; ++n) {
-      const int64_t vector = static_cast<int64_t>(k / 2) * shape.groups + n / kColumns;
-      entries[(k - k_begin) * entries_stride + n] =
-          static_cast<int16_t>(2 * v[vector * 16 + n % kColumns * 2 + k % 2] + 1);
-    }
+int half_entry_at(const void* panel, const PanelShape& shape, int k, int column) {
+  const int64_t vector = static_cast<int64_t>(k / 2) * shape.groups + column / kColumns;
+  return static_cast<const int16_t*>(panel)[vector * 16 + column % kColumns * 2 + k % 2];
 }
 
 }  // namespace
@@ -224,7 +200,7 @@ const Kernels& avx2_kernels() {
                                       draw,
                                       multiply,
                                       finish_rows<1>,
-                                      unpack};
+                                      unpack<half_entry_at>};
   return kernels;
 }
 

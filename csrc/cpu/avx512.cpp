@@ -36,11 +36,7 @@ struct Operand {
 namespace poc::cpu {
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels = make_kernels("avx512", [] {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-  });
+  static constexpr Kernels kernels = make_kernels("avx512", has_avx512_vnni);
   return kernels;
 }
 

@@ -76,6 +76,12 @@ void multiply(const void* tile, int rows, int activation_bits, const void* panel
       static_cast<int64_t>(shape.calls) * 4, limbs, sums, sums_stride, accumulate);
 }
 
+bool has_avx512_vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
 constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
   return {name,
           supported,
@@ -90,7 +96,7 @@ constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
           draw,
           multiply,
           finish_rows<-255>,
-          unpack};
+          unpack<half_entry_at>};
 }
 
 }  // namespace

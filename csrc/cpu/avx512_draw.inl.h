@@ -14,8 +14,15 @@ namespace {
 constexpr int kColumns = 16;
 constexpr int kMaxGroups = 4;
 
-inline __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-inline __m512i high_half(__m512i a) { return _mm512_srli_epi64(a, 32); }
+struct Lanes {
+  using Vector = __m512i;
+  static inline Vector set1(uint64_t value) { return _mm512_set1_epi64(static_cast<int64_t>(value)); }
+  static inline Vector multiply(Vector a, Vector b) { return _mm512_mul_epu32(a, b); }
+  static inline Vector high_half(Vector a) { return _mm512_srli_epi64(a, 32); }
+  static inline Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
+  static inline Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+};
+
 // Even columns live in one vector of 64-bit lanes, odd columns in another: join their low or high halves.
 inline __m512i join_low(__m512i even, __m512i odd) {
   return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
@@ -24,46 +31,14 @@ inline __m512i join_high(__m512i even, __m512i odd) {
   return _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xF5));
 }
 
-// Half of the columns of a group after rounds 0 and 1; the upper halves of lanes are not used.
-struct Columns {
-  __m512i h, l;
-
-  Columns(const RoundKeys& keys, __m512i n) {
-    l = _mm512_mul_epu32(_mm512_set1_epi64(kPhiloxM0), _mm512_xor_si512(n, _mm512_set1_epi64(keys.column_mask)));
-    h = high_half(l);
-  }
-};
-
-// Their counters on the way through the other rounds.
-struct Counters {
-  __m512i c0, c1, c2, c3;
-
-  inline void round2(const Columns& columns, const CallScalars& s, int i) {
-    const __m512i p1 =
-        _mm512_mul_epu32(_mm512_set1_epi64(kPhiloxM1), _mm512_xor_si512(columns.h, _mm512_set1_epi64(s.s0[i])));
-    c0 = _mm512_xor_si512(high_half(p1), _mm512_set1_epi64(s.s1[i]));
-    c1 = p1;
-    c2 = _mm512_xor_si512(columns.l, _mm512_set1_epi64(s.s2[i]));
-    c3 = _mm512_set1_epi64(s.s3[i]);
-  }
-  inline void round(uint64_t a, uint64_t b) {
-    const __m512i p0 = _mm512_mul_epu32(_mm512_set1_epi64(kPhiloxM0), c0);
-    const __m512i p1 = _mm512_mul_epu32(_mm512_set1_epi64(kPhiloxM1), c2);
-    c0 = xor3(high_half(p1), c1, _mm512_set1_epi64(a));
-    c2 = xor3(high_half(p0), c3, _mm512_set1_epi64(b));
-    c1 = p1;
-    c3 = p0;
-  }
-};
-
 // kCalls consecutive calls for one group, side by side so that the latency of one hides behind the work of the other.
 template <int kCalls>
-inline void draw_calls(const RoundKeys& keys, const CallScalars& scalars, int i, const Columns& even_columns,
-                       const Columns& odd_columns, uint8_t* out, int64_t stride) {
+inline void draw_calls(const RoundKeys& keys, const CallScalars& scalars, int i, const Columns<Lanes>& even_columns,
+                       const Columns<Lanes>& odd_columns, uint8_t* out, int64_t stride) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   const __m512i a9 = _mm512_set1_epi32(static_cast<int>(keys.a[kPhiloxRounds - 1]));
   const __m512i b9 = _mm512_set1_epi32(static_cast<int>(keys.b[kPhiloxRounds - 1]));
-  Counters even[kCalls], odd[kCalls];
+  Counters<Lanes> even[kCalls], odd[kCalls];
 #pragma GCC unroll 2
   for (int c = 0; c < kCalls; ++c) {
     even[c].round2(even_columns, scalars, i + c);
@@ -81,8 +56,8 @@ inline void draw_calls(const RoundKeys& keys, const CallScalars& scalars, int i,
     // The last round joins the halves as it goes: two shuffles per word in place of shift, xor and join.
     const __m512i p0e = _mm512_mul_epu32(m0, even[c].c0), p0o = _mm512_mul_epu32(m0, odd[c].c0);
     const __m512i p1e = _mm512_mul_epu32(m1, even[c].c2), p1o = _mm512_mul_epu32(m1, odd[c].c2);
-    const __m512i w0 = xor3(join_high(p1e, p1o), join_low(even[c].c1, odd[c].c1), a9);
-    const __m512i w2 = xor3(join_high(p0e, p0o), join_low(even[c].c3, odd[c].c3), b9);
+    const __m512i w0 = Lanes::exclusive_or(join_high(p1e, p1o), join_low(even[c].c1, odd[c].c1), a9);
+    const __m512i w2 = Lanes::exclusive_or(join_high(p0e, p0o), join_low(even[c].c3, odd[c].c3), b9);
     _mm512_store_si512(out + (4 * c + 0) * stride, Operand::bytes(w0));
     _mm512_store_si512(out + (4 * c + 1) * stride, Operand::bytes(join_low(p1e, p1o)));
     _mm512_store_si512(out + (4 * c + 2) * stride, Operand::bytes(w2));
@@ -101,7 +76,7 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
     for (int g = 0; g < shape.groups; ++g) {
       const __m512i n =
           _mm512_add_epi64(_mm512_set1_epi64(shape.column + static_cast<uint32_t>(g * kColumns)), even_lanes);
-      const Columns even(keys, n), odd(keys, _mm512_add_epi64(n, _mm512_set1_epi64(1)));
+      const Columns<Lanes> even(keys, n), odd(keys, _mm512_add_epi64(n, _mm512_set1_epi64(1)));
       auto* out = static_cast<uint8_t*>(panel) + (static_cast<int64_t>(begin) * 4 * shape.groups + g) * 64;
       int i = 0;
       for (; i + 2 <= count; i += 2) draw_calls<2>(keys, scalars, i, even, odd, out + i * 4 * stride, stride);
@@ -110,15 +85,9 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
   }
 }
 
-void unpack(const void* panel, const PanelShape& shape, int k_begin, int k_end, int columns, int16_t* entries,
-            int64_t entries_stride) {
-  const auto* bytes = static_cast<const uint8_t*>(panel);
-  for (int k = k_begin; k < k_end; ++k)
-    for (int n = 0; n < columns; ++n) {
-      const int64_t vector = static_cast<int64_t>(k / 4) * shape.groups + n / kColumns;
-      const int v = bytes[vector * 64 + n % kColumns * 4 + k % 4] - 128;
-      entries[(k - k_begin) * entries_stride + n] = static_cast<int16_t>(2 * v + 1);
-    }
+int half_entry_at(const void* panel, const PanelShape& shape, int k, int column) {
+  const int64_t vector = static_cast<int64_t>(k / 4) * shape.groups + column / kColumns;
+  return static_cast<const uint8_t*>(panel)[vector * 64 + column % kColumns * 4 + k % 4] - 128;
 }
 
 }  // namespace

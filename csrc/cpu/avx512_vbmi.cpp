@@ -41,11 +41,8 @@ struct Operand {
 namespace poc::cpu {
 
 const Kernels& avx512_vbmi_kernels() {
-  static constexpr Kernels kernels = make_kernels("avx512_vbmi", [] {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-  });
+  static constexpr Kernels kernels =
+      make_kernels("avx512_vbmi", [] { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); });
   return kernels;
 }
 

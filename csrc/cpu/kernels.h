@@ -27,15 +27,13 @@ struct PanelShape {
 
 // Where the results of one tile of rows go.
 struct Results {
+  const Activations& x;
+  const void* residual;  // x at the column that belongs to column 0 of y; null without
   void* y;
   int64_t y_row_stride;  // in elements
   int64_t y_column;      // first column of this panel in y
-  const void* x;         // residual: x at the column that belongs to column 0 of y; null without
-  int64_t x_row_stride;
-  DType dtype;
   int columns;
   float coefficient;
-  int activation_bits;
 };
 
 struct Kernels {

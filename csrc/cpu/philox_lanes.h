@@ -54,5 +54,39 @@ struct CallScalars {
   }
 };
 
+// Half of the columns of a group after rounds 0 and 1. Lanes are the vectors of an instruction set, of 64-bit lanes; of
+// counters and columns the upper halves of lanes are not used.
+template <class Lanes>
+struct Columns {
+  typename Lanes::Vector h, l;
+
+  Columns(const RoundKeys& keys, typename Lanes::Vector n) {
+    l = Lanes::multiply(Lanes::set1(kPhiloxM0), Lanes::exclusive_or(n, Lanes::set1(keys.column_mask)));
+    h = Lanes::high_half(l);
+  }
+};
+
+// Their counters on the way through the other rounds.
+template <class Lanes>
+struct Counters {
+  typename Lanes::Vector c0, c1, c2, c3;
+
+  inline void round2(const Columns<Lanes>& columns, const CallScalars& s, int i) {
+    const auto p1 = Lanes::multiply(Lanes::set1(kPhiloxM1), Lanes::exclusive_or(columns.h, Lanes::set1(s.s0[i])));
+    c0 = Lanes::exclusive_or(Lanes::high_half(p1), Lanes::set1(s.s1[i]));
+    c1 = p1;
+    c2 = Lanes::exclusive_or(columns.l, Lanes::set1(s.s2[i]));
+    c3 = Lanes::set1(s.s3[i]);
+  }
+  inline void round(uint64_t a, uint64_t b) {
+    const auto p0 = Lanes::multiply(Lanes::set1(kPhiloxM0), c0);
+    const auto p1 = Lanes::multiply(Lanes::set1(kPhiloxM1), c2);
+    c0 = Lanes::exclusive_or(Lanes::high_half(p1), c1, Lanes::set1(a));
+    c2 = Lanes::exclusive_or(Lanes::high_half(p0), c3, Lanes::set1(b));
+    c1 = p1;
+    c3 = p0;
+  }
+};
+
 }  // namespace
 }  // namespace poc::cpu

@@ -47,13 +47,8 @@ void multiply(const void* tile, int rows, int /*activation_bits*/, const void* p
   }
 }
 
-void unpack(const void* panel, const PanelShape& shape, int k_begin, int k_end, int columns, int16_t* entries,
-            int64_t entries_stride) {
-  const int64_t length = static_cast<int64_t>(shape.calls) * kEntriesPerCall;
-  for (int n = 0; n < columns; ++n)
-    for (int k = k_begin; k < k_end; ++k)
-      entries[(k - k_begin) * entries_stride + n] =
-          static_cast<int16_t>(2 * static_cast<const int16_t*>(panel)[n * length + k] + 1);
+int half_entry_at(const void* panel, const PanelShape& shape, int k, int column) {
+  return static_cast<const int16_t*>(panel)[column * shape.calls * kEntriesPerCall + k];
 }
 
 }  // namespace
@@ -72,7 +67,7 @@ const Kernels& portable_kernels() {
                                       draw,
                                       multiply,
                                       finish_rows<1>,
-                                      unpack};
+                                      unpack<half_entry_at>};
   return kernels;
 }
 

@@ -20,6 +20,12 @@ constexpr int64_t kTasksPerThread = 4;
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
+// The shape of a panel of k rows of P from row k_start on.
+PanelShape panel_shape(int64_t k_start, int64_t k, int64_t column, int64_t groups, int64_t k_padded) {
+  return {static_cast<uint32_t>(k_start / kEntriesPerCall), static_cast<int>(divide_up(k, kEntriesPerCall)),
+          static_cast<uint32_t>(column), static_cast<int>(groups), k_padded};
+}
+
 // How one call is cut up. Sizes in bytes; all but tile_bytes are multiples of kAlignment.
 struct Plan {
   int64_t tile_rows, block_rows, panel_columns, panel_k;
@@ -110,25 +116,14 @@ struct Call {
   // Some columns of the rows of tiles [first_tile, last_tile).
   void multiply(const Block& block, int64_t first_tile, int64_t last_tile, int64_t column, int slot) const {
     const int64_t columns = std::min(plan.panel_columns, p.columns - column);
-    Results results;
-    results.y = p.y;
-    results.y_row_stride = p.columns;
-    results.y_column = column;
-    results.x = p.residual ? residual_row(p, 0) : nullptr;
-    results.x_row_stride = p.x.row_stride;
-    results.dtype = p.x.dtype;
-    results.columns = static_cast<int>(columns);
-    results.coefficient = static_cast<float>(p.coefficient);  // here, where subnormals are kept
-    results.activation_bits = p.x.activation_bits;
+    const float coefficient = static_cast<float>(p.coefficient);  // here, where subnormals are kept
+    const void* residual = p.residual ? residual_row(p, 0) : nullptr;
+    const Results results{p.x, residual, p.y, p.columns, column, static_cast<int>(columns), coefficient};
 
     for (int64_t k = 0; k < p.x.k_padded; k += plan.panel_k) {
       const int64_t panel_k = std::min(plan.panel_k, p.x.k_padded - k);
-      PanelShape shape;
-      shape.call = static_cast<uint32_t>(k / kEntriesPerCall);
-      shape.calls = static_cast<int>(panel_k / kEntriesPerCall);
-      shape.column = static_cast<uint32_t>(p.column_start + column);
-      shape.groups = static_cast<int>(divide_up(columns, kernels.group_columns));
-      shape.k_padded = p.x.k_padded;
+      const int64_t groups = divide_up(columns, kernels.group_columns);
+      const PanelShape shape = panel_shape(k, panel_k, p.column_start + column, groups, p.x.k_padded);
       kernels.draw(key, shape, panel(slot));
       const bool whole = plan.panel_k == p.x.k_padded, last = k + panel_k == p.x.k_padded;
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
@@ -205,12 +200,7 @@ void entries(const Kernels& kernels, const Entries& e, void* workspace) {
     uint8_t* panel = base + slot * group * kEntriesPanel * kernels.entry_bytes;
     const int64_t column = task / k_tasks * group, k = (first_call + task % k_tasks * panel_calls) * kEntriesPerCall;
     const int64_t k_begin = std::max(k, e.k_start), k_stop = std::min(k + kEntriesPanel, k_end);
-    PanelShape shape;
-    shape.call = static_cast<uint32_t>(k / kEntriesPerCall);
-    shape.calls = static_cast<int>(divide_up(k_stop - k, kEntriesPerCall));
-    shape.column = static_cast<uint32_t>(e.n_start + column);
-    shape.groups = 1;
-    shape.k_padded = round_up(k_end, kEntriesPerCall);
+    const PanelShape shape = panel_shape(k, k_stop - k, e.n_start + column, 1, round_up(k_end, kEntriesPerCall));
     kernels.draw(key, shape, panel);
     kernels.unpack(panel, shape, static_cast<int>(k_begin - k), static_cast<int>(k_stop - k),
                    static_cast<int>(std::min(group, e.n - column)), e.out + (k_begin - e.k_start) * e.n + column, e.n);

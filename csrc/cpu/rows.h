@@ -9,6 +9,14 @@
 namespace poc::cpu {
 namespace {
 
+// Calls body with a value of the type of activations: Float32, BFloat16 or Float16.
+template <class Body>
+inline void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat32) return body(Float32{});
+  if (dtype == DType::kBFloat16) return body(BFloat16{});
+  body(Float16{});
+}
+
 template <class Type>
 void quantise_row(const Activations& x, RowState& state, int16_t* q) {
   const auto* row = static_cast<const typename Type::Storage*>(x.data) + state.row * x.row_stride;
@@ -20,42 +28,23 @@ void quantise_row(const Activations& x, RowState& state, int16_t* q) {
   state.finite = largest < 0x7F800000u;
   state.exponent = row_exponent(state.finite ? largest : 0);
   const float scale = power_of_two(activation_shift(x.activation_bits) - state.exponent);
+  const bool clamped = x.activation_bits == 8;
+  const int64_t k_end = state.finite ? x.k : 0;
   int32_t sum = 0;
-  if (!state.finite) {
-    for (int64_t k = 0; k < x.k; ++k) q[k] = 0;
-  } else if (x.activation_bits == 16) {
-    for (int64_t k = 0; k < x.k; ++k) {
-      const int32_t rounded = round_activation(Type::widen(row[k]), scale);
-      q[k] = static_cast<int16_t>(rounded);
-      sum += rounded;
-    }
-  } else {
-    for (int64_t k = 0; k < x.k; ++k) {
-      const int32_t rounded = clamp_byte(round_activation(Type::widen(row[k]), scale));
-      q[k] = static_cast<int16_t>(rounded);
-      sum += rounded;
-    }
+  for (int64_t k = 0; k < k_end; ++k) {
+    int32_t rounded = round_activation(Type::widen(row[k]), scale);
+    if (clamped) rounded = clamp_byte(rounded);
+    q[k] = static_cast<int16_t>(rounded);
+    sum += rounded;
   }
-  for (int64_t k = x.k; k < x.k_padded; ++k) q[k] = 0;
+  for (int64_t k = k_end; k < x.k_padded; ++k) q[k] = 0;
   state.sum = sum;
 }
 
 // Writes the q of rows to scratch, k_padded apart.
 void quantise_rows(const Activations& x, RowState* states, int rows, int16_t* scratch) {
-  for (int r = 0; r < rows; ++r) {
-    int16_t* q = scratch + r * x.k_padded;
-    switch (x.dtype) {
-      case DType::kFloat32:
-        quantise_row<Float32>(x, states[r], q);
-        break;
-      case DType::kBFloat16:
-        quantise_row<BFloat16>(x, states[r], q);
-        break;
-      case DType::kFloat16:
-        quantise_row<Float16>(x, states[r], q);
-        break;
-    }
-  }
+  for (int r = 0; r < rows; ++r)
+    with_type(x.dtype, [&](auto type) { quantise_row<decltype(type)>(x, states[r], scratch + r * x.k_padded); });
 }
 
 template <class Type, int kSumWeight>
@@ -66,34 +55,32 @@ void finish_row(const Results& to, const RowState& state, const double* sums) {
     for (int j = 0; j < to.columns; ++j) y[j] = Type::kNaN;
     return;
   }
-  const float scale = power_of_two(state.exponent - activation_shift(to.activation_bits));
+  const float scale = power_of_two(state.exponent - activation_shift(to.x.activation_bits));
   const double offset = static_cast<double>(kSumWeight) * state.sum;
   const float coefficient = to.coefficient;
-  if (to.x == nullptr) {
+  if (to.residual == nullptr) {
     for (int j = 0; j < to.columns; ++j) y[j] = Type::round(projected(2.0 * sums[j] + offset, coefficient, scale));
     return;
   }
-  const Storage* x = static_cast<const Storage*>(to.x) + state.row * to.x_row_stride + to.y_column;
+  const Storage* x = static_cast<const Storage*>(to.residual) + state.row * to.x.row_stride + to.y_column;
   for (int j = 0; j < to.columns; ++j)
     y[j] = Type::round(Type::widen(x[j]) + projected(2.0 * sums[j] + offset, coefficient, scale));
 }
 
 template <int kSumWeight>
 void finish_rows(const Results& to, const RowState* states, int rows, const double* sums, int64_t sums_stride) {
-  for (int r = 0; r < rows; ++r) {
-    const double* row_sums = sums + r * sums_stride;
-    switch (to.dtype) {
-      case DType::kFloat32:
-        finish_row<Float32, kSumWeight>(to, states[r], row_sums);
-        break;
-      case DType::kBFloat16:
-        finish_row<BFloat16, kSumWeight>(to, states[r], row_sums);
-        break;
-      case DType::kFloat16:
-        finish_row<Float16, kSumWeight>(to, states[r], row_sums);
-        break;
-    }
-  }
+  for (int r = 0; r < rows; ++r)
+    with_type(to.x.dtype,
+              [&](auto type) { finish_row<decltype(type), kSumWeight>(to, states[r], sums + r * sums_stride); });
+}
+
+// unpack of Kernels; half_entry_at returns v of a panel at k and a column, both counted from its first.
+template <int (*half_entry_at)(const void* panel, const PanelShape&, int k, int column)>
+void unpack(const void* panel, const PanelShape& shape, int k_begin, int k_end, int columns, int16_t* entries,
+            int64_t entries_stride) {
+  for (int k = k_begin; k < k_end; ++k)
+    for (int n = 0; n < columns; ++n)
+      entries[(k - k_begin) * entries_stride + n] = static_cast<int16_t>(2 * half_entry_at(panel, shape, k, n) + 1);
 }
 
 }  // namespace

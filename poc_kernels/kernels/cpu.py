@@ -26,6 +26,9 @@ class Tiling(NamedTuple):
     """Rows of P that are drawn at a time."""
 
 
+_CHOSEN = Tiling()
+
+
 def instruction_sets() -> list[tuple[str, bool]]:
     """Return the names of the instruction sets in this build, best first, each with whether this CPU has it."""
     core = native.load()
@@ -52,17 +55,11 @@ def _unavailable(supported: bool, device: torch.device) -> str | None:
 
 
 def project(
-    x: Tensor,
-    seed: Tensor,
-    request: Request,
-    *,
-    instruction_set: str,
-    threads: int | None = None,
-    tiling: Tiling = Tiling(),  # noqa: B008 (immutable)
+    x: Tensor, seed: Tensor, request: Request, *, instruction_set: str, threads: int = 0, tiling: Tiling = _CHOSEN
 ) -> Tensor:
     """Compute x @ P, or x + x @ P, for ``x`` [M, K] on the CPU: [M, columns] in the dtype of x.
 
-    ``threads`` is ``torch.get_num_threads()`` unless given. Workspace: 2 bytes per element of the rows that are
+    ``threads`` is ``torch.get_num_threads()`` if 0. Workspace: 2 bytes per element of the rows that are
     quantised at a time (16 MiB, or 256 rows if these take more), and per thread a panel of P of at most 512 KiB.
     """
     core = native.load()
@@ -98,15 +95,7 @@ def project(
 
 
 def entries(
-    seed: Tensor,
-    domain: int,
-    k_start: int,
-    k: int,
-    n_start: int,
-    n: int,
-    *,
-    instruction_set: str,
-    threads: int | None = None,
+    seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int, *, instruction_set: str, threads: int = 0
 ) -> Tensor:
     """Draw the integers e[k_start : k_start + k, n_start : n_start + n] as int16 on the CPU."""
     core = native.load()

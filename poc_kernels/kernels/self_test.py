@@ -20,8 +20,6 @@ from .. import definition
 from . import trial
 from .backend import Backend
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @functools.cache
 def _known_answers() -> dict[str, Any]:
@@ -38,7 +36,7 @@ def digest(values: Tensor) -> str:
 
 def activations(case: dict[str, Any]) -> Tensor:
     """Make x [M, K] of a case of the vectors, from its formula or bit by bit."""
-    dtype = _DTYPES[case["dtype"]]
+    dtype = getattr(torch, case["dtype"])
     if "x_hex" in case:
         integer = torch.int32 if dtype == torch.float32 else torch.int16
         wide = torch.tensor([[int(word, 16) for word in row.split()] for row in case["x_hex"]], device="cpu")

@@ -6,12 +6,13 @@ On a GPU they are the priorities of two streams, neither of which is the default
 from __future__ import annotations
 
 import collections
-import contextlib
+import functools
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class PriorityLanes:
         device: where both run.
         validation_sms: how many SMs validation may use (a CUDA green context); torch and the driver may round it.
 
+    Attributes:
+        inference_stream, validation_stream: the two streams; None on a CPU.
+        lowers_threads: whether `lower_thread` does something (`threads_have_priorities`).
+
     Raises:
         ValueError: validation_sms is not less than the number of SMs of the device and at least 1, or torch, the
             driver or the device has no green contexts.
@@ -36,10 +41,9 @@ class PriorityLanes:
 
     def __init__(self, device: torch.device | str, *, validation_sms: int | None = None) -> None:
         self.device = torch.device(device)
-        self._inference: Any = None
-        self._validation: Any = None
-        self._green_context: Any = None
-        self._lowers_threads = threads_have_priorities(self.device)
+        self.inference_stream: Any = None
+        self.validation_stream: Any = None
+        self.lowers_threads = threads_have_priorities(self.device)
         if self.device.type != "cuda":
             if validation_sms is not None:
                 raise ValueError(f"validation_sms needs a CUDA device, got {self.device}")
@@ -48,46 +52,27 @@ class PriorityLanes:
             self.device = torch.device("cuda", torch.cuda.current_device())
         lowest, highest = _priority_range()
         with torch.cuda.device(self.device):
-            self._inference = torch.cuda.Stream(self.device, priority=highest)  # type: ignore[no-untyped-call]
+            self.inference_stream = _stream(self.device, highest)
             if validation_sms is None:
-                self._validation = torch.cuda.Stream(self.device, priority=lowest)  # type: ignore[no-untyped-call]
+                self.validation_stream = _stream(self.device, lowest)
             else:
-                self._green_context, self._validation = _green_stream(self.device, validation_sms)
+                self._green_context, self.validation_stream = _green_stream(self.device, validation_sms)
         self.wait_for_current_stream()
-
-    @property
-    def inference_stream(self) -> Any:
-        """The stream of inference; None on a CPU."""
-        return self._inference
-
-    @property
-    def validation_stream(self) -> Any:
-        """The stream of validation; None on a CPU."""
-        return self._validation
 
     def wait_for_current_stream(self) -> None:
         """Let both streams wait for what the current stream was given so far, such as the loading of weights."""
-        if self._inference is not None:
+        if self.inference_stream is not None:
             current = torch.cuda.current_stream(self.device)
-            self._inference.wait_stream(current)
-            self._validation.wait_stream(current)
+            self.inference_stream.wait_stream(current)
+            self.validation_stream.wait_stream(current)
 
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
+    def inference(self) -> AbstractContextManager[None]:
         """Make the stream of inference the current stream of this thread inside the block."""
-        with self._on(self._inference):
-            yield
+        return self._on(self.inference_stream)
 
-    @contextlib.contextmanager
-    def validation(self) -> Iterator[None]:
+    def validation(self) -> AbstractContextManager[None]:
         """Make the stream of validation the current stream of this thread inside the block."""
-        with self._on(self._validation):
-            yield
-
-    @property
-    def lowers_threads(self) -> bool:
-        """Whether `lower_thread` does something (`threads_have_priorities`)."""
-        return self._lowers_threads
+        return self._on(self.validation_stream)
 
     def lower_thread(self) -> bool:
         """Give the calling thread, which computes validation, and the threads that it starts the lowest CPU priority.
@@ -101,7 +86,7 @@ class PriorityLanes:
         """
         return self.lowers_threads and _lower_thread()
 
-    @contextlib.contextmanager
+    @contextmanager
     def _on(self, stream: Any) -> Iterator[None]:
         if stream is None:
             yield
@@ -122,15 +107,13 @@ class PriorityLanes:
         Returns:
             How many references were replaced.
         """
-        if self._inference is None:
+        if self.inference_stream is None:
             return 0
         replaced: dict[int, Any] = {}
 
         def replace(stream: Any) -> Any:
             if id(stream) not in replaced:
-                new = self._inference
-                if replaced:
-                    new = torch.cuda.Stream(self.device, priority=_priority_range()[1])  # type: ignore[no-untyped-call]
+                new = _stream(self.device, _priority_range()[1]) if replaced else self.inference_stream
                 replaced[id(stream)] = stream, new  # keeps the old one alive, or its id could be used again
             return replaced[id(stream)][1]
 
@@ -191,6 +174,10 @@ def _priority_range() -> tuple[int, int]:
     return lowest, highest
 
 
+def _stream(device: torch.device, priority: int) -> Any:
+    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+
+
 def _green_stream(device: torch.device, sms: int) -> tuple[Any, Any]:
     there = torch.cuda.get_device_properties(device).multi_processor_count
     if not 1 <= sms < there:
@@ -209,23 +196,21 @@ def _replace_streams(owner: Any, replace: Callable[[Any], Any], package: str, se
     if id(owner) in seen:
         return 0
     seen.add(id(owner))
-    if isinstance(owner, dict):
-        items: list[tuple[Any, Any]] = list(owner.items())
-    elif isinstance(owner, list):
-        items = list(enumerate(owner))
-    elif isinstance(owner, tuple):
+    if isinstance(owner, tuple):
         return sum(_replace_streams(value, replace, package, seen) for value in owner)
+    put: Callable[[Any, Any], None]
+    if isinstance(owner, (dict, list)):
+        items = list(owner.items() if isinstance(owner, dict) else enumerate(owner))
+        put = owner.__setitem__
     elif type(owner).__module__.startswith(package) and hasattr(owner, "__dict__"):
         items = list(vars(owner).items())
+        put = functools.partial(setattr, owner)
     else:
         return 0
     replaced = 0
     for key, value in items:
         if isinstance(value, torch.Stream):
-            if isinstance(owner, (dict, list)):
-                owner[key] = replace(value)
-            else:
-                setattr(owner, key, replace(value))
+            put(key, replace(value))
             replaced += 1
         else:
             replaced += _replace_streams(value, replace, package, seen)

@@ -51,6 +51,9 @@ class SlicedForward:
         device: where they compute.
         slice_seconds: how long a slice should take at most.
 
+    Attributes:
+        slices: slices of a forward of this shape; None until enough forwards were measured.
+
     Raises:
         ValueError: slice_seconds is not positive.
     """
@@ -61,34 +64,40 @@ class SlicedForward:
         self._device = device
         self._slice_seconds = slice_seconds
         self._timings: list[list[Span]] = []
-        self._slices: Slices | None = None
-
-    @property
-    def slices(self) -> Slices | None:
-        """Slices of a forward of this shape; None until enough forwards were measured."""
-        return self._slices
+        self.slices: Slices | None = None
 
     def forget(self) -> None:
         """Measure anew, because the forwards that follow have another shape."""
         self._timings.clear()
-        self._slices = None
+        self.slices = None
 
     def run_unmeasured(self, forward: Callable[[], Result], pause: Pause) -> Result:
         """Run a forward whose calls are not those of `run`'s, with ``pause`` between all of them; return its result."""
-        with _Cut(None, pause):
+        with _BeforeCalls(lambda place, _: pause() if place > 0 else None):
             return forward()
 
     def run(self, forward: Callable[[], Result], pause: Pause) -> Result:
         """Run ``forward``, with ``pause`` between slices (between all calls until measured); return its result."""
-        if self._slices is not None:
-            with _Cut(frozenset(self._slices.cuts), pause):
+        if self.slices is not None:
+            cuts = frozenset(self.slices.cuts)
+            with _BeforeCalls(lambda place, _: pause() if place in cuts else None):
                 return forward()
-        measured = _Measured(self._device, pause)
-        with measured:
+        # The time that the thread computes: others may have the cores in between.
+        watch = Stopwatch(self._device, time.thread_time)
+
+        def time_from_here(place: int, name: str) -> None:
+            if place > 0:
+                watch.end()
+                pause()
+            watch.begin(name)
+
+        with _BeforeCalls(time_from_here) as calls:
             result = forward()
-        self._timings.append(measured.timings())
+        if calls.count > 0:
+            watch.end()
+        self._timings.append(watch.spans())
         if len(self._timings) == MEASURED_FORWARDS:
-            self._slices = plan(self._timings, self._slice_seconds)
+            self.slices = plan(self._timings, self._slice_seconds)
         return result
 
 
@@ -116,55 +125,22 @@ def plan(timings: Sequence[Sequence[Span]], slice_seconds: float) -> Slices:
     return Slices(tuple(cuts), tuple(lengths))
 
 
-class _Calls(TorchFunctionMode):
-    """Counts calls of torch, but neither the calls that they make in turn nor the reading of a tensor's attributes."""
+class _BeforeCalls(TorchFunctionMode):
+    """Calls ``before`` with the place and the name of each call of torch, before it.
 
-    def __init__(self) -> None:
+    Neither the calls that these make in turn nor the reading of a tensor's attributes count.
+    """
+
+    def __init__(self, before: Callable[[int, str], None]) -> None:
         super().__init__()
-        self._count = 0
+        self._before = before
+        self.count = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name != "__get__":
-            self._before(self._count, name)
-            self._count += 1
+            self._before(self.count, name)
+            self.count += 1
         return func(*args, **(kwargs or {}))
-
-    def _before(self, place: int, name: str) -> None:
-        raise NotImplementedError
-
-
-class _Cut(_Calls):
-    """Pauses before the calls in ``cuts``; with None, before all except the first."""
-
-    def __init__(self, cuts: frozenset[int] | None, pause: Pause) -> None:
-        super().__init__()
-        self._cuts, self._pause = cuts, pause
-
-    def _before(self, place: int, name: str) -> None:
-        if place > 0 if self._cuts is None else place in self._cuts:
-            self._pause()
-
-
-class _Measured(_Calls):
-    """Pauses before every call except the first, and times each until the next."""
-
-    def __init__(self, device: torch.device, pause: Pause) -> None:
-        super().__init__()
-        self._pause = pause
-        # The time that the thread computes: others may have the cores in between.
-        self._watch = Stopwatch(device, time.thread_time)
-
-    def _before(self, place: int, name: str) -> None:
-        if place > 0:
-            self._watch.end()
-            self._pause()
-        self._watch.begin(name)
-
-    def timings(self) -> list[Span]:
-        """Return the timings of all calls, once the forward is over."""
-        if self._count > 0:
-            self._watch.end()
-        return self._watch.spans()

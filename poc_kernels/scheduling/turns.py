@@ -317,7 +317,7 @@ class Turns:
             self._condition.notify_all()
 
     def _seconds_to_wait(self, turn: Turn, now: float) -> float | None:
-        """0 if ``turn`` may have the device, else when to look again; None: when something changes."""
+        """Return 0 if ``turn`` may have the device, else when to look again; None: when something changes."""
         if turn._side.computing is not None or turn._side.waiting[0] is not turn:
             return None
         return self._seconds_to_step(now) if turn._side is self._steps else self._seconds_to_slice(turn, now)
@@ -345,7 +345,7 @@ class Turns:
         return max(0.0, min(capped, self._expected_until() - now))
 
     def _expected_until(self) -> float:
-        """When the step after the one that ended last is no longer expected to begin."""
+        """Return when the step after the one that ended last is no longer expected to begin."""
         if self._pacing is None or self._last_step is None or self._last_step._cancelled or not self._last_step._busy():
             return 0.0
         return self._last_step_end + self._pacing.linger_seconds
@@ -364,7 +364,7 @@ class Turns:
             self._counted_until = now
 
     def _is_owed(self, pacing: Pacing, now: float) -> bool:
-        """Whether the next slice is owed: a paced one begins, and a step waits for a free one."""
+        """Tell whether the next slice is owed: a paced one begins, and a step waits for a free one."""
         if self._slices.waiting and now - self._slices.waiting[0]._since >= pacing.max_wait_seconds:
             return True
         self._count_owed(now)
@@ -373,7 +373,7 @@ class Turns:
         return min(self._owed_seconds, self._due_seconds) >= self._slice_seconds
 
     def _due_left(self, now: float) -> float:
-        """What is due of what is owed, less the time that steps have left to the slice that computes."""
+        """Return what is due of what is owed, less the time that steps have left to the slice that computes."""
         proof = self._slices.computing
         if proof is None or self._steps.computing is not None:
             return self._due_seconds

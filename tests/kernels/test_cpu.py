@@ -39,7 +39,7 @@ THREADS = (1, 2, 3, 7)
 each_instruction_set = pytest.mark.parametrize("name", NAMES)
 
 
-def native_project(x, name, *, threads=None, tiling=Tiling(), **options):  # noqa: B008 (immutable)
+def native_project(x, name, *, threads=0, tiling=Tiling(), **options):  # noqa: B008 (immutable)
     """`helpers.project` with the choices that only native kernels have."""
     cut = functools.partial(cpu.project, instruction_set=name, threads=threads, tiling=tiling)
     backend = backend_named(f"native-{name}")

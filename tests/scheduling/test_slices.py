@@ -232,7 +232,7 @@ def test_cuts_are_those_of_the_plan_in_order() -> None:
         return [noted(str(place)) for place in range(3)]
 
     sliced = SlicedForward(CPU, FINE)
-    sliced._slices = Slices((2, 4), (0.1, 0.1, 0.1))  # before the second and the third zeros()
+    sliced.slices = Slices((2, 4), (0.1, 0.1, 0.1))  # before the second and the third zeros()
     sliced.run(forward, lambda: ran.append("pause"))
     assert ran == ["0", "1", "pause", "2", "pause"]
 

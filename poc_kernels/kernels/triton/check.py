@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 import torch
 
@@ -32,20 +31,15 @@ def wrong_tiles(device: torch.device) -> list[str]:
     wrong = []
     for bits, (of_float32, of_float16) in ((16, (parts[0], parts[-1])), (8, (parts[-1], parts[0]))):
         tiles = tile_table.tiles(capability, bits, arithmetic)
-        wrong += _wrong_forms(device, "bfloat16", k, columns, bits, arithmetic, itertools.product(tiles, parts))
+        forms = list(itertools.product(tiles, parts))
+        wrong += _wrong_forms(device, "bfloat16", k, columns, bits, arithmetic, forms)
         for dtype, splits in (("bfloat16", parts[0]), ("float32", of_float32), ("float16", of_float16)):
             wrong += _wrong_forms(device, dtype, long_k, few_columns, bits, arithmetic, [(tiles[-1], splits)])
     return wrong
 
 
 def _wrong_forms(
-    device: torch.device,
-    dtype: str,
-    k: int,
-    columns: int,
-    bits: int,
-    arithmetic: str,
-    forms: Iterable[tuple[Tile, int]],
+    device: torch.device, dtype: str, k: int, columns: int, bits: int, arithmetic: str, forms: list[tuple[Tile, int]]
 ) -> list[str]:
     """Return which forms of a product (tile, number of parts of K) give other bits than the reference on the CPU."""
     rows = 20 if product.INTERPRETED else 300

@@ -89,19 +89,13 @@ def half_entries(word, BYTE_PERM: tl.constexpr):
 
 @triton.jit
 def half_entry_tile(
-    panel,
-    first_column,
-    domain,
-    seed,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    RUN: tl.constexpr,
-    BYTE_PERM: tl.constexpr,
+    panel, where, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, BYTE_PERM: tl.constexpr
 ):
-    """Draw v [COLUMNS, PANEL] of the COLUMNS columns from first_column on as int8; k in the order of runs of RUN.
+    """Draw v [COLUMNS, PANEL] as int8 for where = (first column, domain, seed); k in the order of runs of RUN.
 
     Columns are drawn in an order, 8 per warp, that gives each thread of a matrix unit the rows that it multiplies.
     """
+    first_column, domain, seed = where
     halves: tl.constexpr = PANEL // 64
     blocks: tl.constexpr = COLUMNS // (16 * WARPS)
     calls = panel * (PANEL // 16) + tl.arange(0, halves)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
@@ -275,22 +269,12 @@ def added_sums(totals, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def finish_tile(
-    x,
-    exponents,
-    sums,
-    row_mask,
-    y,
-    coefficient,
+    operands,  # (x, exponents, sums, row_mask, y, coefficient)
+    extent,  # (rows, row_stride, columns, column_start, residual_columns, masked_rows)
     high,
     low,
     first_row,
     first_column,
-    rows,
-    row_stride,
-    columns,
-    column_start,
-    residual_columns,
-    masked_rows,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -300,15 +284,12 @@ def finish_tile(
     if ROWS > 16:
         high0, high1 = _halves(high, COLUMNS, ROWS)
         low0, low1 = _halves(low, COLUMNS, ROWS)
-        finish_tile(
-            *(x, exponents, sums, row_mask, y, coefficient, high0, low0, first_row, first_column, rows, row_stride),
-            *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS // 2),
-        )
-        finish_tile(
-            *(x, exponents, sums, row_mask, y, coefficient, high1, low1, first_row + ROWS // 2, first_column),
-            *(rows, row_stride, columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS // 2),
-        )
+        half: tl.constexpr = ROWS // 2
+        finish_tile(operands, extent, high0, low0, first_row, first_column, DTYPE, BITS, COLUMNS, half)
+        finish_tile(operands, extent, high1, low1, first_row + half, first_column, DTYPE, BITS, COLUMNS, half)
     else:
+        x, exponents, sums, row_mask, y, coefficient = operands
+        rows, row_stride, columns, column_start, residual_columns, masked_rows = extent
         column = first_column + tl.arange(0, COLUMNS)
         row = first_row + tl.arange(0, ROWS)
         in_rows = row < rows

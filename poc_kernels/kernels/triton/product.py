@@ -20,6 +20,7 @@ import functools
 import itertools
 import math
 import os
+from typing import Any
 
 import torch
 import triton
@@ -28,25 +29,9 @@ from torch import Tensor
 
 from ... import definition
 from ...definition import Request
+from . import device as on_tile
 from . import tiles as tile_table
-from .device import (
-    NOT_FINITE,
-    PANEL,
-    add_tile,
-    added_sums,
-    finish_tile,
-    fp16_of,
-    half_entries,
-    half_entry_tile,
-    philox,
-    position_of_quad,
-    power_of_two,
-    round_activation,
-    row_exponent,
-    tiles_of,
-    wanted_rows,
-    widen,
-)
+from .device import NOT_FINITE, PANEL
 from .tiles import Tile
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -54,12 +39,12 @@ from .tiles import Tile
 
 @triton.jit
 def _magnitudes(bits, DTYPE: tl.constexpr):
-    return widen(bits, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return on_tile.widen(bits, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _limb(byte, FP16: tl.constexpr):
-    return fp16_of(byte) if FP16 else byte.to(tl.int8)
+    return on_tile.fp16_of(byte) if FP16 else byte.to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["row_mask", "rows", "padded_rows", "cleared_count", "row_stride", "masked_rows"])
@@ -85,12 +70,12 @@ def quantise_kernel(
     FP16: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr,  # row_stride is a multiple of 16
 ):
-    """One program per row, which leaves a row that is masked off alone; then programs that clear CLEAR words each."""
+    """Quantise a row per program, except rows that are masked off; programs after these clear CLEAR words each."""
     row = tl.program_id(0)
     if row >= rows:
         words = (row - rows).to(tl.int64) * CLEAR + tl.arange(0, CLEAR)
         tl.store(cleared + words, tl.zeros([CLEAR], tl.int32), mask=words < cleared_count)
-    elif wanted_rows(row_mask, row, masked_rows):
+    elif on_tile.wanted_rows(row_mask, row, masked_rows):
         first = row.to(tl.int64) * row_stride
         x += tl.multiple_of(first, 16) if ALIGNED_ROWS else first
         limbs += row.to(tl.int64) * PANEL
@@ -98,7 +83,7 @@ def quantise_kernel(
         quads = tl.arange(0, BLOCK // 4)
         bytes4 = tl.arange(0, 4)[None, :]
         offsets = quads[:, None] * 4 + bytes4
-        positions = position_of_quad(quads, RUN)[:, None] * 4 + bytes4
+        positions = on_tile.position_of_quad(quads, RUN)[:, None] * 4 + bytes4
 
         bits = tl.load(x + offsets, mask=offsets < k, other=0)
         magnitudes = _magnitudes(bits, DTYPE)
@@ -106,18 +91,18 @@ def quantise_kernel(
             for start in range(BLOCK, k, BLOCK):
                 at = start + offsets
                 magnitudes = tl.maximum(magnitudes, _magnitudes(tl.load(x + at, mask=at < k, other=0), DTYPE))
-        exponent = row_exponent(tl.max(tl.max(magnitudes, axis=1), axis=0))
+        exponent = on_tile.row_exponent(tl.max(tl.max(magnitudes, axis=1), axis=0))
         finite = exponent != NOT_FINITE
         shift: tl.constexpr = 13 if BITS == 16 else 6
-        scale = power_of_two(tl.where(finite, shift - exponent, 0))
+        scale = on_tile.power_of_two(tl.where(finite, shift - exponent, 0))
 
         total = tl.zeros([BLOCK // 4, 4], tl.int32)
         for start in range(0, (k + PANEL - 1) // PANEL * PANEL, BLOCK):
             at = start + offsets
             if not ONE_BLOCK:
                 bits = tl.load(x + at, mask=at < k, other=0)
-            value = tl.where(finite, widen(bits, DTYPE), 0.0)
-            q = round_activation(value, scale)
+            value = tl.where(finite, on_tile.widen(bits, DTYPE), 0.0)
+            q = on_tile.round_activation(value, scale)
             position = start + positions
             panel = (position // PANEL).to(tl.int64)
             inside = position < (k + PANEL - 1) // PANEL * PANEL
@@ -183,20 +168,19 @@ def product_kernel(
     FP16: tl.constexpr,
     BYTE_PERM: tl.constexpr,
 ):
-    """One program per tile and part of K; neighbours share the limbs."""
+    """Compute a tile, or a part of K of it, per program; neighbours share the limbs."""
     two_limbs: tl.constexpr = BITS == 16
-    column_tiles = tiles_of(columns, COLUMNS)
+    column_tiles = on_tile.tiles_of(columns, COLUMNS)
     tile = tl.program_id(0)
     first_column = (tile % column_tiles) * COLUMNS
     first_row = (tile // column_tiles) * ROWS
     row = first_row + tl.arange(0, ROWS)
     in_rows = row < rows
-    any_wanted = tl.max((in_rows & wanted_rows(row_mask, row, masked_rows)).to(tl.int32), axis=0)
+    any_wanted = tl.max((in_rows & on_tile.wanted_rows(row_mask, row, masked_rows)).to(tl.int32), axis=0)
 
     first = tl.program_id(1) * panels_per_split
     last = tl.minimum(first + panels_per_split, panels) * any_wanted
-    seed_bits = tl.load(seed)
-    factor = coefficient.to(tl.float32, bitcast=True)
+    where = (column_start + first_column, domain, tl.load(seed))
     offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
     plane = padded_rows.to(tl.int64) * PANEL
     panel_limbs = 2 * plane if two_limbs else plane
@@ -208,68 +192,55 @@ def product_kernel(
             high_part = tl.zeros([COLUMNS, ROWS], tl.float32)
             low_part = tl.zeros([COLUMNS, ROWS], tl.float32)
             for panel in range(flush, tl.minimum(flush + 1024 // PANEL, last)):
-                v = half_entry_tile(
-                    panel, column_start + first_column, domain, seed_bits, COLUMNS, WARPS, RUN, BYTE_PERM
-                )
+                v = on_tile.half_entry_tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM)
                 high_part, low_part = _accumulate(
-                    high_part, low_part, limbs, offsets, plane, fp16_of(v), two_limbs, tl.float32
+                    high_part, low_part, limbs, offsets, plane, on_tile.fp16_of(v), two_limbs, tl.float32
                 )
                 limbs += panel_limbs
             high += high_part.to(tl.int32)
             low += low_part.to(tl.int32)
     else:
         for panel in range(first, last):
-            v = half_entry_tile(panel, column_start + first_column, domain, seed_bits, COLUMNS, WARPS, RUN, BYTE_PERM)
+            v = on_tile.half_entry_tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM)
             high, low = _accumulate(high, low, limbs, offsets, plane, v, two_limbs, tl.int32)
             limbs += panel_limbs
 
+    operands = (x, exponents, sums, row_mask, y, coefficient.to(tl.float32, bitcast=True))
+    extent = (rows, row_stride, columns, column_start, residual_columns, masked_rows)
     if SPLIT:
         totals += ((tile % column_tiles).to(tl.int64) * rows + first_row) * COLUMNS
         high_totals = totals + column_tiles.to(tl.int64) * rows * COLUMNS
         rows_left = rows - first_row
         added_rows = rows_left * any_wanted  # none of a tile that is only copied
-        add_tile(totals, high_totals, high, low, added_rows, two_limbs, COLUMNS, ROWS)
+        on_tile.add_tile(totals, high_totals, high, low, added_rows, two_limbs, COLUMNS, ROWS)
         tl.debug_barrier()  # every thread has added before one counts this part as arrived
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             part: tl.constexpr = min(ROWS, 32) if FP16 or ROWS <= 32 else 16  # with which the loop compiles best
             for start in range(0, ROWS, part):
-                low_sum = added_sums(totals + start * COLUMNS, rows_left - start, COLUMNS, part)
+                low_sum = on_tile.added_sums(totals + start * COLUMNS, rows_left - start, COLUMNS, part)
                 high_sum = low_sum
                 if two_limbs:
-                    high_sum = added_sums(high_totals + start * COLUMNS, rows_left - start, COLUMNS, part)
-                finish_tile(
-                    *(x, exponents, sums, row_mask, y, factor, high_sum, low_sum, first_row + start, first_column),
-                    *(rows, row_stride, columns, column_start, residual_columns, masked_rows),
-                    *(DTYPE, BITS, COLUMNS, part),
+                    high_sum = on_tile.added_sums(high_totals + start * COLUMNS, rows_left - start, COLUMNS, part)
+                part_row = first_row + start
+                on_tile.finish_tile(
+                    operands, extent, high_sum, low_sum, part_row, first_column, DTYPE, BITS, COLUMNS, part
                 )
     else:
-        finish_tile(
-            *(x, exponents, sums, row_mask, y, factor, high, low, first_row, first_column, rows, row_stride),
-            *(columns, column_start, residual_columns, masked_rows, DTYPE, BITS, COLUMNS, ROWS),
-        )
+        on_tile.finish_tile(operands, extent, high, low, first_row, first_column, DTYPE, BITS, COLUMNS, ROWS)
 
 
 @triton.jit(do_not_specialize=["seed", "domain", "k_start", "k", "n_start"])
 def entries_kernel(
-    seed,
-    out,  # [k, columns] int16
-    domain,
-    k_start,
-    k,
-    n_start,
-    columns,
-    CALLS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BYTE_PERM: tl.constexpr,
+    seed, out, domain, k_start, k, n_start, columns, CALLS: tl.constexpr, COLUMNS: tl.constexpr, BYTE_PERM: tl.constexpr
 ):
-    """One program per CALLS * 16 rows of COLUMNS columns."""
+    """Write out [k, columns] int16: each program draws CALLS * 16 rows of COLUMNS columns."""
     calls = k_start // 16 + tl.program_id(1) * CALLS + tl.arange(0, CALLS)
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     n = (n_start + column).to(tl.uint32)
-    words = philox(calls.to(tl.uint32)[:, None], n[None, :], domain, tl.load(seed))
+    words = on_tile.philox(calls.to(tl.uint32)[:, None], n[None, :], domain, tl.load(seed))
     first = calls * 16 - k_start
     for w in tl.static_range(4):
-        v = half_entries(words[w], BYTE_PERM)
+        v = on_tile.half_entries(words[w], BYTE_PERM)
         for i in tl.static_range(4):
             row = first + 4 * w + i
             e = 2 * (v << (24 - 8 * i) >> 24) + 1
@@ -331,14 +302,7 @@ def _row_stride(x: Tensor) -> int:
 
 
 def _quantise(
-    x: Tensor,
-    limbs: Tensor,
-    rows: Tensor,
-    cleared: Tensor,
-    mask: Tensor,
-    masked_rows: int,
-    activation_bits: int,
-    tile: Tile,
+    x: Tensor, limbs: Tensor, rows: Tensor, cleared: Tensor, mask: Tensor, masked_rows: int, shared: dict[str, Any]
 ) -> None:
     m, k = x.shape
     block = min(LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
@@ -356,16 +320,12 @@ def _quantise(
         cleared.numel(),
         _row_stride(x),
         masked_rows,
-        DTYPE=_DTYPES[x.dtype][0],
-        BITS=activation_bits,
-        RUN=tile.run,
         BLOCK=block,
         ONE_BLOCK=k <= block,
         CLEAR=_CLEAR,
-        FP16=limbs.dtype == torch.float16,
         ALIGNED_ROWS=_row_stride(x) % 16 == 0,
         num_warps=8 if block >= 4096 else 4,
-        enable_fp_fusion=False,
+        **shared,
     )
 
 
@@ -417,8 +377,11 @@ def project(
     panels_per_split = triton.cdiv(panels, splits)
     splits = triton.cdiv(panels, panels_per_split)
 
+    code, bits_dtype = _DTYPES[x.dtype]
+    fp16 = arithmetic == "fp16"
+    shared = {"DTYPE": code, "BITS": activation_bits, "RUN": tile.run, "FP16": fp16, "enable_fp_fusion": False}
     y = torch.empty(m, columns, dtype=x.dtype, device=x.device)
-    limb_dtype = torch.float16 if arithmetic == "fp16" else torch.int8
+    limb_dtype = torch.float16 if fp16 else torch.int8
     padded_rows = triton.cdiv(m, tile.rows) * tile.rows
     limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
     rows = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)  # both aligned, whatever m
@@ -427,17 +390,17 @@ def project(
     masked_rows = 0 if row_mask is None else m
     mask = limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8)
     with torch.cuda.device_of(x):
-        _quantise(x, limbs, rows, totals, mask, masked_rows, activation_bits, tile)
+        _quantise(x, limbs, rows, totals, mask, masked_rows, shared)
         product_kernel[(tiles, splits)](
             # In the order of the kernel's parameters: by name, a launch would take 3 us more.
-            x.view(_DTYPES[x.dtype][1]),
+            x.view(bits_dtype),
             limbs,
             rows[0],
             rows[1],
             totals,
             totals[added:],
             mask,
-            y.view(_DTYPES[x.dtype][1]),
+            y.view(bits_dtype),
             seed,
             _float32_bits(coefficient),
             m,
@@ -450,18 +413,14 @@ def project(
             _signed_word(domain),
             columns if residual else 0,
             masked_rows,
-            DTYPE=_DTYPES[x.dtype][0],
-            BITS=activation_bits,
-            RUN=tile.run,
             COLUMNS=tile.columns,
             ROWS=tile.rows,
             WARPS=tile.warps,
             SPLIT=splits > 1,
-            FP16=arithmetic == "fp16",
             BYTE_PERM=_BYTE_PERM,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            enable_fp_fusion=False,
+            **shared,
         )
     return y
 
@@ -469,8 +428,6 @@ def project(
 def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
     """Draw the integers e[k_start : k_start + k, n_start : n_start + n] as int16 on a GPU."""
     out = torch.empty(k, n, dtype=torch.int16, device=seed.device)
-    if out.numel() == 0:
-        return out
     calls, columns = 4, 128
     grid = (triton.cdiv(n, columns), triton.cdiv(k_start % 16 + k, 16 * calls))
     with torch.cuda.device_of(seed):
