@@ -36,25 +36,17 @@ class Settings(ServiceSettings):
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 for a free one", _PORT)
     temperature: float | None = setting(
-        None, "temperature that all requests are sampled with; 0 is greedy", NOT_NEGATIVE, unset="the model's"
+        None, "sampling temperature of all requests; 0: greedy", NOT_NEGATIVE, unset="the model's"
     )
     max_new_tokens: int = setting(1024, "maximum number of tokens per answer", POSITIVE)
     kv_blocks: int | None = setting(None, "number of blocks of the KV cache", POSITIVE, unset="automatic")
     kv_block_size: int | None = setting(None, "number of tokens per block of the KV cache", POSITIVE, unset="automatic")
-    kv_memory: float | None = setting(
-        None, "fraction of the memory free at start that the KV cache takes", FRACTION, unset="automatic"
-    )
-    max_batch_tokens: int | None = setting(
-        None, "maximum number of tokens per step of continuous batching", POSITIVE, unset="automatic"
-    )
+    kv_memory: float | None = setting(None, "fraction of the free memory for the KV cache", FRACTION, unset="automatic")
+    max_batch_tokens: int | None = setting(None, "maximum tokens per step of inference", POSITIVE, unset="automatic")
     cuda_graphs: bool = setting(True, "replay the proof forward from a captured graph on CUDA")
     slice_seconds: float = setting(0.002, "seconds that a slice of validation should take at most", POSITIVE)
-    slices_in_flight: int = setting(
-        2, "number of slices of validation that a GPU is given before the first of them is done", POSITIVE
-    )
-    validation_sms: int | None = setting(
-        None, "number of SMs of a GPU that validation is kept to", POSITIVE, unset="all"
-    )
+    slices_in_flight: int = setting(2, "slices that a GPU is given before the first of them is done", POSITIVE)
+    validation_sms: int | None = setting(None, "number of SMs that validation is kept to", POSITIVE, unset="all")
     log_level: str = setting("info", "minimum level of what is logged", one_of("debug", "info", "warning", "error"))
     log_format: str = setting("json", "form of a log record: a JSON object or a plain line", one_of("json", "text"))
 

@@ -138,24 +138,14 @@ class ServiceSettings:
         TypeError, ValueError: a setting has a value of another type, or out of its limit.
     """
 
-    random_projection: bool = setting(
-        False, "project before and after the model in rounds that do not give use_random_projection"
-    )
+    random_projection: bool = setting(False, "project around the model in rounds that do not say whether to")
     max_in_flight: int = setting(256, "maximum number of users' requests at once; more get 429", POSITIVE)
     max_body_bytes: int = setting(2**20, "maximum number of bytes of a body under /v1; more get 413", POSITIVE)
-    max_pow_body_bytes: int = setting(
-        2**23, "maximum number of bytes of a body under /api/v1/pow; more get 413", POSITIVE
-    )
+    max_pow_body_bytes: int = setting(2**23, "maximum bytes of a body under /api/v1/pow; more get 413", POSITIVE)
     body_seconds: float = setting(30.0, "seconds that a client has to send its body; then it gets 408", POSITIVE)
-    max_queued_nonces: int = setting(
-        100_000, "maximum number of nonces waiting to be validated; more get 429", POSITIVE
-    )
-    result_seconds: float = setting(
-        3600.0, "seconds for which verdicts are kept for clients that ask for them later", POSITIVE
-    )
-    max_proof_tokens: int = setting(
-        65536, "maximum number of tokens per forward of a round, batch_size * seq_len", POSITIVE
-    )
+    max_queued_nonces: int = setting(100_000, "maximum nonces waiting to be validated; more get 429", POSITIVE)
+    result_seconds: float = setting(3600.0, "seconds for which verdicts are kept to be asked for", POSITIVE)
+    max_proof_tokens: int = setting(65536, "maximum batch_size * seq_len of a round, in tokens", POSITIVE)
     # While users' steps compute, paced slices of validation wait, except for their guaranteed share. Free slices run at
     # low priority, and a step waits for them only where they got less than their share. auto: free on a CPU under Linux
     # (threads have priorities there), else paced.
@@ -164,25 +154,13 @@ class ServiceSettings:
         "paced: validation waits for users; free: low priority alone; auto: free on Linux CPUs",
         one_of("auto", "paced", "free"),
     )
-    validation_share: float = setting(
-        0.1, "fraction of the device's time guaranteed to validation while users are served", FRACTION
-    )
-    validation_wait_seconds: float = setting(
-        1.0, "maximum number of seconds that a slice of validation waits for users", NOT_NEGATIVE
-    )
-    drain_seconds: float = setting(
-        5.0, "seconds for which requests in flight go on after GENERATING begins, before they are paused", NOT_NEGATIVE
-    )
+    validation_share: float = setting(0.1, "fraction of the device guaranteed to validation", FRACTION)
+    validation_wait_seconds: float = setting(1.0, "seconds that a slice waits for users at most", NOT_NEGATIVE)
+    drain_seconds: float = setting(5.0, "seconds of GENERATING before requests in flight are paused", NOT_NEGATIVE)
     retry_after_seconds: int = setting(10, "seconds in the Retry-After of a 503 while GENERATING", POSITIVE)
-    stall_seconds: float = setting(
-        120.0, "seconds without progress after which /health answers 503 and batching is restarted", POSITIVE
-    )
-    shutdown_seconds: float = setting(
-        10.0, "seconds for which SIGTERM waits for requests in flight and for callbacks", NOT_NEGATIVE
-    )
-    callback_nonces: int = setting(
-        100_000, "maximum number of undelivered nonces kept for callbacks; the oldest are dropped first", POSITIVE
-    )
+    stall_seconds: float = setting(120.0, "seconds without progress until /health answers 503", POSITIVE)
+    shutdown_seconds: float = setting(10.0, "seconds for which SIGTERM waits for requests and callbacks", NOT_NEGATIVE)
+    callback_nonces: int = setting(100_000, "maximum undelivered nonces kept for callbacks", POSITIVE)
     token: str | None = setting(None, "bearer token that the routes under /api/v1/pow then ask for", secret=True)
     callback_key: str | None = setting(None, "key that callbacks are then signed with", secret=True)
 
