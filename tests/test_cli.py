@@ -216,8 +216,8 @@ def test_serve_help_has_every_option_with_its_default(capsys):
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model MODEL directory, or id on the Hugging Face hub, of a causal language model (required)" in shown
-    assert "--drain-seconds X seconds for which requests in flight go on" in shown
-    assert "before they are paused (at least 0; default: 5)" in shown
+    assert "--drain-seconds X seconds of GENERATING before requests in flight are paused" in shown
+    assert "requests in flight are paused (at least 0; default: 5)" in shown
     assert "--validation-pacing {auto,paced,free}" in shown
     assert "POC_KERNELS_TOKEN: bearer token" in shown
     for each in OPTIONS:

@@ -17,7 +17,6 @@ PANEL = tl.constexpr(128)
 
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
-FLOAT16 = tl.constexpr(2)
 
 NOT_FINITE = tl.constexpr(128)
 """The exponent of a row that holds a NaN or an infinity; others have at most 127."""
