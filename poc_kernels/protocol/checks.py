@@ -56,9 +56,8 @@ def check_url(name: str, url: object) -> None:
 # where it is wrong, to say which value is.
 
 
-def check_ints(name: str, values: object, low: int, high: int) -> None:
-    """Raise a TypeError unless the argument ``name`` is a list of ints, a ValueError unless all lie in [low, high]."""
-    values = check_list(name, values)
+def check_ints(name: str, values: Sequence[int], low: int, high: int) -> None:
+    """Raise a TypeError unless the list ``name`` holds ints alone, a ValueError unless all lie in [low, high]."""
     if values and not (set(map(type, values)) == {int} and low <= min(values) and max(values) <= high):
         for value in values:
             check_int(name, value, low, high)
@@ -71,8 +70,7 @@ def check_distinct(name: str, values: Sequence[int]) -> None:
         raise ValueError(f"{name} must be distinct, got {repeated} repeated")
 
 
-def check_list(name: str, values: object) -> list[float]:
-    """Return the argument ``name``; raise a TypeError unless it is a list."""
+def check_list(name: str, values: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a list."""
     if not isinstance(values, list):
         raise TypeError(f"{name} must be a list, got {type(values).__name__}")
-    return values

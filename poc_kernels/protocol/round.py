@@ -6,6 +6,7 @@ There is no tensor here, and nothing of an engine or a server.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from .config import PoCConfig
 from .engine import never
 from .prover import Outcomes, Prover
 from .states import PHASES, IllegalTransitionError, PoCState, RoundEndedError
+
+logger = logging.getLogger("poc_kernels")
 
 _VALIDATING_STATES = (PoCState.IDLE, *PHASES)
 
@@ -184,7 +187,10 @@ class PoCManager:
 
     def _changed(self) -> None:
         for listener in self._listeners:
-            listener()
+            try:
+                listener()
+            except Exception:  # a listener's fault is neither the round's nor another listener's
+                logger.exception("a change of the round could not be told")
 
     def progress(self) -> dict[str, Any]:
         """Return the state and the numbers of the round: `status` without its lists."""

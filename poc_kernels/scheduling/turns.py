@@ -195,6 +195,8 @@ class Turns:
 
     @pacing.setter
     def pacing(self, pacing: Pacing | None) -> None:
+        if pacing is not None and not isinstance(pacing, Pacing):
+            raise TypeError(f"pacing must be a Pacing or None, got {type(pacing).__name__}")
         with self._condition:
             self._pacing = pacing
             self._owed_seconds = self._due_seconds = 0.0

@@ -10,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import hmac
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _MAX_SMALL_BODY = 1024
 _DONE = b"data: [DONE]"
 _TAIL = 32
 """Bytes of the end of a stream: the last event, whatever its line ends."""
+_ENDS_DONE = re.compile(rb"data: ?\[DONE\]\s*$")
 _TRY_AGAIN_LATER = 1013
 """Close code of a websocket that is refused for now."""
 
@@ -115,7 +117,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: the ASGI interface."""
-        user = scope["type"] != "lifespan" and self._is_user(scope)
+        user = scope["type"] in ("http", "websocket") and self._is_user(scope)
         others = self._others if scope["type"] == "http" else self._app
         try:
             await (self._shut_users if user else others)(scope, receive, send)
@@ -306,7 +308,7 @@ class DoneEvent:
                 streaming = message["status"] == 200 and content_type.startswith(b"text/event-stream")
             elif streaming and message["type"] == "http.response.body":
                 tail = (tail + message.get("body", b"")[-_TAIL:])[-_TAIL:]
-                if not message.get("more_body", False) and not tail.rstrip().endswith(_DONE):
+                if not message.get("more_body", False) and not _ENDS_DONE.search(tail):
                     message = {**message, "body": message.get("body", b"") + _DONE + b"\n\n"}
             await send(message)
 

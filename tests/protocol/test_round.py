@@ -305,6 +305,21 @@ def test_the_latest_valid_nonces_are_listed():
     assert len(status["valid_distances"]) == 7
 
 
+def test_a_listener_that_fails_is_the_only_one(caplog):
+    m, told = manager(), []
+
+    def fail():
+        raise ValueError("no")
+
+    m.on_change(fail)
+    m.on_change(lambda: told.append(m.state))
+    m.start_round(config())
+    m.set_phase(PoCState.VALIDATING)
+    m.stop_round()
+    assert told == [PoCState.GENERATING, PoCState.VALIDATING, PoCState.STOPPED]
+    assert [record.message for record in caplog.records] == ["a change of the round could not be told"] * 3
+
+
 # ---- pauses ----
 
 

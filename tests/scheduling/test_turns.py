@@ -761,3 +761,8 @@ def test_times_that_are_none(name: str, value: float) -> None:
 
 def test_seconds_owed_are_those_of_the_share() -> None:
     assert [Pacing(share=share).owed_per_second for share in (0.5, 0.75)] == [1, 3]
+
+
+def test_a_pacing_is_a_pacing() -> None:
+    with pytest.raises(TypeError, match="pacing must be a Pacing or None, got str"):
+        Turns().pacing = "free"  # type: ignore[assignment]

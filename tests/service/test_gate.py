@@ -506,7 +506,14 @@ def test_routes_that_compute_outside_v1_are_counted_and_have_the_bound_of_users_
 
 @pytest.mark.parametrize("ends_streams", [True, False])
 @pytest.mark.parametrize(
-    "parts", [[b"data: [DONE]\n\n"], [b"data: [DO", b"NE]\n\n"], [b"data: [DONE]\n", b"\n"], [b"data: [DONE]\r\n\r\n"]]
+    "parts",
+    [
+        [b"data: [DONE]\n\n"],
+        [b"data: [DO", b"NE]\n\n"],
+        [b"data: [DONE]\n", b"\n"],
+        [b"data: [DONE]\r\n\r\n"],
+        [b"data:[DONE]\n\n"],
+    ],
 )
 def test_an_app_that_ends_its_streams_gets_no_second_done(ends_streams: bool, parts: list[bytes]) -> None:
     app = answering(200, b"text/event-stream", b"data: 1\n\n", *parts)

@@ -7,6 +7,7 @@ import json
 import threading
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +354,9 @@ def test_no_call_of_json_has_a_long_text_or_list(
         assert len(text) <= 200_000
         return loads(text)
 
-    slow = types.SimpleNamespace(dumps=checked_dumps, loads=checked_loads, JSONDecodeError=json.JSONDecodeError)
-    monkeypatch.setattr(outbox, "json", slow)
-    monkeypatch.setattr(routes, "json", slow)
+    pieces = types.SimpleNamespace(dumps=checked_dumps, loads=checked_loads, JSONDecodeError=json.JSONDecodeError)
+    monkeypatch.setattr(outbox, "json", pieces)
+    monkeypatch.setattr(routes, "json", pieces)
     node.service.worker.queue._max_nonces = 2 * count
     posted(http, "/init/validate", {**ROUND, "batch_size": 4096, "callback_url": receiver.url})
     proof = claim(list(range(10**12, 10**12 + count)), [0.5] * count)
@@ -364,8 +365,70 @@ def test_no_call_of_json_has_a_long_text_or_list(
     assert loads(receiver.posts[0][2])["nonces"] == proof["nonces"]
     wrong = http.post(f"{POW}/validate", json={**proof, "dist": ["x"] * count})
     assert (wrong.status_code, wrong.json()["detail"][0]["loc"]) == (422, ["body", "dist", 0])
-    cut = http.post(f"{POW}/validate", content=dumps(proof)[:-1], headers={"content-type": "application/json"})
-    assert (cut.status_code, cut.json()["detail"][0]["type"]) == (422, "json_invalid")
+
+
+@pytest.mark.parametrize("padding", [0, 100_000])
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "kind"),
+    [
+        (b'{"more": "\\ud800", %s', "application/json", 200, None),
+        (b"\xef\xbb\xbf{%s", "application/json", 200, None),
+        (b'{"more": ' + 250 * b"[" + 250 * b"]" + b", %s", "application/json", 200, None),
+        (b'{"more": ' + 100_000 * b"[" + 100_000 * b"]" + b", %s", "application/json", 400, None),
+        (b'{"more": ' + 5000 * b"9" + b", %s", "application/json", 400, None),
+        (b'{"more": \xff, %s', "application/json", 400, None),
+        (b"{%s,", "application/json", 422, "json_invalid"),
+        (b"[%s", "application/json", 422, "json_invalid"),
+        (b"{%s", "application/problem+json", 200, None),
+        (b"{%s", "text/x+json", 422, "model_attributes_type"),
+        (b"{%s", "application/a/b+json", 422, "model_attributes_type"),
+        (b"{%s", "", 422, "model_attributes_type"),
+    ],
+)
+def test_what_bodies_are_taken(
+    http: httpx2.Client, content: bytes, content_type: str, status: int, kind: str | None, padding: int
+) -> None:
+    """Whatever their size: what json.loads takes, sent as JSON."""
+    values = json.dumps({**ROUND, "padding": padding * "x"}).encode()[1:]
+    answer = http.post(f"{POW}/init", content=content % values, headers={"content-type": content_type})
+    assert answer.status_code == status, answer.text
+    assert kind is None or answer.json()["detail"][0]["type"] == kind
+    if status == 200:
+        posted(http, "/stop")
+
+
+def test_bodies_are_parsed_one_at_a_time(node: TinyNode, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a hundred times its bytes, and the threads are needed for what ends a round."""
+    parse, parsing, most = routes._parse, [0], [0]
+    entered, release = threading.Semaphore(0), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        parsing[0] += 1
+        most[0] = max(most[0], parsing[0])
+        entered.release()
+        assert release.wait(TIMEOUT)
+        try:
+            return parse(*arguments)
+        finally:
+            parsing[0] -= 1
+
+    monkeypatch.setattr(routes, "_parse", slow)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(http.post, f"{POW}/init", json=ROUND) for _ in range(8)]
+        assert entered.acquire(timeout=TIMEOUT)
+        assert posted(http, "/stop")["pow_status"]["state"] == "STOPPED"
+        release.set()
+        assert {each.result().status_code for each in asked} == {200}
+    assert most == [1]
+
+
+def test_the_documentation_of_the_routes_has_the_models_of_bodies(http: httpx2.Client) -> None:
+    documentation = http.get("/openapi.json").json()
+    assert {"RoundBody", "ProofBody", "HTTPValidationError"} <= documentation["components"]["schemas"].keys()
+    paths = {path: entry["post"] for path, entry in documentation["paths"].items() if "post" in entry and POW in path}
+    with_body = {path for path, entry in paths.items() if "requestBody" in entry}
+    assert with_body == {f"{POW}/{name}" for name in ("init", "init/generate", "init/validate", "validate")}
+    assert {path for path, entry in paths.items() if "422" in entry["responses"]} == with_body
 
 
 def test_a_large_proof_is_looked_at_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,15 @@ class ProofBatch:
         check_text("block_hash", self.block_hash)
         check_int("block_height", self.block_height, 0, MAX_NONCE)
         check_int("node_id", self.node_id, UNSET, 2**31)
+        check_list("nonces", self.nonces)
+        check_list("dist", self.dist)
         check_ints("nonces", self.nonces, 0, MAX_NONCE)
-        _check_distances(self.dist)
         check_distinct("nonces", self.nonces)
         if len(self.dist) not in (0, len(self.nonces)):
             raise ValueError(
                 f"dist must be empty or have a distance for each of the {len(self.nonces)} nonces, got {len(self.dist)}"
             )
+        _check_distances(self.dist)
 
     def __len__(self) -> int:
         return len(self.nonces)
@@ -59,8 +61,7 @@ class ProofBatch:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def _check_distances(dist: object) -> None:
-    dist = check_list("dist", dist)
+def _check_distances(dist: list[float]) -> None:
     if dist and not (set(map(type, dist)) == {float} and all(map(math.isfinite, dist)) and min(dist) >= 0):
         for distance in dist:
             check_float("dist", distance)
