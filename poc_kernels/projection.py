@@ -101,4 +101,5 @@ class RandomProjection(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """Return what torch prints of the module."""
         return f"dim={self.dim}, std={self.std}, activation_bits={self.activation_bits}"

@@ -121,6 +121,7 @@ class Delivery:
 
     @property
     def nonces(self) -> list[Any]:
+        """Nonces of the body."""
         return self.per_nonce["nonces"]
 
     @property
@@ -147,6 +148,7 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
+        """Let the next attempt be made at once, and the next wait be the first again."""
         self._seconds = 0.0
         self.until = 0.0
 
@@ -185,10 +187,12 @@ class Destination:
 
     @property
     def empty(self) -> bool:
+        """Whether nothing waits here or is in flight."""
         return not self.fresh and not self.refused and not self.in_flight
 
     @property
     def all(self) -> list[Delivery]:
+        """All deliveries that wait here or are in flight."""
         return [*self.in_flight, *self.fresh, *self.refused.values()]
 
     def add(self, delivery: Delivery) -> None:
@@ -343,6 +347,7 @@ class Outbox:
         return dropped
 
     def clear(self) -> None:
+        """Forget every delivery."""
         self._deliveries.clear()
         self.nonces = self._waiting = self._weight = 0
 
