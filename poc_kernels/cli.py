@@ -169,7 +169,10 @@ def demo(chosen: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    parser = argparse.ArgumentParser(prog="poc-kernels", description="Random projection layers for proof of compute.")
+    parser = argparse.ArgumentParser(
+        prog="poc-kernels",
+        description="Proof of compute on served language models: a node, and the random projections of its rounds.",
+    )
     parser.add_argument("--version", action="version", version=f"poc-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="check every backend on every device against the known answers")

@@ -137,7 +137,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-projection", dest="projection", action="store_false", help="rounds without the random projection")
     add("--max-in-flight", type=int, default=256, help="requests that come when this many are in flight are refused")
     add("--timeout-seconds", type=float, default=120.0, help="limit for each thing that is waited for")
-    add("--limit-seconds", type=float, default=float("inf"), help="after this only the first round of a rate begins")
+    add(
+        "--limit-seconds",
+        type=float,
+        default=float("inf"),
+        help="after this no condition begins except in the first round of the first rate",
+    )
     add("--seed", type=int, default=0, help="of arrivals and prompts")
     options = parser.parse_args(arguments)
     quick = options.quick or os.environ.get("POC_BENCH_QUICK") == "1"

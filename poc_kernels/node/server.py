@@ -82,7 +82,10 @@ def serve(settings: Settings) -> None:
         # What lives as long as the process is not looked through again: that would be a gap between users' tokens.
         gc.collect()
         gc.freeze()
-        server.run([listener])
+        try:
+            server.run([listener])
+        finally:
+            gc.unfreeze()  # or libraries write to standard error, at the end, of what they take to be leaks
 
 
 def _bound(settings: Settings) -> socket.socket:

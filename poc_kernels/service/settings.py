@@ -138,7 +138,7 @@ class ServiceSettings:
         TypeError, ValueError: a setting has a value of another type, or out of its limit.
     """
 
-    random_projection: bool = setting(False, "project around the model in rounds that do not say whether to")
+    random_projection: bool = setting(False, "use the projections in rounds that do not say whether to")
     max_in_flight: int = setting(256, "maximum number of users' requests at once; more get 429", POSITIVE)
     max_body_bytes: int = setting(2**20, "maximum number of bytes of a body under /v1; more get 413", POSITIVE)
     max_pow_body_bytes: int = setting(2**23, "maximum bytes of a body under /api/v1/pow; more get 413", POSITIVE)
@@ -161,8 +161,8 @@ class ServiceSettings:
     stall_seconds: float = setting(120.0, "seconds without progress until /health answers 503", POSITIVE)
     shutdown_seconds: float = setting(10.0, "seconds for which SIGTERM waits for requests and callbacks", NOT_NEGATIVE)
     callback_nonces: int = setting(100_000, "maximum undelivered nonces kept for callbacks", POSITIVE)
-    token: str | None = setting(None, "bearer token that the routes under /api/v1/pow then ask for", secret=True)
-    callback_key: str | None = setting(None, "key that callbacks are then signed with", secret=True)
+    token: str | None = setting(None, "bearer token that the routes under /api/v1/pow require", secret=True)
+    callback_key: str | None = setting(None, "key that signs callbacks", secret=True)
 
     def __post_init__(self) -> None:
         for each in settings_of(type(self)):

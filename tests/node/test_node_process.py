@@ -80,9 +80,8 @@ class Process:
         return code
 
     def logged(self) -> list[str]:
-        """What the node logged. After it, native libraries may have last words of their own on standard error."""
-        last = next((place for place, line in enumerate(self.log) if "node closed" in line), len(self.log))
-        return self.log[: last + 1]
+        """What the process wrote to standard error, to its end."""
+        return self.log
 
     def kill(self) -> None:
         """Whatever it does."""
