@@ -1,33 +1,15 @@
 """The harness that compiles kernels without a GPU, on kernels whose machine code is known."""
-# ruff: noqa: N803  (constants of a kernel are written in capitals)
 
 import pytest
 
-triton = pytest.importorskip("triton")
-import triton.language as tl
+pytest.importorskip("triton")
+from known_kernels import fused, int8_product
 from triton_compiled import CAPABILITIES, compile_for
 
 MATRIX_INSTRUCTION = {80: r"IMMA\.16832\.S8", 89: r"IMMA\.16832\.S8", 90: r"IGMMA\.", 100: r"IMMA|UTCIMMA"}
 """On sm_100 Triton 3.6 compiles to the instruction of sm_80, 3.9 to that of the fifth generation."""
 SIGNATURE = {"x_ptr": "*i8", "p_ptr": "*i8", "y_ptr": "*i32", "k": "i32"}
 TILE = {"M": 64, "N": 64, "K": 64}
-
-
-@triton.jit
-def int8_product(x_ptr, p_ptr, y_ptr, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    sums = tl.zeros((M, N), tl.int32)
-    for start in range(0, k, K):
-        x = tl.load(x_ptr + rows[:, None] * k + (start + inner)[None, :])
-        p = tl.load(p_ptr + (start + inner)[:, None] + columns[None, :] * k)
-        sums = tl.dot(x, p, sums, out_dtype=tl.int32)
-    tl.store(y_ptr + rows[:, None] * N + columns[None, :], sums)
-
-
-@triton.jit
-def fused(x_ptr, y_ptr, factor):
-    x = tl.load(x_ptr)
-    tl.store(y_ptr, x * factor + x)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
