@@ -160,7 +160,7 @@ def test_sigterm_while_validating_ends_a_long_stream_in_order(processes: dict[st
         streamed = Chat(http, 4000)
         with ThreadPoolExecutor(1) as pool:
             validation = pool.submit(http.post, f"{POW}/validate", json=claim(range(50_000)))
-            eventually(lambda: status(http)["queued_nonces"] == 50_000)
+            eventually(lambda: 0 < status(http)["queued_nonces"] <= 50_000)
             began = time.monotonic()
             assert process.end(signal.SIGTERM, 10) == 0
             assert time.monotonic() - began < 5
