@@ -239,11 +239,11 @@ class ProofWorker:
         except TurnsClosed:
             raise
         except Exception as error:
-            self.queue.finish(job, error)
-            if isinstance(error, (RoundEndedError, ValueError)):
-                return False  # no failure of the device
-            self._failed(error)
-            return True
+            failed = not isinstance(error, (RoundEndedError, ValueError))  # else it is no failure of the device
+            if failed:
+                self._failed(error)
+            self.queue.finish(job, error)  # last: whoever waits for it may look at what was counted
+            return failed
         self._succeeded()
         if verdict is None:
             self.queue.advance(job)
