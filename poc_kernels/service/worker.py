@@ -140,8 +140,10 @@ class ProofWorker:
             with self._condition:
                 self._closing = True  # whatever ended it: nobody would compute what comes
             self.queue.close("the proof thread ended")
-            with contextlib.suppress(Exception):  # a device that is gone has no users either
+            try:
                 self._device.resume_users()
+            except Exception:  # of a device that is gone, as its users are
+                logger.exception("users could not be resumed when the proof thread ended")
 
     def _wait(self) -> bool:
         with self._condition:
@@ -169,6 +171,7 @@ class ProofWorker:
             return True
 
     def _wait_to_retry(self) -> None:
+        """Wait a while, or until something changes."""
         with self._condition:
             if not self._closing:
                 self._condition.wait(_RETRY_SECONDS)

@@ -181,7 +181,7 @@ def test_a_device_whose_calls_fail_is_asked_again(monkeypatch: pytest.MonkeyPatc
         assert node.service.troubles() == []
 
 
-def test_what_waits_is_cancelled_though_the_device_fails_at_the_end() -> None:
+def test_what_waits_is_cancelled_though_the_device_fails_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     device = TinyDevice()
     with tiny_node(device=device) as node:
         node.service.begin(ROUND, PoCState.VALIDATING)
@@ -190,6 +190,8 @@ def test_what_waits_is_cancelled_though_the_device_fails_at_the_end() -> None:
         job = node.service.enqueue(ProofBatch("key", "block", 7, list(range(20)), []), "somebody")
         with pytest.raises(RoundEndedError):
             job.future.result(TIMEOUT)
+        node.service.worker.close(TIMEOUT)
+    assert "users could not be resumed when the proof thread ended" in [record.message for record in caplog.records]
 
 
 # ---- a proof form of another kind ----

@@ -106,12 +106,7 @@ def validate_distances(
     n_invalid = sum(not (claimed < r_target and distance <= r_target) for claimed, distance in claims)
     honest = probability_honest(n_invalid, len(batch.dist))
     return ValidatedBatch(
-        public_key=batch.public_key,
-        block_hash=batch.block_hash,
-        block_height=batch.block_height,
-        nonces=batch.nonces,
-        dist=list(recomputed),
-        node_id=batch.node_id,
+        **{**batch.to_dict(), "dist": list(recomputed)},
         received_dist=batch.dist,
         r_target=r_target,
         fraud_threshold=fraud_threshold,
