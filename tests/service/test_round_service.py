@@ -19,9 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tiny_service import TinyDevice, TinyNode, TinyProver, distance, tiny_node
 from web import CHAT, TIMEOUT, client, eventually, serving
 
-from poc_kernels.protocol import Outcomes, PoCConfig, PoCState, ProofBatch, ProofForm, RoundEndedError
+from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, ProofForm, RoundEndedError
 from poc_kernels.protocol.distances import wire
-from poc_kernels.protocol.engine import never
 from poc_kernels.protocol.form import Histogram
 from poc_kernels.scheduling import Pacing
 from poc_kernels.service import outbox, round_service, routes
@@ -246,8 +245,8 @@ WORDS = ProofForm(
 class WordsProver(TinyProver):
     form = WORDS
 
-    def prove(self, config: PoCConfig, public_key: str, nonces: Any, pause: Any = never) -> Outcomes:
-        return Outcomes([f"w{nonce}" for nonce in nonces], {"words": 0.5})
+    def outcome(self, config: PoCConfig, public_key: str, nonce: int) -> str:
+        return f"w{nonce}"
 
 
 @pytest.mark.parametrize("histogram", [WORDS.histogram, None])
