@@ -18,14 +18,6 @@ class Warmup(Protocol):
     def __call__(self, device: torch.device, dim: int, *, dtype: torch.dtype, activation_bits: int) -> None: ...
 
 
-def _nothing_wrong(device: torch.device) -> list[str]:
-    return []
-
-
-def _nothing_to_compile(device: torch.device, dim: int, *, dtype: torch.dtype, activation_bits: int) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Backend:
     """One way to compute the projection. All arguments are checked before they get here (``ops.py``)."""
@@ -39,6 +31,6 @@ class Backend:
     """Why it cannot run on a device, or None if it can."""
     by_name_only: tuple[str, ...] = ()
     """Types of device that it serves only where it is asked for by name, for tests."""
-    wrong: Callable[[torch.device], list[str]] = _nothing_wrong
+    wrong: Callable[[torch.device], list[str]] = lambda device: []
     """What it gets wrong on a device where it gives the known answers (`self_test`): kernels that they do not reach."""
-    warmup: Warmup = _nothing_to_compile
+    warmup: Warmup = lambda device, dim, *, dtype, activation_bits: None
