@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import definition
-from . import trial
 from .backend import Backend
 
 
@@ -80,12 +79,8 @@ def wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any
     """Return which known answers ``backend`` gets wrong on ``device``; none if it may be used there.
 
     ``answers`` has the layout of the definition's vectors; the package's own known answers unless given.
-    An exception that the backend raises counts as a wrong answer, unless it is transient (`trial`): that is raised.
     """
-    return trial.found_wrong(lambda: _wrong_answers(backend, device, answers or _known_answers()))
-
-
-def _wrong_answers(backend: Backend, device: torch.device, answers: dict[str, Any]) -> list[str]:
+    answers = answers or _known_answers()
     wrong = [
         f"entries from k = {case['k0']}, n = {case['n0']} of domain {case['domain']}"
         for case in answers["entries"]

@@ -21,8 +21,8 @@ def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[st
     Args:
         kernels: their name in logs and errors.
         device: with its index.
-        find_wrong: the trial; what it finds is logged as an error. An exception of it is wrong, too, unless it
-            `is_transient`.
+        find_wrong: the trial; what it finds is logged as an error. Whatever exception it raises is wrong, too: such
+            kernels are not to be used. Except one that `is_transient`.
 
     Raises:
         RuntimeError: they were not tried yet and a CUDA graph is being captured, in which they cannot be.
@@ -30,34 +30,35 @@ def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[st
     """
     with _lock:
         key = kernels, device
-        if key not in verdicts:
-            _refuse_capture(kernels, device)
-            wrong = found_wrong(find_wrong)
-            if wrong:
-                logger.error(
-                    "poc_kernels %s gives wrong answers on %s and will not be used there: %s",
-                    kernels,
-                    device,
-                    "; ".join(wrong),
-                )
-            verdicts[key] = wrong
-        return verdicts[key]
+        if key in verdicts:
+            return verdicts[key]
+        # A trial reads results back; a graph cannot.
+        if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{kernels} on {device} cannot be chosen while a CUDA graph is being captured: make one call before "
+                "the capture, as poc_kernels.backends.warmup does for the projection"
+            )
+        try:
+            wrong = find_wrong()
+        except Exception as error:
+            if is_transient(error):
+                raise
+            wrong = [f"{type(error).__name__}: {error}"]
+        if wrong:
+            logger.error(
+                "poc_kernels %s gives wrong answers on %s and will not be used there: %s",
+                kernels,
+                device,
+                "; ".join(wrong),
+            )
+        verdicts[key] = wrong
+        return wrong
 
 
 def trust(kernels: str, device: torch.device) -> None:
     """Take ``kernels`` to be right on ``device``, untried, in this process."""
     with _lock:
         verdicts[kernels, device] = []
-
-
-def found_wrong(find_wrong: Callable[[], list[str]]) -> list[str]:
-    """Return what ``find_wrong`` returns, or the exception that it raises, unless that `is_transient`."""
-    try:
-        return find_wrong()
-    except Exception as error:  # whatever it is, such kernels are not to be used
-        if is_transient(error):
-            raise
-        return [f"{type(error).__name__}: {error}"]
 
 
 def is_transient(error: Exception) -> bool:
@@ -68,12 +69,3 @@ def is_transient(error: Exception) -> bool:
     words = str(error).lower()
     passing = "out of memory" in words or "captur" in words
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and passing)
-
-
-def _refuse_capture(kernels: str, device: torch.device) -> None:
-    """Raise a RuntimeError where the current stream is being captured: a trial reads results back, a graph cannot."""
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{kernels} on {device} cannot be chosen while a CUDA graph is being captured: make one call before the "
-            "capture, as poc_kernels.backends.warmup does for the projection"
-        )

@@ -99,7 +99,7 @@ def test_one_wrong_entry_is_found_in_every_window():
 
 @pytest.mark.parametrize("part", ["project", "entries"])
 def test_an_exception_is_a_wrong_answer(part):
-    wrong = self_test.wrong_answers(made("raising", **{part: raising}), CPU)
+    wrong = backends.verdict(made("raising", **{part: raising}), CPU)
     assert wrong == ["RuntimeError: a kernel that does not launch"]
 
 
