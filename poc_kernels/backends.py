@@ -74,11 +74,11 @@ def backends() -> tuple[Backend, ...]:
     )
 
 
-def _named(name: str) -> Backend:
+def _named(name: str, argument: str = "name") -> Backend:
     for backend in backends():
         if backend.name == name:
             return backend
-    raise ValueError(f"name must be one of {', '.join(each.name for each in backends())}, got {name}")
+    raise ValueError(f"{argument} must be one of {', '.join(each.name for each in backends())}, got {name}")
 
 
 def _asked_for() -> str | None:
@@ -123,10 +123,7 @@ def _trial_name(backend: Backend) -> str:
 
 def _choose(device: torch.device) -> Backend:
     name = _asked_for()
-    candidates = [backend for backend in backends() if name in (None, "", backend.name)]
-    if not candidates:
-        names = ", ".join(backend.name for backend in backends())
-        raise ValueError(f"the backend asked for must be one of {names}, got {name}")
+    candidates = (_named(name, "the backend asked for"),) if name else backends()
     reasons = []
     for backend in candidates:
         reason = unavailable(backend, device)
