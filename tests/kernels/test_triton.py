@@ -44,7 +44,7 @@ if isinstance(kernels.product_kernel, triton.runtime.JITFunction):
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-SMALL = (Tile(16, 16, 1, 1, 4), Tile(64, 16, 2, 2, 8), Tile(32, 64, 2, 1, 16), Tile(128, 32, 4, 3, 4))
+SMALL = (Tile(16, 16, 1, 1, 4), Tile(64, 16, 2, 2, 8), Tile(32, 64, 2, 1, 8), Tile(128, 32, 4, 3, 4))
 BACKEND = Backend("triton", kernels.project, kernels.entries, kernels.unavailable)
 
 
@@ -202,7 +202,7 @@ def test_the_largest_sums_are_exact(bits, arithmetic):
 def test_sums_beyond_32_bits_are_rounded_once(arithmetic, splits):
     x = rows_of_sums(NEAR_ROUNDINGS, 4096, seed=7)
     options = {"residual": False, "columns": 2, "seed": 7}
-    y = triton_project(x, tile=Tile(16, 64, 1, 1, 16), splits=splits, arithmetic=arithmetic, **options)
+    y = triton_project(x, tile=Tile(16, 64, 1, 1, 8), splits=splits, arithmetic=arithmetic, **options)
     assert_same_bits(y, expected(x, **options))
 
 

@@ -111,8 +111,6 @@ def half_entry_tile(
     v = tl.reshape(tl.join(bytes02, bytes13), [halves, blocks, 2, WARPS, 8, 4, 2, 2, 4])
     if RUN == 4:
         v = tl.permute(v, (1, 3, 2, 4, 0, 6, 7, 5, 8))
-    elif RUN == 16:
-        v = tl.permute(v, (1, 3, 2, 4, 0, 5, 6, 7, 8))
     else:
         v = tl.permute(v, (1, 3, 2, 4, 0, 6, 5, 7, 8))
     return tl.reshape(v, [COLUMNS, PANEL])
@@ -132,8 +130,6 @@ def position_of_quad(quad, RUN: tl.constexpr):
     word = quad % 4
     if RUN == 4:
         return quad // 16 * 16 + word * 4 + call
-    if RUN == 16:
-        return quad
     return quad // 16 * 16 + word // 2 * 8 + call * 2 + word % 2
 
 

@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     stages: int
     """Panels of x in flight."""
     run: int = 4
-    """Order of k: how many consecutive k a thread of the matrix unit holds, 4, 8 or 16."""
+    """Order of k: how many consecutive k a thread of the matrix unit holds, 4 or 8."""
 
 
 _FEW = tuple((64, rows, 4) for rows in (16, 32, 64))
