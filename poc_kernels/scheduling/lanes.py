@@ -10,9 +10,9 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,11 +68,11 @@ class PriorityLanes:
 
     def inference(self) -> AbstractContextManager[None]:
         """Make the stream of inference the current stream of this thread inside the block."""
-        return self._on(self.inference_stream)
+        return _on(self.inference_stream)
 
     def validation(self) -> AbstractContextManager[None]:
         """Make the stream of validation the current stream of this thread inside the block."""
-        return self._on(self.validation_stream)
+        return _on(self.validation_stream)
 
     def lower_thread(self) -> bool:
         """Give the calling thread, which computes validation, and the threads that it starts the lowest CPU priority.
@@ -85,14 +85,6 @@ class PriorityLanes:
             Whether the priority was lowered; never on a GPU.
         """
         return self.lowers_threads and _lower_thread()
-
-    @contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
-        if stream is None:
-            yield
-            return
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            yield
 
     def prioritise_streams(self, owner: object) -> int:
         """Replace every stream that ``owner``, or what it owns, keeps in an attribute by one of high priority.
@@ -172,6 +164,11 @@ def _priority_range() -> tuple[int, int]:
     range_of = getattr(torch.cuda.Stream, "priority_range", None)
     lowest, highest = range_of() if range_of is not None else (0, -1)
     return lowest, highest
+
+
+def _on(stream: Any) -> AbstractContextManager[None]:
+    # Entered, a stream makes its device the current one, too.
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _stream(device: torch.device, priority: int) -> Any:
