@@ -110,15 +110,13 @@ def _has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def partial_sums(q: Tensor, e: Tensor, *, float64: bool | None = None) -> Tensor:
-    """Return the exact sums over k of q[m, k] * e[k, n]: float64, or int64 on devices that have no float64.
+def partial_sums(q: Tensor, e: Tensor) -> Tensor:
+    """Return the exact sums over k of q[m, k] * e[k, n]: float64 for q in float64, int64 for q in float32.
 
     Sums over parts of K add up to the sum over the whole: that is how a product may be split.
     """
-    if float64 is None:
-        float64 = _has_float64(q.device)
-    if float64:
-        return q.double() @ e.double() + 0.0  # an integer has no -0
+    if q.dtype == torch.float64:
+        return q @ e.double() + 0.0  # an integer has no -0
     low = (q + 128).remainder(256) - 128
     high = (q - low) / 256
     v = ((e - 1) // 2).float()

@@ -120,10 +120,12 @@ def test_sums_without_float64_are_the_same(k, activation_bits):
     x = rows_of_every_kind(20, k, torch.float32, k)
     q = reference.quantise(x, activation_bits).q
     e = reference.entries(definition.seed_tensor(2**63 + 5), 1, 0, k, 11, 33)
-    exact = reference.partial_sums(q, e)
+    exact = reference.partial_sums(q.double(), e)
     assert exact.dtype == torch.float64
     assert exact.tolist() == (q.long() @ e.long()).tolist()
-    assert reference.partial_sums(q, e, float64=False).tolist() == exact.tolist()
+    sums = reference.partial_sums(q, e)
+    assert sums.dtype == torch.int64
+    assert sums.tolist() == exact.tolist()
 
 
 def test_sums_without_float64_are_the_same_at_their_largest():
@@ -132,8 +134,8 @@ def test_sums_without_float64_are_the_same_at_their_largest():
     q = torch.stack([16384.0 * e[:, 0].sign(), torch.full((k,), -16384.0), torch.full((k,), 127.0)])
     exact = q.long() @ e.long()
     assert exact.abs().max() > 7e10
+    assert reference.partial_sums(q.double(), e).tolist() == exact.tolist()
     assert reference.partial_sums(q, e).tolist() == exact.tolist()
-    assert reference.partial_sums(q, e, float64=False).tolist() == exact.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,16 +152,14 @@ def test_only_apples_gpu_has_no_float64():
     assert not reference._has_float64(torch.device("mps"))
 
 
-@pytest.mark.parametrize("float64", [True, False])
-def test_sums_over_parts_of_k_add_up(float64):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_over_parts_of_k_add_up(dtype):
     x = rows_of_every_kind(12, 777, torch.bfloat16, 5)
     rows = reference.quantise(x, 16)
     seed = definition.seed_tensor(5)
     parts = [0, 1, 16, 130, 700, 777]
     sums = sum(
-        reference.partial_sums(
-            rows.q[:, start:stop], reference.entries(seed, 0, start, stop - start, 0, 777), float64=float64
-        )
+        reference.partial_sums(rows.q[:, start:stop].to(dtype), reference.entries(seed, 0, start, stop - start, 0, 777))
         for start, stop in itertools.pairwise(parts)
     )
     y = reference.finish(sums, rows, definition.coefficient(0.01), x, x.dtype)
