@@ -90,12 +90,9 @@ def masks_as_outside_a_capture() -> Iterator[None]:
     def only_here(answer: Any, otherwise: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         return answer if threading.get_ident() == thread else otherwise(*arguments, **named)
 
-    answers = {"find_packed_sequence_indices": None, "is_tracing": False}
-    before = {name: getattr(masking_utils, name) for name in answers}
-    try:
-        for name in answers:
-            setattr(masking_utils, name, partial(only_here, answers[name], before[name]))
+    with contextlib.ExitStack() as undo:
+        for name, answer in (("find_packed_sequence_indices", None), ("is_tracing", False)):
+            otherwise = getattr(masking_utils, name)
+            undo.callback(setattr, masking_utils, name, otherwise)
+            setattr(masking_utils, name, partial(only_here, answer, otherwise))
         yield
-    finally:
-        for name, function in before.items():
-            setattr(masking_utils, name, function)
