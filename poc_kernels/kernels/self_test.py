@@ -37,11 +37,9 @@ def activations(case: dict[str, Any]) -> Tensor:
     """Make x [M, K] of a case of the vectors, from its formula or bit by bit."""
     dtype = getattr(torch, case["dtype"])
     if "x_hex" in case:
-        integer = torch.int32 if dtype == torch.float32 else torch.int16
-        wide = torch.tensor([[int(word, 16) for word in row.split()] for row in case["x_hex"]], device="cpu")
-        half = 1 << (8 * integer.itemsize - 1)
-        signed = torch.where(wide >= half, wide - 2 * half, wide)
-        return signed.to(integer).view(dtype)
+        bits = torch.uint32 if dtype == torch.float32 else torch.uint16
+        words = [[int(word, 16) for word in row.split()] for row in case["x_hex"]]
+        return torch.tensor(words, dtype=bits, device="cpu").view(dtype)
     index = torch.arange(case["M"] * case["K"], device="cpu").reshape(case["M"], case["K"]) + case["x_salt"]
     unit = (index * 2654435761 % 2**32).double() / 2**32 * 2 - 1
     scaled: Tensor = unit * case["x_amp"]

@@ -54,10 +54,9 @@ def _rotate_left(x: Tensor, bits: int) -> Tensor:
 
 
 def _seed_column(seeds: Sequence[int], device: torch.device) -> Tensor:
-    signed = [seed - 2**32 if seed >= 2**31 else seed for seed in seeds]
     # From pinned memory, which torch does not give away before the copy is done, nothing waits for the GPU.
-    column = torch.tensor(signed, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-    return column.unsqueeze(1).to(device, non_blocking=True)
+    column = torch.tensor(seeds, dtype=torch.uint32, device="cpu", pin_memory=device.type == "cuda")
+    return column.view(torch.int32).unsqueeze(1).to(device, non_blocking=True)
 
 
 def _hash(index: Tensor, seeds: Tensor) -> Tensor:

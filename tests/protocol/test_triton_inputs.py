@@ -218,8 +218,10 @@ def test_seeds_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, devic
     local = mock.Mock(return_value=mock.MagicMock())
     monkeypatch.setattr(inputs.torch, "tensor", local)
     inputs._seed_column([1, 2**32 - 1], device)
-    local.assert_called_once_with([1, -1], dtype=torch.int32, device="cpu", pin_memory=pinned)
-    local.return_value.unsqueeze.return_value.to.assert_called_once_with(device, non_blocking=True)
+    local.assert_called_once_with([1, 2**32 - 1], dtype=torch.uint32, device="cpu", pin_memory=pinned)
+    signed = local.return_value.view
+    signed.assert_called_once_with(torch.int32)
+    signed.return_value.unsqueeze.return_value.to.assert_called_once_with(device, non_blocking=True)
 
 
 def test_kernels_of_a_gpu_are_compiled_before_they_are_wanted(monkeypatch):
