@@ -6,7 +6,6 @@ On a GPU they are the priorities of two streams, neither of which is the default
 from __future__ import annotations
 
 import collections
-import functools
 import os
 import sys
 import threading
@@ -195,19 +194,14 @@ def _replace_streams(owner: Any, replace: Callable[[Any], Any], package: str, se
     seen.add(id(owner))
     if isinstance(owner, tuple):
         return sum(_replace_streams(value, replace, package, seen) for value in owner)
-    put: Callable[[Any, Any], None]
-    if isinstance(owner, (dict, list)):
-        items = list(owner.items() if isinstance(owner, dict) else enumerate(owner))
-        put = owner.__setitem__
-    elif type(owner).__module__.startswith(package) and hasattr(owner, "__dict__"):
-        items = list(vars(owner).items())
-        put = functools.partial(setattr, owner)
-    else:
-        return 0
+    if not isinstance(owner, (dict, list)):
+        if not (type(owner).__module__.startswith(package) and hasattr(owner, "__dict__")):
+            return 0
+        owner = vars(owner)
     replaced = 0
-    for key, value in items:
+    for key, value in list(owner.items() if isinstance(owner, dict) else enumerate(owner)):
         if isinstance(value, torch.Stream):
-            put(key, replace(value))
+            owner[key] = replace(value)
             replaced += 1
         else:
             replaced += _replace_streams(value, replace, package, seen)
