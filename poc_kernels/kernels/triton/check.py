@@ -25,7 +25,7 @@ def wrong_tiles(device: torch.device) -> list[str]:
     """
     capability, _ = product.hardware(device)
     arithmetic = product.choose_arithmetic(capability)
-    parts = product.forms_of_k(capability)
+    parts = tile_table.forms_of_k(capability)
     k, columns = (140, 20) if product.INTERPRETED else (1152, 512)
     long_k, few_columns = product.LONGEST_BLOCK + 128, 20 if product.INTERPRETED else 128
     wrong = []

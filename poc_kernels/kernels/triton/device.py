@@ -109,10 +109,7 @@ def half_entry_tile(
     bytes13 = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
     # [g, (block, 8s, warp, column), t, w / 2, w % 2, i]
     v = tl.reshape(tl.join(bytes02, bytes13), [halves, blocks, 2, WARPS, 8, 4, 2, 2, 4])
-    if RUN == 4:
-        v = tl.permute(v, (1, 3, 2, 4, 0, 6, 7, 5, 8))
-    else:
-        v = tl.permute(v, (1, 3, 2, 4, 0, 6, 5, 7, 8))
+    v = tl.permute(v, (1, 3, 2, 4, 0, 6, 7, 5, 8)) if RUN == 4 else tl.permute(v, (1, 3, 2, 4, 0, 6, 5, 7, 8))
     return tl.reshape(v, [COLUMNS, PANEL])
 
 
@@ -202,17 +199,6 @@ def rounded_sum(high, low, sum_of_q, TWO_LIMBS: tl.constexpr):
 
 
 @triton.jit
-def result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the bits of y: those of x where the row is not wanted, NaN where it is not finite."""
-    scale = power_of_two(tl.where(exponent == NOT_FINITE, 0, exponent) - SHIFT)
-    g = (total * coefficient) * scale
-    y = round_to_bits(tl.where(is_residual, widen(x_bits, DTYPE) + g, g), DTYPE)
-    nan = tl.full([], _NAN_BITS[DTYPE], tl.int32).to(y.dtype)
-    y = tl.where(exponent == NOT_FINITE, nan, y)
-    return tl.where(wanted, y, x_bits)
-
-
-@triton.jit
 def tiles_of(columns, COLUMNS: tl.constexpr):
     """Return how many tiles of COLUMNS hold ``columns`` >= 1; `tl.cdiv` wraps if columns + COLUMNS exceeds 32 bits."""
     return (columns - 1) // COLUMNS + 1
@@ -275,7 +261,10 @@ def finish_tile(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write y from the sums of a tile [COLUMNS, ROWS], 16 rows at a time: more would not fit in the registers."""
+    """Write the bits of y, those of x where a row is not wanted and NaN where it is not finite.
+
+    From the sums of a tile [COLUMNS, ROWS], 16 rows at a time: more would not fit in the registers.
+    """
     if ROWS > 16:
         high0, high1 = _halves(high, COLUMNS, ROWS)
         low0, low1 = _halves(low, COLUMNS, ROWS)
@@ -296,6 +285,10 @@ def finish_tile(
         x_bits = tl.load(x_at, mask=inside & is_residual, other=0)
         total = rounded_sum(high, low, sum_of_q, BITS == 16)
         shift: tl.constexpr = 13 if BITS == 16 else 6
-        wanted = wanted_rows(row_mask, row, masked_rows)[None, :]
-        bits = result_bits(total, coefficient, exponent, x_bits, is_residual, wanted, shift, DTYPE)
+        scale = power_of_two(tl.where(exponent == NOT_FINITE, 0, exponent) - shift)
+        g = (total * coefficient) * scale
+        bits = round_to_bits(tl.where(is_residual, widen(x_bits, DTYPE) + g, g), DTYPE)
+        nan = tl.full([], _NAN_BITS[DTYPE], tl.int32).to(bits.dtype)
+        bits = tl.where(exponent == NOT_FINITE, nan, bits)
+        bits = tl.where(wanted_rows(row_mask, row, masked_rows)[None, :], bits, x_bits)
         tl.store(y + row.to(tl.int64)[None, :] * columns + column[:, None], bits, mask=inside)

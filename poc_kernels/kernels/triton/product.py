@@ -20,7 +20,6 @@ import functools
 import itertools
 import math
 import os
-from typing import Any
 
 import torch
 import triton
@@ -269,11 +268,6 @@ def hardware(device: torch.device) -> tuple[tuple[int, int], int]:
     return capability, properties.multi_processor_count
 
 
-def forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
-    """Return the numbers of parts of K for which a tile has kernels of its own: 1 for K whole, 2 for any more."""
-    return (1, 2) if tile_table.splittable(capability) else (1,)
-
-
 def _signed_word(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
@@ -294,39 +288,6 @@ def choose_arithmetic(capability: tuple[int, int], asked_for: str | None = None)
     if arithmetic not in ("int8", "fp16"):
         raise ValueError(f"POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got {arithmetic}")
     return arithmetic
-
-
-def _row_stride(x: Tensor) -> int:
-    """Return the row stride of x, or 0 if there is one row: its stride means nothing, and must not compile a kernel."""
-    return x.stride(0) if len(x) > 1 else 0
-
-
-def _quantise(
-    x: Tensor, limbs: Tensor, rows: Tensor, cleared: Tensor, mask: Tensor, masked_rows: int, shared: dict[str, Any]
-) -> None:
-    m, k = x.shape
-    block = min(LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
-    quantise_kernel[(m + triton.cdiv(cleared.numel(), _CLEAR),)](
-        # In the order of the kernel's parameters: by name, a launch would take 3 us more.
-        x.view(_DTYPES[x.dtype][1]),
-        limbs,
-        rows[0],
-        rows[1],
-        cleared,
-        mask,
-        m,
-        k,
-        limbs.shape[2],
-        cleared.numel(),
-        _row_stride(x),
-        masked_rows,
-        BLOCK=block,
-        ONE_BLOCK=k <= block,
-        CLEAR=_CLEAR,
-        ALIGNED_ROWS=_row_stride(x) % 16 == 0,
-        num_warps=8 if block >= 4096 else 4,
-        **shared,
-    )
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -384,19 +345,41 @@ def project(
     limb_dtype = torch.float16 if fp16 else torch.int8
     padded_rows = triton.cdiv(m, tile.rows) * tile.rows
     limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
-    rows = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)  # both aligned, whatever m
+    # Both aligned, whatever m.
+    exponents, sums = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)
     added = planes * column_tiles * m * tile.columns
     totals = torch.empty(added + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
     masked_rows = 0 if row_mask is None else m
     mask = limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8)
+    row_stride = x.stride(0) if m > 1 else 0  # one row's means nothing, and must not compile a kernel
+    block = min(LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
     with torch.cuda.device_of(x):
-        _quantise(x, limbs, rows, totals, mask, masked_rows, shared)
-        product_kernel[(tiles, splits)](
-            # In the order of the kernel's parameters: by name, a launch would take 3 us more.
+        # In the order of the kernels' parameters: by name, a launch would take 3 us more.
+        quantise_kernel[(m + triton.cdiv(totals.numel(), _CLEAR),)](
             x.view(bits_dtype),
             limbs,
-            rows[0],
-            rows[1],
+            exponents,
+            sums,
+            totals,
+            mask,
+            m,
+            k,
+            padded_rows,
+            totals.numel(),
+            row_stride,
+            masked_rows,
+            BLOCK=block,
+            ONE_BLOCK=k <= block,
+            CLEAR=_CLEAR,
+            ALIGNED_ROWS=row_stride % 16 == 0,
+            num_warps=8 if block >= 4096 else 4,
+            **shared,
+        )
+        product_kernel[(tiles, splits)](
+            x.view(bits_dtype),
+            limbs,
+            exponents,
+            sums,
             totals,
             totals[added:],
             mask,
@@ -407,7 +390,7 @@ def project(
             padded_rows,
             panels,
             panels_per_split,
-            _row_stride(x),
+            row_stride,
             columns,
             _signed_word(column_start),
             _signed_word(domain),
@@ -457,7 +440,7 @@ def warmup(
     """
     seed = definition.seed_tensor(0, device)
     capability, _ = hardware(seed.device)
-    forms = forms_of_k(capability)
+    forms = tile_table.forms_of_k(capability)
     stride = triton.cdiv(dim, 16) * 16
     memory = torch.zeros(2 * stride + 2, dtype=dtype, device=device)
     for tile in tile_table.tiles(capability, activation_bits, choose_arithmetic(capability)):

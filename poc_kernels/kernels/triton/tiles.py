@@ -74,12 +74,13 @@ def arithmetic(capability: tuple[int, int]) -> str:
     return "fp16" if capability in _FP16 else "int8"
 
 
-def splittable(capability: tuple[int, int]) -> bool:
-    """Tell whether K may be cut into parts that are added up in memory.
+def forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Return the numbers of parts of K for which a tile has kernels of its own: 1 for K whole, 2 for any more.
 
-    Not on AMD's GPUs, where nobody has verified it: a wave there may count as arrived before its own atomics are done.
+    Parts are added up in memory. Not on AMD's GPUs, where nobody has verified it: a wave there may count as arrived
+    before its own atomics are done.
     """
-    return capability != HIP
+    return (1,) if capability == HIP else (1, 2)
 
 
 def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, sms: int) -> int:
@@ -87,6 +88,6 @@ def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, sms
 
     BLOCKS_PER_SM blocks of the tiles for few rows share an SM; one or two blocks of other tiles fill it.
     """
-    if not splittable(capability) or (tiles >= sms and tile[:3] not in _FEW):
+    if forms_of_k(capability) == (1,) or (tiles >= sms and tile[:3] not in _FEW):
         return 1
     return max(1, min(panels, BLOCKS_PER_SM * sms // tiles))
