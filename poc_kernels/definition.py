@@ -56,14 +56,14 @@ class Request(NamedTuple):
     """`coefficient` of the std of the entries of P, a float32 value."""
     activation_bits: int
     """16 or 8."""
-    row_mask: Tensor | None
-    """[M] bool on the device of x, any stride; where it is false, y is x at its columns."""
-    column_start: int
-    """First column of P, and of x where it is added."""
     columns: int
     """Columns of y."""
     residual: bool
     """Whether x is added."""
+    column_start: int = 0
+    """First column of P, and of x where it is added."""
+    row_mask: Tensor | None = None
+    """[M] bool on the device of x, any stride; where it is false, y is x at its columns."""
 
 
 def check_activation_bits(activation_bits: int) -> None:

@@ -88,7 +88,7 @@ def _residual_request(
             f"columns must be in [1, {features - column_start}], from column_start {column_start} to the "
             f"{features} features of x, got {columns}"
         )
-    return Request(domain, coefficient, activation_bits, row_mask, column_start, columns, True)
+    return Request(domain, coefficient, activation_bits, columns, True, column_start, row_mask)
 
 
 def _random_request(
@@ -104,7 +104,7 @@ def _random_request(
     if out_features < 1:
         raise ValueError(f"out_features must be at least 1, got {out_features}")
     _check_range("column_start", column_start, "out_features", out_features, definition.MAX_COLUMNS)
-    return Request(domain, coefficient, activation_bits, None, column_start, out_features, False)
+    return Request(domain, coefficient, activation_bits, out_features, False, column_start)
 
 
 def _entries_shape(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> tuple[int, int]:

@@ -148,7 +148,7 @@ def finish(sums: Tensor, rows: Quantised, coefficient: float, residual: Tensor |
 
 def project(x: Tensor, seed: Tensor, request: Request) -> Tensor:
     """Compute x @ P, or x + x @ P, for ``x`` [M, K]: [M, columns] in the dtype of x, by panels of P."""
-    domain, coefficient, activation_bits, row_mask, column_start, columns, residual = request
+    domain, coefficient, activation_bits, columns, residual, column_start, row_mask = request
     rows = quantise(x, activation_bits)
     y = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
     q = rows.q.double() if _has_float64(x.device) else rows.q

@@ -235,7 +235,7 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
     calls: dict[str, Call] = {
         f"op_{bits} in {splits}": functools.partial(
             *(triton.project, x, stored.seed),
-            definition.Request(0, coefficient, bits, row_mask=None, column_start=0, columns=SPLIT_SIZE, residual=True),
+            definition.Request(0, coefficient, bits, columns=SPLIT_SIZE, residual=True),
             splits=splits,
         )
         for bits, splits in itertools.product(BITS, SPLITS)

@@ -64,7 +64,7 @@ def project(
     """
     core = native.load()
     assert core is not None
-    domain, coefficient, activation_bits, row_mask, column_start, columns, residual = request
+    domain, coefficient, activation_bits, columns, residual, column_start, row_mask = request
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     mask = None if row_mask is None else row_mask.contiguous()

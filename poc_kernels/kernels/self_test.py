@@ -56,8 +56,6 @@ def _wrong_products(backend: Backend, device: torch.device, case: dict[str, Any]
         domain=case["domain"],
         coefficient=definition.coefficient(case["std"]),
         activation_bits=case["bits"],
-        row_mask=None,
-        column_start=0,
         columns=case.get("N", case["K"]),
         residual=residual,
     )

@@ -487,7 +487,7 @@ for sms, bits in itertools.product((132, 30), (16, 8)):
         for i, (m, (stride, offset), (start, columns)) in enumerate(itertools.product(sizes, strides, shards)):
             mask = [None, torch.ones(m, dtype=torch.bool), torch.ones(m + 5, dtype=torch.bool)[3:-2]][i % 3]
             x = memory.as_strided((m, dim), (stride, 1), offset)
-            request = definition.Request(i, 0.5 + i, bits, mask, start, columns, i % 2 == 0)
+            request = definition.Request(i, 0.5 + i, bits, columns, i % 2 == 0, start, mask)
             kernels.project(x, seeds[i % 3 :][:1], request)
         assert len(compiled) == before, (dim, bits, len(compiled) - before)
 print(len(compiled))

@@ -67,8 +67,6 @@ def requested(x: Tensor, std: float = 0.01, **options: Any) -> Request:
         domain=0,
         coefficient=definition.coefficient(std),
         activation_bits=16,
-        row_mask=None,
-        column_start=0,
         columns=x.shape[1] - options.get("column_start", 0),
         residual=True,
     )

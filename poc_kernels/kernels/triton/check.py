@@ -49,10 +49,9 @@ def _wrong_forms(
         domain=2**32 - 1,
         coefficient=definition.coefficient(definition.DEFAULT_STD),
         activation_bits=bits,
-        row_mask=torch.arange(rows, device="cpu") % 7 != 3,
-        column_start=0,
         columns=columns,
         residual=True,
+        row_mask=torch.arange(rows, device="cpu") % 7 != 3,
     )
     # The largest sums, which ordinary rows do not come near: all products of column 0 have one sign.
     signs = reference.entries(seed, request.domain, 0, k, 0, 1)[:, 0].sign().to(x.dtype)

@@ -324,7 +324,7 @@ def project(
     rows and K rounded up to tiles; twice that in fp16; 8 bytes per row; and with splits, 8 or 4 bytes per element of y,
     columns rounded up to tiles, and 4 per tile.
     """
-    domain, coefficient, activation_bits, row_mask, column_start, columns, residual = request
+    domain, coefficient, activation_bits, columns, residual, column_start, row_mask = request
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     m, k = x.shape
@@ -451,8 +451,6 @@ def warmup(
                 domain=0,
                 coefficient=definition.coefficient(definition.DEFAULT_STD),
                 activation_bits=activation_bits,
-                row_mask=None,
-                column_start=0,
                 columns=min(dim, 16 - unaligned),
                 residual=True,
             )
