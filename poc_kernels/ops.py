@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import definition
 from .backends import select
@@ -162,6 +164,8 @@ def _projection_matrix(
 
 
 Op = Callable[..., Tensor]
+# What it registers lasts as long as it does.
+_LIBRARY = torch.library.Library("poc_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _register(name: str, schema: str, implementation: Op, fake: Op) -> Op:
@@ -172,6 +176,44 @@ def _register(name: str, schema: str, implementation: Op, fake: Op) -> Op:
     return op
 
 
+def _refuse_derivatives(name: str, op: Any) -> None:
+    """Register what an op does for autograd: it runs, and raises NotImplementedError where a derivative is computed.
+
+    `torch.library.register_autograd` would drop the tangents of forward mode, and takes no transform of torch.func.
+    """
+
+    # Of a single level: each transform of torch.func around a call calls the op once.
+    class Refusal(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(keys: Any, *arguments: Any) -> Any:
+            # What torch's own functions for autograd do: the op below autograd, with the keys that are left.
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+        @staticmethod
+        def setup_context(context: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(context: Any, gradient: Tensor) -> NoReturn:
+            raise NotImplementedError(
+                f"poc_kernels::{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
+                "or torch.no_grad(), or detach its result"
+            )
+
+    def call(keys: Any, x: Tensor, *arguments: Any) -> Any:
+        if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"poc_kernels::{name} has no forward-mode derivative: a proof is a forward pass. Detach x"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            with enable_single_level_autograd_function():
+                return Refusal.apply(keys, x, *arguments)  # type: ignore[attr-defined]
+        return Refusal.forward(keys, x, *arguments)
+
+    _LIBRARY.impl(name, call, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
 def _register_product(name: str, schema: str, checked_request: Callable[..., Request]) -> Op:
     def implementation(x: Tensor, seed: Tensor, *args: Any) -> Tensor:
         return _project(x, seed, checked_request(x, seed, *args))
@@ -179,14 +221,8 @@ def _register_product(name: str, schema: str, checked_request: Callable[..., Req
     def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _fake_project(x, checked_request(x, *args, **kwargs))
 
-    def backward(context: Any, gradient: Tensor) -> NoReturn:
-        raise NotImplementedError(
-            f"poc_kernels::{name} has no backward: a proof is a forward pass. Call it under torch.inference_mode() "
-            "or torch.no_grad(), or detach its result"
-        )
-
     op = _register(name, schema, implementation, fake)
-    torch.library.register_autograd(f"poc_kernels::{name}", backward)
+    _refuse_derivatives(name, op)
     return op
 
 

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, expected, rows_of_every_kind
+from torch.autograd import forward_ad
 from vectors import PRODUCTS, VECTORS, activations, options_of, product_id, sha256
 
 import poc_kernels
@@ -271,19 +272,65 @@ def test_the_default_device_does_not_matter(default):
 # ---- autograd ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("residual_projection", lambda x: residual_projection(x, SEED)),
-        ("random_projection", lambda x: random_projection(x, SEED, 5)),
-    ],
-)
+PRODUCT_CALLS = [
+    ("residual_projection", lambda x: residual_projection(x, SEED)),
+    ("random_projection", lambda x: random_projection(x, SEED, 5)),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), PRODUCT_CALLS)
 def test_forward_runs_with_gradients_and_backward_is_refused(name, call):
     x = X.clone().requires_grad_()
     y = call(x)
     assert_same_bits(y, call(X))
     with pytest.raises(NotImplementedError, match=f"poc_kernels::{name} has no backward"):
         y.sum().backward()
+
+
+def tangent_of(call):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(FINITE, FINITE))).tangent
+
+
+BACKWARD = {
+    "grad": lambda call: torch.func.grad(lambda x: call(x).sum())(FINITE),
+    "vjp": lambda call: torch.func.vjp(call, FINITE)[1](call(FINITE)),
+    "jacrev": lambda call: torch.func.jacrev(call)(FINITE),
+    "hessian": lambda call: torch.func.hessian(lambda x: call(x).sum())(FINITE),
+    "grad of vmap": lambda call: torch.func.grad(lambda x: torch.func.vmap(call)(x).sum())(FINITE),
+    "vmap of grad": lambda call: torch.func.vmap(torch.func.grad(lambda x: call(x).sum()))(FINITE),
+    "jacobian": lambda call: torch.autograd.functional.jacobian(call, FINITE),
+}
+FORWARD = {
+    "dual numbers": tangent_of,
+    "dual numbers without gradients": torch.no_grad()(tangent_of),
+    "jvp": lambda call: torch.func.jvp(call, (FINITE,), (FINITE,)),
+    "jacfwd": lambda call: torch.func.jacfwd(call)(FINITE),
+    "linearize": lambda call: torch.func.linearize(call, FINITE)[1](FINITE),
+    "jvp of vmap": lambda call: torch.func.jvp(torch.func.vmap(call), (FINITE,), (FINITE,)),
+}
+
+
+@pytest.mark.parametrize(("name", "call"), PRODUCT_CALLS)
+@pytest.mark.parametrize("mode", [*BACKWARD, *FORWARD])
+def test_every_kind_of_derivative_is_refused_in_the_ops_words(name, call, mode):
+    kind = "backward" if mode in BACKWARD else "forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=f"poc_kernels::{name} has no {kind}: a proof is a forward pass"):
+        {**BACKWARD, **FORWARD}[mode](call)
+
+
+@pytest.mark.parametrize(("name", "call"), PRODUCT_CALLS)
+def test_where_another_input_is_differentiated_the_ops_give_constants(name, call):
+    y = call(FINITE)
+
+    def through_something_else(x):
+        return (call(FINITE) * x.sum() + call(x.detach())).sum()
+
+    for derivative in (torch.func.grad(through_something_else), torch.func.jacfwd(through_something_else)):
+        torch.testing.assert_close(derivative(FINITE), y.sum().expand_as(FINITE))
+    with forward_ad.dual_level():
+        assert_same_bits(call(FINITE), y)
+    assert_same_bits(torch.func.vmap(call)(torch.stack([FINITE, FINITE]))[1], y)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
