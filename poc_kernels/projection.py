@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from . import definition, ops
 class RandomProjection(nn.Module):
     """The projections x + x @ P of one round: `pre` before the model, `post` after it. Its state is an 8-byte seed.
 
-    The seed is a buffer that is overwritten in place for the next round, so compiled code and captured graphs stay
-    valid, and it moves with ``.to(device)``. There are no parameters.
+    The seed is a tensor that is overwritten in place for the next round, so compiled code and captured graphs stay
+    valid, and it moves with ``.to(device)``. It is a round's, not the model's: checkpoints leave it out, and it keeps
+    its value where memory alone is given to a module (`to_empty`). On the meta device it lies on the CPU. There are no
+    parameters and no buffers.
 
     Args:
         block_seed: the round's seed, an int of 64 bits (`seed_from_block_hash`).
@@ -50,7 +53,9 @@ class RandomProjection(nn.Module):
         self.activation_bits = activation_bits
         # Made outside inference mode, or it could not be overwritten outside it.
         with torch.inference_mode(False):
-            self.register_buffer("seed", definition.seed_tensor(block_seed, device))
+            self.seed = definition.seed_tensor(block_seed, device)
+            if self.seed.is_meta:
+                self.seed = definition.seed_tensor(block_seed, "cpu")
 
     @classmethod
     def from_block_hash(
@@ -80,8 +85,9 @@ class RandomProjection(nn.Module):
         definition.check_tensor("x", x)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
+        seed = self.seed.to(x.device) if x.is_meta else self.seed
         return ops.residual_projection(
-            x, self.seed, domain=domain, std=self.std, activation_bits=self.activation_bits, row_mask=row_mask
+            x, seed, domain=domain, std=self.std, activation_bits=self.activation_bits, row_mask=row_mask
         )
 
     def pre(self, x: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -94,10 +100,19 @@ class RandomProjection(nn.Module):
         result: Tensor = self(x, definition.DOMAIN_POST, row_mask)
         return result
 
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomProjection:
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        moved = function(self.seed)
+        if not moved.is_meta:
+            self.seed = self.seed.to(moved.device)  # whatever becomes of the dtype and, in `to_empty`, of the value
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        seed = state_dict.get(f"{prefix}seed")
-        if seed is not None and seed.dtype != torch.int64:  # copying would round it
-            raise TypeError(f"{prefix}seed must be an int64 tensor, got {seed.dtype}")
+        seed = state_dict.pop(f"{prefix}seed", None)  # older checkpoints have it
+        if seed is not None:
+            if seed.dtype != torch.int64:
+                raise TypeError(f"{prefix}seed must be an int64 tensor, got {seed.dtype}")
+            self.set_seed(int(seed))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

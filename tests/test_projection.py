@@ -9,7 +9,7 @@ import torch
 from helpers import DTYPES, assert_same_bits, expected, rows_of_every_kind
 from vectors import VECTORS
 
-from poc_kernels import RandomProjection, residual_projection, seed_tensor
+from poc_kernels import RandomProjection, residual_projection, seed_from_block_hash, seed_tensor
 
 X = rows_of_every_kind(6, 40, torch.float32, 1)
 MASK = torch.tensor([True, False, True, True, False, True])
@@ -47,7 +47,8 @@ def test_defaults():
     projections = RandomProjection(5, 40)
     assert (projections.std, projections.activation_bits, projections.seed.device.type) == (0.01, 16, "cpu")
     assert_same_bits(projections.pre(X), residual_projection(X, seed_tensor(5)))
-    assert RandomProjection.from_block_hash("a", 40, device="meta").seed.device.type == "meta"
+    on_meta = RandomProjection.from_block_hash("a", 40, device="meta")
+    assert on_meta.seed.item() == seed_from_block_hash("a"), "a seed is never without its value"
 
 
 @pytest.mark.parametrize("seed", [0, 6, -1, 2**63, 2**64 - 1, -(2**63)])
@@ -70,30 +71,96 @@ def test_rounds_differ():
 
 def test_the_whole_state_is_the_seed():
     projections = RandomProjection(5, 4096)
-    state = projections.state_dict()
-    assert list(state) == ["seed"]
-    assert sum(value.nbytes for value in state.values()) == 8
-    assert list(projections.parameters()) == []
+    assert projections.seed.nbytes == 8
+    assert [*projections.parameters(), *projections.buffers()] == []
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save(projections, file)
     assert len(file.getvalue()) < 4096
 
 
-def test_state_round_trips():
-    saved, other = RandomProjection(2**64 - 3, 40), RandomProjection(1, 40)
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    address = other.seed.data_ptr()
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert other.seed.data_ptr() == address
-    assert_same_bits(other.pre(X), expected(X, seed=2**64 - 3))
+class Model(torch.nn.Module):
+    """A model with its projections inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(40, 40)
+        self.projections = RandomProjection(2**64 - 3, 40)
+
+    def forward(self, x):
+        return self.projections.post(self.linear(self.projections.pre(x)))
+
+
+def test_a_checkpoint_has_no_seed_and_loads_into_a_module_of_any_round():
+    saved, other = Model(), Model()
+    state = saved.state_dict()
+    assert set(state) == {"linear.weight", "linear.bias"}
+    other.projections.set_seed(6)
+    assert other.load_state_dict(state).missing_keys == []
+    assert other.projections.seed.item() == 6
+
+
+def test_a_checkpoint_of_before_with_a_seed_is_loaded():
+    state = {**Model().state_dict(), "projections.seed": torch.tensor(7)}
+    model = Model()
+    address = model.projections.seed.data_ptr()
+    model.load_state_dict(state)
+    assert model.projections.seed.data_ptr() == address
+    assert_same_bits(model.projections.pre(X), expected(X, seed=7))
+    assert "projections.seed" in state
+
+
+def dirty_empty_like(tensor, **options):
+    """Memory as it was left: to_empty promises no more."""
+    return torch.full_like(tensor, 0x55, **options)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_memory_that_is_not_filled_never_becomes_the_seed(assign, monkeypatch):
+    wanted = Model()
+    with torch.device("meta"):
+        model = Model()
+    assert model(X.to("meta")).is_meta
+    monkeypatch.setattr(torch, "empty_like", dirty_empty_like)
+    model.to_empty(device="cpu")
+    model.load_state_dict(wanted.state_dict(), assign=assign)
+    assert_same_bits(model(X), wanted(X))
+    again = model.to("meta").to_empty(device="cpu")
+    again.load_state_dict(wanted.state_dict())
+    assert_same_bits(again(X), wanted(X))
+    model.projections.to_empty(device="cpu")
+    assert_same_bits(model.projections.pre(X), expected(X, seed=2**64 - 3))
+
+
+def test_a_module_that_transformers_loads_keeps_its_seed(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "projected"
+
+    class Pretrained(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.inner = Model()
+            self.post_init()
+
+        def _init_weights(self, module):
+            pass
+
+    saved = Pretrained(Config())
+    saved.save_pretrained(tmp_path)
+    loaded = Pretrained.from_pretrained(tmp_path)
+    assert_same_bits(loaded.inner(X), saved.inner(X))
 
 
 @pytest.mark.parametrize(
     "change",
-    [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.float(), lambda m: m.cpu()],
-    ids=["bfloat16", "half", "double", "float", "cpu"],
+    [
+        *(lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.float()),
+        *(lambda m: m.cpu(), lambda m: m.type(torch.float16), lambda m: m.share_memory()),
+    ],
+    ids=["bfloat16", "half", "double", "float", "cpu", "type", "share_memory"],
 )
 def test_a_dtype_for_the_model_leaves_the_seed_alone(change):
     projections = change(RandomProjection(2**63 + 1, 40))
@@ -102,7 +169,18 @@ def test_a_dtype_for_the_model_leaves_the_seed_alone(change):
     assert_same_bits(projections.pre(X), expected(X, seed=2**63 + 1))
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 def test_copies_are_equal_and_apart(clone):
     projections = RandomProjection(5, 40, 0.5, activation_bits=8)
     other = clone(projections)
