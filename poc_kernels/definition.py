@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
-from typing import NamedTuple
+import numbers
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,19 +71,30 @@ class Request(NamedTuple):
 
 def check_activation_bits(activation_bits: int) -> None:
     """Raise a TypeError or ValueError unless activation_bits is the int 16 or 8."""
-    check_int("activation_bits", activation_bits)
-    if activation_bits not in ACTIVATION_SHIFT:
+    if check_int("activation_bits", activation_bits) not in ACTIVATION_SHIFT:
         raise ValueError(f"activation_bits must be 16 or 8, got {activation_bits}")
 
 
-def check_int(name: str, value: object) -> None:
-    """Raise a TypeError unless the argument ``name`` is an int (or symbolic), a ValueError unless it fits 64 bits."""
-    if isinstance(value, torch.SymInt):
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
+def as_int(name: str, value: Any, takes: str = "an int") -> int:
+    """Return the argument ``name``, an integer such as an int or one of numpy's, as an int (or symbolic).
+
+    Raises:
+        TypeError: it is something else, a truth value, or a tensor, which would have to be waited for.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if type(value).__name__ not in ("bool", "bool_") and not isinstance(value, torch.Tensor):  # numpy's as well
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
+
+
+def check_int(name: str, value: object) -> int:
+    """Return `as_int` of the argument ``name``; raise a ValueError unless it fits 64 bits."""
+    integer = as_int(name, value)
+    if not isinstance(integer, torch.SymInt) and not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {integer}")
+    return integer
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -95,14 +109,14 @@ def signed_seed(seed: int) -> int:
     """Return the 64 bits of ``seed`` as an int64 value.
 
     Args:
-        seed: an int in [-2**63, 2**64): unsigned values above the int64 range keep their bits.
+        seed: an int, or an integer of numpy, in [-2**63, 2**64): unsigned values above the int64 range keep their
+            bits.
 
     Raises:
         TypeError: seed is not an int.
         ValueError: seed does not fit 64 bits.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int of 64 bits, got {type(seed).__name__}")
+    seed = as_int("seed", seed, "an int of 64 bits")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be an int of 64 bits, in [-2**63, 2**64), got {seed}")
     return seed - 2**64 if seed >= 2**63 else seed
@@ -121,16 +135,25 @@ def seed_from_block_hash(block_hash: str) -> int:
     return int.from_bytes(hashlib.sha256(block_hash.encode()).digest()[:8], "little", signed=True)
 
 
-def _refused_std(std: float) -> ValueError:
+def _refused_std(std: object) -> ValueError:
     return ValueError(f"std must be positive with float32(std / {SIGMA:.4f}) finite and not zero, got {std}")
 
 
-def check_std(std: float) -> None:
-    """Raise a TypeError unless std is a number, a ValueError if it is too large for any coefficient."""
-    if isinstance(std, bool) or not isinstance(std, (int, float, torch.SymFloat)):
+def as_std(std: Any) -> float:
+    """Return a real number, such as a float or one of numpy's, as a float (or symbolic).
+
+    Raises:
+        TypeError: std is something else.
+        ValueError: it is too large for any coefficient.
+    """
+    if type(std) is float or isinstance(std, torch.SymFloat):
+        return std  # type: ignore[return-value]
+    if isinstance(std, bool) or not isinstance(std, numbers.Real):
         raise TypeError(f"std must be a float, got {type(std).__name__}")
-    if std >= 2.0**1000:
-        raise _refused_std(std)
+    try:
+        return float(std)
+    except OverflowError:
+        raise _refused_std(std) from None
 
 
 def coefficient(std: float) -> float:
@@ -140,8 +163,7 @@ def coefficient(std: float) -> float:
         TypeError: std is not a number.
         ValueError: std is not positive, or the result is zero or infinite in float32.
     """
-    check_std(std)
-    return _coefficient(std)
+    return _coefficient(as_std(std))
 
 
 # Rounded in integers: a conversion to float32 by the CPU drops a subnormal where the caller has them flushed.

@@ -299,7 +299,7 @@ def residual_projection(
         definition.check_tensor("row_mask", row_mask)
     if columns is not None:
         definition.check_int("columns", columns)
-    definition.check_std(std)
+    std = definition.as_std(std)
     definition.check_activation_bits(activation_bits)
     return _residual_op(x, seed, domain, std, activation_bits, row_mask, column_start, columns)
 
@@ -329,7 +329,7 @@ def random_projection(
         TypeError, ValueError, NotImplementedError: as for `residual_projection`.
     """
     _check_types(x=x, seed=seed, domain=domain, column_start=column_start, out_features=out_features)
-    definition.check_std(std)
+    std = definition.as_std(std)
     definition.check_activation_bits(activation_bits)
     return _random_op(x, seed, out_features, domain, std, activation_bits, column_start)
 
@@ -378,7 +378,7 @@ def projection_matrix(
         TypeError, ValueError: as for `projection_entries`, and for std and dtype.
     """
     _check_types(seed=seed, domain=domain, k_start=k_start, k=k, n_start=n_start, n=n)
-    definition.check_std(std)
+    std = definition.as_std(std)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     return _matrix_op(seed, domain, k_start, k, n_start, n, std, dtype)

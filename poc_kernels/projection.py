@@ -43,14 +43,14 @@ class RandomProjection(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        definition.check_int("dim", dim)
+        dim = definition.check_int("dim", dim)
         if not 1 <= dim <= definition.MAX_FEATURES:
             raise ValueError(f"dim must be in [1, {definition.MAX_FEATURES}], got {dim}")
         definition.check_activation_bits(activation_bits)
         definition.coefficient(std)
         self.dim = dim
-        self.std = std
-        self.activation_bits = activation_bits
+        self.std = float(std)
+        self.activation_bits = int(activation_bits)
         # Made outside inference mode, or it could not be overwritten outside it.
         with torch.inference_mode(False):
             self.seed = definition.seed_tensor(block_seed, device)

@@ -1,11 +1,22 @@
 """Arguments of the wrong type, or too large for 64 bits: the functions name them, what they got and what they take."""
 
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
+from helpers import assert_same_bits
 
-from poc_kernels import RandomProjection, projection_entries, projection_matrix, random_projection, residual_projection
+from poc_kernels import (
+    RandomProjection,
+    projection_entries,
+    projection_matrix,
+    random_projection,
+    residual_projection,
+    seed_tensor,
+)
+from poc_kernels.definition import coefficient, signed_seed
 
 X, SEED = torch.zeros(2, 8), torch.zeros((), dtype=torch.int64)
 CALLS = {
@@ -34,6 +45,53 @@ def refused(error, message, call, **changes):
 @pytest.mark.parametrize(("call", "name"), INTEGERS)
 def test_integers_must_be_ints(call, name, wrong):
     refused(TypeError, f"{name} must be an int, got {type(wrong).__name__}", call, **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [np.bool_(True), np.float64(16), np.array([16]), torch.tensor(16)])
+@pytest.mark.parametrize(("call", "name"), INTEGERS)
+def test_truth_values_arrays_and_tensors_are_no_integers(call, name, wrong):
+    refused(TypeError, f"{name} must be an int, got {type(wrong).__name__}", call, **{name: wrong})
+
+
+class Index:
+    """An integer of some library."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, Index])
+@pytest.mark.parametrize("number", [np.float32, np.float16, np.float64, Fraction])
+def test_integers_and_numbers_of_other_libraries_are_taken(integer, number):
+    x, seed = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), seed_tensor(integer(5))
+    std, plain = number(0.5), float(number(0.5))
+    residual = {"domain": 1, "activation_bits": 8, "column_start": 2, "columns": 3}
+    random = {"out_features": 4, "domain": 1, "activation_bits": 8, "column_start": 2}
+    window = {"domain": 1, "k_start": 2, "k": 3, "n_start": 4, "n": 5}
+    for call, integers in ((residual_projection, residual), (random_projection, random)):
+        y = call(x, seed, std=std, **{name: integer(value) for name, value in integers.items()})
+        assert_same_bits(y, call(x, seed, std=plain, **integers))
+    wrapped = {name: integer(value) for name, value in window.items()}
+    assert_same_bits(projection_entries(seed, **wrapped), projection_entries(seed, **window))
+    assert_same_bits(projection_matrix(seed, std=std, **wrapped), projection_matrix(seed, std=plain, **window))
+    projections = RandomProjection(integer(5), integer(16), std, activation_bits=integer(8))
+    assert repr(projections) == "RandomProjection(dim=16, std=0.5, activation_bits=8)"
+    projections.set_seed(integer(7))
+    assert projections.seed.item() == 7
+
+
+@pytest.mark.parametrize(("seed", "signed"), [(np.uint64(2**64 - 3), -3), (np.int64(-3), -3), (np.int8(7), 7)])
+def test_seeds_of_numpy(seed, signed):
+    assert signed_seed(seed) == signed
+    assert type(signed_seed(seed)) is int
+
+
+@pytest.mark.parametrize("std", [np.float32(0.01), np.float16(0.01), Fraction(1, 3), 1])
+def test_a_std_is_rounded_as_the_float_that_it_is(std):
+    assert coefficient(std) == coefficient(float(std))
 
 
 @pytest.mark.parametrize("huge", [2**63, -(2**63) - 1, 10**400])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import poc2_oracle
 import pytest
 import torch
@@ -49,6 +50,17 @@ def test_a_nonce_s_inputs_do_not_depend_on_its_batch(device, dtype, seq_len, dim
     for row, nonce in enumerate(nonces):
         alone = nonce_inputs("block", "key", [nonce], seq_len, dim, device, dtype)
         assert_same_bits(together[row], alone[0], f"inputs of nonce {nonce}")
+
+
+def test_integers_of_numpy_are_nonces_seeds_and_sizes():
+    nonces = np.array([3, 2**40])
+    inputs = nonce_inputs("block", "key", nonces, np.int64(4), np.uint8(5))
+    assert_same_bits(inputs, nonce_inputs("block", "key", nonces.tolist(), 4, 5))
+    order = permutations("block", "key", nonces, np.int64(7))
+    assert_same_bits(order, permutations("block", "key", nonces.tolist(), 7))
+    seeds = np.array([1, 2**32 - 1], dtype=np.uint32)
+    assert_same_bits(normal(seeds, np.int64(9)), normal(seeds.tolist(), 9))
+    assert_same_bits(hash32(list(seeds), np.int64(3), np.uint8(9)), hash32(seeds.tolist(), 3, 9))
 
 
 def test_inputs_do_not_depend_on_the_number_of_threads():
