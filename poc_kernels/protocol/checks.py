@@ -40,16 +40,37 @@ def check_text(name: str, value: object) -> None:
 
 
 def check_url(name: str, url: object) -> None:
-    """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless an http or https URL."""
+    """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless an http or https URL.
+
+    The error does not quote the URL: its user, password and query can be secrets.
+    """
     if not isinstance(url, str):
         raise TypeError(f"{name} must be a str or None, got {type(url).__name__}")
+    fault = _fault_of_url(url)
+    if fault is not None:
+        raise ValueError(
+            f"{name} must be an http or https URL of at most {_MAX_URL} characters, with a host, a valid port if any, "
+            f"and no fragment, got {fault}"
+        )
+
+
+def _fault_of_url(url: str) -> str | None:
+    if len(url) > _MAX_URL:
+        return f"{len(url)} characters"
+    if not url.isprintable() or " " in url or "\\" in url:
+        return "one with a space, a backslash or a character that is not printable"
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        port = parts.port
     except ValueError:
-        usable = False
-    if not usable or len(url) > _MAX_URL or not url.isprintable() or " " in url:
-        raise ValueError(f"{name} must be an http or https URL of at most {_MAX_URL} characters, got {url[:200]!r}")
+        return "one whose host or port is not valid"
+    if parts.scheme not in ("http", "https"):
+        return f"the scheme {parts.scheme!r}" if parts.scheme else "one without a scheme"
+    if not parts.hostname:
+        return "one without a host"
+    if port == 0:
+        return "port 0"
+    return "one with a fragment" if "#" in url else None
 
 
 # Lists of a batch can have a hundred thousand values: the whole list is looked at by built-ins, and value by value only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .checks import MAX_NONCE, check_float, check_int, check_text, check_url
 
@@ -28,7 +28,8 @@ class PoCConfig:
             At most 2**31 nodes over all groups.
         batch_size: rows of every forward, whatever the number of nonces in it.
         seq_len: positions of every input.
-        callback_url: where proofs and verdicts are posted, http or https.
+        callback_url: where proofs and verdicts are posted, http or https, without a fragment. ``/generated`` and
+            ``/validated`` are added to its path, before its query.
         use_random_projection: the projections before and after the model; off, results are those of phases 1 to 5.
         group_id, n_groups: the node's group, where a network numbers nodes by group.
 
@@ -45,7 +46,7 @@ class PoCConfig:
     node_count: int = 1
     batch_size: int = 32
     seq_len: int = 256
-    callback_url: str | None = None
+    callback_url: str | None = field(default=None, repr=False)  # it can hold secrets
     use_random_projection: bool = False
     group_id: int = 0
     n_groups: int = 1

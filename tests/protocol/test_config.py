@@ -83,6 +83,13 @@ def test_a_node_without_a_place_cannot_generate():
         ({"callback_url": "http://a b/"}, ValueError, "callback_url must be an http or https URL"),
         ({"callback_url": "http://host/\n"}, ValueError, "callback_url must be an http or https URL"),
         ({"callback_url": "http://[::1"}, ValueError, "callback_url must be an http or https URL"),
+        ({"callback_url": "http://host:0"}, ValueError, "callback_url must be .*, got port 0"),
+        ({"callback_url": "http://host:port"}, ValueError, "callback_url must be .*host or port is not valid"),
+        ({"callback_url": "http://host/#"}, ValueError, "callback_url must be .*, got one with a fragment"),
+        ({"callback_url": "http://host/?a=b#c"}, ValueError, "callback_url must be .*, got one with a fragment"),
+        ({"callback_url": "http://host\\@other/"}, ValueError, "callback_url must be .* a backslash"),
+        ({"callback_url": "//host/"}, ValueError, "callback_url must be .*, got one without a scheme"),
+        ({"callback_url": "http://h/" + "x" * 2040}, ValueError, "at most 2048 characters, .* got 2049 characters"),
     ],
 )
 def test_bad_values_are_named(changes, error, message):
@@ -91,7 +98,23 @@ def test_bad_values_are_named(changes, error, message):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://host", "https://host:8443/path/", "http://10.0.0.1:80/x?y=z", "http://[::1]:9"]
+    "url",
+    [
+        "http://host",
+        "HTTPS://host:8443/path/",
+        "http://10.0.0.1:80/x?y=z",
+        "http://[::1]:9",
+        "http://bücher.example/a%2fb",
+        "http://user:password@host",
+    ],
 )
 def test_urls_of_callbacks(url):
     assert config(callback_url=url).callback_url == url
+
+
+@pytest.mark.parametrize("url", ["http://user:s3cret@host:port", "ftp://host?s3cret", "http://host?s3cret#x", "s3cret"])
+def test_what_a_url_holds_is_not_shown(url):
+    with pytest.raises(ValueError, match="callback_url must be") as refused:
+        config(callback_url=url)
+    assert "s3cret" not in str(refused.value)
+    assert "s3cret" not in repr(config(callback_url="http://user:s3cret@host/?s3cret"))
