@@ -17,6 +17,7 @@ from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
 from ..service.device import TurnsDevice
 from ..service.gate import Gate, GateRules, under
+from ..service.receivers import is_loopback
 from ..service.round_service import RoundService
 from .settings import Settings
 
@@ -66,7 +67,9 @@ class Node:
             max_slices_in_flight=settings.slices_in_flight,
             low_priority=not pacing.paced,
         )
-        self.service = RoundService(self._prover, device, settings, troubles=[self.inference.trouble])
+        self.service = RoundService(
+            self._prover, device, settings, troubles=[self.inference.trouble], loopback=is_loopback(settings.host)
+        )
         self.api = openai_app.build(self.inference)
         self.api.include_router(routes.poc_router(self.service))
         self.api.include_router(routes.operation_router(self.service))

@@ -1,43 +1,54 @@
 """Callbacks: proofs and verdicts posted to the chain's node, in the background and until they are accepted.
 
-There is one destination per kind and URL, each served by its own task on the event loop of one thread: a dead or slow
-receiver delays only its own deliveries, and never the round. Each delivery is made at least once: a receiver that takes
-a body and dies before it answers is sent the nonces again.
+There is one destination per kind and URL, each served by its own task on the event loop of one thread; `Slots` bound
+the posts under way so that a dead or slow receiver delays only its own deliveries, and never the round. Each delivery
+is made at least once: a receiver that takes a body and dies before it answers is sent the body again, under the same
+id.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Literal, Protocol
 
 import httpx2
 
-from .outbox import GENERATED, VALIDATED, Delivery, Destination, Failure, Outbox, canonical_json, merged
+from .connections import CheckedTransport
+from .outbox import GENERATED, VALIDATED, Delivery, Destination, DropReason, Failure, Outbox, canonical_json, merged
+from .receivers import CallbackHosts, url_below
+from .slots import Slots
 
-__all__ = ["CallbackObserver", "CallbackSender", "canonical_json", "sign", "verify"]
+__all__ = ["CallbackObserver", "CallbackSender", "canonical_json", "sign", "sign_post", "verify"]
 
 logger = logging.getLogger("poc_kernels")
 
 SIGNATURE_HEADER = "X-Signature"
+# Those of Standard Webhooks, https://www.standardwebhooks.com: libraries of many languages check them.
+POST_ID_HEADER = "webhook-id"
+POST_TIME_HEADER = "webhook-timestamp"
+POST_SIGNATURE_HEADER = "webhook-signature"
 
 _RETRIED_IN_PLACE = (408, 425, 429)
 """Answers below 500 that say that the receiver cannot take a body now, not that it does not want this one."""
 _MAX_ANSWER_BYTES = 65536
 _QUOTED_CHARACTERS = 200
-_IDLE_CONNECTIONS = 16
-_RESOLVER_THREADS = 32
+_RESOLVER_THREADS_PER_POST = 4
+"""A name without an answer keeps its thread for some time after its post was given up."""
 _STOP_SECONDS = 1.0
 """How long `close` waits for the thread to end, after its deadline."""
+
+_Dropped = tuple[DropReason, Destination, list[Delivery]]
 
 
 def sign(body: bytes, key: bytes) -> str:
@@ -50,6 +61,17 @@ def verify(body: bytes, signature: str, key: bytes) -> bool:
     return hmac.compare_digest(sign(body, key).encode(), signature.encode(errors="replace"))
 
 
+def sign_post(post_id: str, timestamp: int, body: bytes, key: bytes) -> str:
+    """Return the value of the header webhook-signature, in which a replay shows.
+
+    Args:
+        post_id: the header webhook-id: the same in every attempt at this post.
+        timestamp: the header webhook-timestamp: seconds since 1970 at this attempt.
+    """
+    content = b"%s.%d.%s" % (post_id.encode(), timestamp, body)
+    return "v1," + base64.b64encode(hmac.digest(key, content, "sha256")).decode()
+
+
 class CallbackObserver(Protocol):
     """Learns what becomes of callbacks, from any thread, while no lock is taken; kind is "generated" or "validated"."""
 
@@ -59,25 +81,31 @@ class CallbackObserver(Protocol):
     def failed(self, kind: str) -> None:
         """Note that an attempt to post failed."""
 
-    def dropped(self, kind: str, nonces: int) -> None:
+    def dropped(self, kind: str, nonces: int, reason: DropReason) -> None:
         """Note that a delivery with this many nonces was dropped."""
 
 
 class CallbackSender:
     """Posts proofs and verdicts to {callback_url}/generated and /validated from a thread of its own.
 
-    A failed attempt (an answer other than 2xx, or none) is repeated without end, with exponential backoff. A body that
-    is refused (4xx other than 408, 425, 429) goes behind the others of its destination, and a merged one is taken apart
-    again.
+    A failed attempt (an answer other than 2xx, or none) is repeated until the deliveries are too old, with exponential
+    backoff. A body that is refused (4xx other than 408, 425, 429) goes behind the others of its destination, and a
+    merged one is taken apart again. Redirects are not followed.
 
     Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) are honoured. Where one is set, NO_PROXY must name
     the receivers to reach without it: 127.0.0.1 and localhost for those on loopback.
 
     Args:
-        key: signs every body (`sign`), in the header X-Signature; None sends no such header.
+        key: signs every body (`sign`), in the header X-Signature, and every post (`sign_post`), in the header
+            webhook-signature; None sends no such headers.
+        hosts: which hosts are posted to; None for all.
         max_nonces: nonces that may wait, over all destinations; a delivery counts as at least one. Beyond it the oldest
             deliveries are dropped, with a warning; a single larger one is kept until a newer one waits.
         max_nonces_per_post: proofs are merged up to this many nonces; a single larger delivery is posted whole.
+        max_posts: posts under way, and connections; see `Slots`.
+        max_urls: destinations with deliveries. Beyond it the deliveries of the one to which nothing was added for the
+            longest time are dropped, except those in flight.
+        max_age_seconds: how long a delivery is kept; then it is dropped.
         flush_seconds: how long proofs wait at most for others to merge with.
         first_retry_seconds, max_retry_seconds: the backoff doubles from the first to the second, less up to a quarter
             at random. A Retry-After is respected, up to max_retry_seconds.
@@ -93,8 +121,12 @@ class CallbackSender:
         self,
         *,
         key: bytes | None = None,
+        hosts: CallbackHosts | None = None,
         max_nonces: int = 100_000,
         max_nonces_per_post: int = 1000,
+        max_posts: int = 32,
+        max_urls: int = 256,
+        max_age_seconds: float = 6 * 3600.0,
         flush_seconds: float = 1.0,
         first_retry_seconds: float = 0.5,
         max_retry_seconds: float = 30.0,
@@ -105,7 +137,13 @@ class CallbackSender:
             raise TypeError(f"key must be bytes or None, got {type(key).__name__}")
         if key == b"":
             raise ValueError("key must be None or at least one byte, got none")
-        for name, count in (("max_nonces", max_nonces), ("max_nonces_per_post", max_nonces_per_post)):
+        counts = {
+            "max_nonces": max_nonces,
+            "max_nonces_per_post": max_nonces_per_post,
+            "max_posts": max_posts,
+            "max_urls": max_urls,
+        }
+        for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not flush_seconds >= 0:
@@ -115,10 +153,13 @@ class CallbackSender:
                 "first_retry_seconds must be positive and at most max_retry_seconds, "
                 f"got {first_retry_seconds} and {max_retry_seconds}"
             )
-        if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
+        for name, seconds in (("max_age_seconds", max_age_seconds), ("timeout_seconds", timeout_seconds)):
+            if not seconds > 0:
+                raise ValueError(f"{name} must be positive, got {seconds}")
         self._key = key
         self._max_nonces_per_post = max_nonces_per_post
+        self._max_urls = max_urls
+        self._max_age_seconds = max_age_seconds
         self._flush_seconds = flush_seconds
         self._retry_seconds = (first_retry_seconds, max_retry_seconds)
         self._timeout_seconds = timeout_seconds
@@ -126,7 +167,8 @@ class CallbackSender:
 
         self._lock = threading.Lock()  # taken for moments only, never while anything waits
         self._all_sent = threading.Condition(self._lock)
-        self._destinations: dict[str, Destination] = {}  # by URL; only those with deliveries
+        # By URL; only those with deliveries, those first to which nothing was added for the longest time.
+        self._destinations: OrderedDict[str, Destination] = OrderedDict()
         self._outbox = Outbox(max_nonces)
         self._arrivals = 0
         self._delivered = self._failed = self._dropped = self._dropped_nonces = 0
@@ -137,15 +179,10 @@ class CallbackSender:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # None except between start and close
         self._stop = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        # One client for all, with one connection per destination: none waits for another's.
-        self._client = httpx2.AsyncClient(
-            timeout=timeout_seconds,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS),
-            headers={"Accept-Encoding": "identity"},
-            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
-            follow_redirects=False,
-        )
+        self._tasks: dict[Destination, asyncio.Task[None]] = {}
+        self._slots = Slots(max_posts)
+        self._resolver_threads = _RESOLVER_THREADS_PER_POST * max_posts
+        self._transport: httpx2.AsyncBaseTransport = CheckedTransport(hosts, max_posts)
 
     def start(self) -> None:
         """Start the thread, which sends what is already there.
@@ -236,31 +273,32 @@ class CallbackSender:
             if self._thread is not None:
                 self._thread.join(_STOP_SECONDS)
         for destination, deliveries in unsent:
-            self._report_dropped("callbacks not delivered before the deadline", destination, deliveries)
+            self._report_dropped("callbacks not delivered before the deadline", "closed", destination, deliveries)
 
     def _add(self, kind: str, url: str, delivery: Delivery) -> None:
         if not isinstance(url, str):
             raise TypeError(f"url must be a str, got {type(url).__name__}")
-        url = f"{url.rstrip('/')}/{kind}"
+        url = url_below(url, kind)
         with self._lock:
-            delivery.arrival = self._arrivals
-            delivery.due = time.monotonic() + (self._flush_seconds if kind == GENERATED else 0.0)
+            now = time.monotonic()
+            delivery.arrival, delivery.arrived = self._arrivals, now
+            delivery.due = now + (self._flush_seconds if kind == GENERATED else 0.0)
             self._arrivals += 1
             destination = self._destinations.get(url) or Destination(kind, url, self._retry_seconds)
             if self._closed:
                 self._count_dropped([delivery])
-                dropped = {destination: [delivery]}
+                dropped: list[_Dropped] = [("closed", destination, [delivery])]
             else:
                 if url in self._destinations:
                     self._soon(destination.wake.set)
                 else:
                     self._destinations[url] = destination
                     self._soon(self._spawn, destination)
+                self._destinations.move_to_end(url)
                 destination.add(delivery)
                 self._outbox.add(destination, delivery)
-                dropped = self._drop_excess()
-        for dropped_from, deliveries in dropped.items():
-            self._report_dropped("callback dropped", dropped_from, deliveries)
+                dropped = self._drop_excess(now)
+        self._report_all(dropped)
 
     # Called under the lock.
 
@@ -269,11 +307,29 @@ class CallbackSender:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _drop_excess(self) -> dict[Destination, list[Delivery]]:
-        dropped = self._outbox.drop_excess()
-        for destination, deliveries in dropped.items():
-            self._count_dropped(deliveries)
+    def _drop_excess(self, now: float) -> list[_Dropped]:
+        """Drop what is too old, and what is too much."""
+        older, excess = self._outbox.drop_older(now - self._max_age_seconds), self._outbox.drop_excess()
+        dropped: list[_Dropped] = [("old", *entry) for entry in older.items()]
+        dropped += [("full", *entry) for entry in excess.items()]
+        for _, destination, _ in dropped:
             self._forget_if_empty(destination)
+        if len(self._destinations) > self._max_urls:
+            dropped += self._drop_least_recent()
+        for _, _, deliveries in dropped:
+            self._count_dropped(deliveries)
+        return dropped
+
+    def _drop_least_recent(self) -> list[_Dropped]:
+        """Drop what waits for the URLs that are too many; those in flight are left."""
+        dropped: list[_Dropped] = []
+        for destination in list(self._destinations.values()):
+            if len(self._destinations) <= self._max_urls:
+                break
+            deliveries = self._outbox.drop_all(destination)
+            if deliveries:
+                dropped.append(("urls", destination, deliveries))
+                self._forget_if_empty(destination)
         return dropped
 
     def _count_dropped(self, deliveries: list[Delivery]) -> None:
@@ -283,16 +339,22 @@ class CallbackSender:
     def _forget_if_empty(self, destination: Destination) -> None:
         """Forget a destination without deliveries, which ends its task; the next delivery makes a new one."""
         if destination.empty and self._destinations.pop(destination.url, None) is not None:
-            self._soon(destination.wake.set)
+            self._soon(self._end, destination)
             if not self._destinations:
                 self._all_sent.notify_all()
 
     # Called without the lock.
 
-    def _report_dropped(self, message: str, destination: Destination, deliveries: list[Delivery]) -> None:
-        logger.warning(message, extra=destination.fields(deliveries))
+    def _report_all(self, dropped: list[_Dropped]) -> None:
+        for reason, destination, deliveries in dropped:
+            self._report_dropped("callback dropped", reason, destination, deliveries)
+
+    def _report_dropped(
+        self, message: str, reason: DropReason, destination: Destination, deliveries: list[Delivery]
+    ) -> None:
+        logger.warning(message, extra={**destination.fields(deliveries), "reason": reason})
         for each in deliveries:
-            self._tell("dropped", destination.kind, len(each.nonces))
+            self._tell("dropped", destination.kind, len(each.nonces), reason)
 
     def _tell(self, event: Literal["delivered", "failed", "dropped"], *arguments: Any) -> None:
         """Call the observer, whose errors must cost neither a proof nor the round."""
@@ -308,7 +370,8 @@ class CallbackSender:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         # Names are resolved in many threads, so that names without an answer do not delay others. Unlike those of
         # asyncio.run, these threads are not waited for at the end.
-        loop.set_default_executor(ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="poc-callbacks-resolver"))
+        resolvers = ThreadPoolExecutor(self._resolver_threads, thread_name_prefix="poc-callbacks-resolver")
+        loop.set_default_executor(resolvers)
         try:
             loop.run_until_complete(self._serve_until_stopped())
         finally:
@@ -316,86 +379,120 @@ class CallbackSender:
 
     async def _serve_until_stopped(self) -> None:
         await self._stop.wait()
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._client.aclose()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._transport.aclose()
 
     def _spawn(self, destination: Destination) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(destination))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[destination] = task
+        task.add_done_callback(lambda _: self._tasks.pop(destination))
+
+    def _end(self, destination: Destination) -> None:
+        """End the task of a destination that was forgotten, whatever it waits for."""
+        if destination in self._tasks:
+            self._tasks[destination].cancel()
 
     async def _serve(self, destination: Destination) -> None:
         """Post to destination, one post at a time, until it has no deliveries."""
         while not self._closed:
             destination.wake.clear()
             with self._lock:
-                if destination.empty:
-                    return
                 now = time.monotonic()
-                post, look_again = destination.next_post(now, self._max_nonces_per_post, self._flushing)
-                self._outbox.sent(post)
-            if post:
-                await self._post(destination, post)
+                dropped = self._drop_excess(now)
+                empty = destination.empty
+                ready_at = destination.ready_at(now, self._max_nonces_per_post, self._flushing)
+            self._report_all(dropped)
+            if empty:
+                return
+            if ready_at <= now:
+                async with self._slots.one(destination.receiver):
+                    await self._post_next(destination)
             else:
-                alarm = asyncio.get_running_loop().call_later(look_again - now, destination.wake.set)
-                await destination.wake.wait()
-                alarm.cancel()
+                alarm = asyncio.get_running_loop().call_later(ready_at - now, destination.wake.set)
+                try:
+                    await destination.wake.wait()
+                finally:
+                    alarm.cancel()
 
-    async def _post(self, destination: Destination, post: list[Delivery]) -> None:
-        body = canonical_json(merged(post))
-        try:
-            failure = await self._attempt(destination.url, body)
-        except asyncio.TimeoutError:
-            failure = Failure("TimeoutError", f"no answer in {self._timeout_seconds} s")
-        except Exception as error:  # whatever it is: the deliveries are kept
-            failure = Failure(type(error).__name__, str(error))
+    async def _post_next(self, destination: Destination) -> None:
+        """Make the next post, unless what waited was dropped meanwhile."""
+        with self._lock:
+            post = destination.next_post(time.monotonic(), self._max_nonces_per_post, self._flushing)
+            self._outbox.sent(post)
+        if not post:
+            return
+        failure = await self._attempt(destination, post)
         with self._lock:
             if self._closed:
                 return
             destination.in_flight = []
-            dropped: dict[Destination, list[Delivery]] = {}
+            dropped: list[_Dropped] = []
             retry_seconds = 0.0
             if failure is None:
                 self._delivered += len(post)
                 destination.delivered(post)
                 self._outbox.delivered(post)
             else:
+                now = time.monotonic()
                 self._failed += 1
                 self._last_error = f"{destination.kind}: {failure.cause}"
-                retry_seconds = destination.put_back(post, failure, time.monotonic())
+                retry_seconds = destination.put_back(post, failure, now)
                 self._outbox.wait(post)
-                dropped = self._drop_excess()
+                dropped = self._drop_excess(now)
             self._forget_if_empty(destination)
         if failure is None:
             self._tell("delivered", destination.kind, sum(len(each.nonces) for each in post))
             return
-        fields = destination.fields(post)
-        logger.warning("callback failed", extra={**fields, "error": failure.text, "retry_seconds": retry_seconds})
+        fields = {**destination.fields(post), "error": destination.hide_secrets(failure.text)}
+        logger.warning("callback failed", extra={**fields, "retry_seconds": retry_seconds})
         self._tell("failed", destination.kind)
-        for dropped_from, deliveries in dropped.items():
-            self._report_dropped("callback dropped", dropped_from, deliveries)
+        self._report_all(dropped)
 
-    async def _attempt(self, url: str, body: bytes) -> Failure | None:
-        headers = {"Content-Type": "application/json"}
-        if self._key is not None:
-            headers[SIGNATURE_HEADER] = sign(body, self._key)
-        request = self._client.build_request("POST", url, content=body, headers=headers)
-        # The client's timeouts are between bytes; these are for the whole.
-        response = await asyncio.wait_for(self._client.send(request, stream=True), self._timeout_seconds)
+    async def _attempt(self, destination: Destination, post: list[Delivery]) -> Failure | None:
+        """Make a post, and note whether the receiver answered; return why it failed, if it did."""
+        answered = False
         try:
-            text = await asyncio.wait_for(_answer(response), self._timeout_seconds)
-        except (asyncio.TimeoutError, httpx2.HTTPError) as error:
-            text = f"({type(error).__name__} in its answer)"  # the status is known, and only that counts
+            request = self._request(destination.url, post[0].post_id, canonical_json(merged(post)))
+            # The request's timeouts are between bytes; these are for the whole.
+            response = await asyncio.wait_for(self._transport.handle_async_request(request), self._timeout_seconds)
+            answered = True
+            try:
+                text = await asyncio.wait_for(_answer(response), self._timeout_seconds)
+            except Exception as error:
+                text = f"({type(error).__name__} in its answer)"  # the status is known, and only that counts
+            finally:
+                await response.aclose()
+        except asyncio.TimeoutError:
+            return Failure("TimeoutError", f"no answer in {self._timeout_seconds} s")
+        except Exception as error:  # whatever it is: the deliveries are kept
+            return Failure(type(error).__name__, str(error))
         finally:
-            await response.aclose()
+            self._slots.note(destination.receiver, answered)
         if response.is_success:
             return None
         status = response.status_code
         retry_after = _retry_after(response.headers.get("Retry-After")) if status in (429, 503) else 0.0
         refused = 400 <= status < 500 and status not in _RETRIED_IN_PLACE
         return Failure(f"answered {status}", text, refused, retry_after)
+
+    def _request(self, url: str, post_id: str, body: bytes) -> httpx2.Request:
+        timestamp = int(datetime.now(timezone.utc).timestamp())
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "poc-kernels",
+            POST_ID_HEADER: post_id,
+            POST_TIME_HEADER: str(timestamp),
+        }
+        if self._key is not None:
+            headers[SIGNATURE_HEADER] = sign(body, self._key)
+            headers[POST_SIGNATURE_HEADER] = sign_post(post_id, timestamp, body, self._key)
+        timeouts = httpx2.Timeout(self._timeout_seconds).as_dict()
+        request = httpx2.Request("POST", url, content=body, headers=headers, extensions={"timeout": timeouts})
+        if request.url.userinfo:
+            next(httpx2.BasicAuth(request.url.username, request.url.password).auth_flow(request))  # sets its header
+        return request
 
 
 async def _answer(response: httpx2.Response) -> str:

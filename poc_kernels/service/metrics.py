@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
 
 from ..protocol import BatchReport, PoCState, ProofForm
+from .outbox import DropReason
 from .queue import JobState
 
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
@@ -53,6 +55,7 @@ class Metrics:
         self._delivered = counter("poc_callbacks_delivered", "Callbacks delivered", ["kind"])
         self._failures = counter("poc_callback_failures", "Failed attempts at a callback", ["kind"])
         self._dropped = counter("poc_callback_dropped_nonces", "Nonces whose callback was dropped", ["kind"])
+        self._given_up = counter("poc_callbacks_dropped", "Callbacks dropped, by reason", ["kind", "reason"])
         for part in form.parts:
             self._part_seconds.labels(part)
         for phase in ("generate", "validate"):
@@ -64,6 +67,8 @@ class Metrics:
             self._delivered.labels(kind)
             self._failures.labels(kind)
             self._dropped.labels(kind)
+            for reason in get_args(DropReason):
+                self._given_up.labels(kind, reason)
 
     def watch(self, name: str, description: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read when metrics are asked for."""
@@ -114,9 +119,10 @@ class Metrics:
         """Count a failed attempt at a callback."""
         self._failures.labels(kind).inc()
 
-    def dropped(self, kind: str, nonces: int) -> None:
-        """Count the nonces of a callback that was dropped."""
+    def dropped(self, kind: str, nonces: int, reason: DropReason) -> None:
+        """Count a callback that was dropped, and its nonces."""
         self._dropped.labels(kind).inc(nonces)
+        self._given_up.labels(kind, reason).inc()
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

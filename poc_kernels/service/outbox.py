@@ -1,7 +1,8 @@
 """The outbox of callbacks: what waits, what is posted next and when, what is dropped. No clock and no network in here.
 
 A `Delivery` is one body as it was handed in, a `Destination` orders the deliveries for one URL, and the `Outbox` bounds
-those of all destinations together. A post is one delivery, or several merged ones. Times are of time.monotonic.
+those of all destinations together. A post is one delivery, or several merged ones; one that failed is repeated as it
+was, under the same id. Times are of time.monotonic.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import asyncio
 import json
 import math
 import random
-import re
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from itertools import takewhile
+from typing import Any, Literal, TypeGuard
+
+from .receivers import masked, receiver_of, secrets_of, without
 
 _PIECE = 4096
 GENERATED = "generated"
 VALIDATED = "validated"
+DropReason = Literal["full", "urls", "old", "closed"]
+"""Why a delivery is dropped: too many nonces wait, or URLs; it waited for too long; the sender is closed."""
 
 
 def canonical_json(obj: object) -> bytes:
@@ -92,7 +98,7 @@ class Delivery:
             per_nonce does not begin with "nonces".
     """
 
-    __slots__ = ("arrival", "common", "due", "goes_after", "per_nonce", "refused", "waiting")
+    __slots__ = ("arrival", "arrived", "common", "due", "goes_after", "per_nonce", "post_id", "refused", "waiting")
 
     def __init__(self, body: Mapping[str, Any], per_nonce: tuple[str, ...]) -> None:
         if not isinstance(body, Mapping):
@@ -110,6 +116,8 @@ class Delivery:
                 )
         self.arrival = 0
         """A number that grows from one delivery to the next."""
+        self.arrived = 0.0
+        """When it arrived."""
         self.due = 0.0
         """When it is sent even if nothing was merged with it."""
         self.waiting = True
@@ -118,6 +126,8 @@ class Delivery:
         """Whether a receiver has refused it, alone or merged; it is then posted alone."""
         self.goes_after = -1
         """If refused: the arrival of the last delivery that goes before it."""
+        self.post_id = ""
+        """The id of the post that it was last part of, if that may be repeated: with the same deliveries."""
 
     @property
     def nonces(self) -> list[Any]:
@@ -171,7 +181,9 @@ class Destination:
     def __init__(self, kind: str, url: str, retry_seconds: tuple[float, float]) -> None:
         self.kind = kind
         self.url = url
-        self.label = printable(re.sub("//[^/]*@", "//", url))  # for logs: no password
+        self.receiver = receiver_of(url)
+        self._label = printable(masked(url))
+        self._secrets = secrets_of(url)
         self.fresh: deque[Delivery] = deque()
         """Waiting deliveries that were never refused, by arrival."""
         self.refused: OrderedDict[int, Delivery] = OrderedDict()
@@ -205,34 +217,56 @@ class Destination:
         """Remove a waiting delivery; of the fresh ones, only the oldest."""
         if delivery.refused:
             del self.refused[delivery.arrival]
-        else:
-            self.fresh.popleft()
+            return
+        self.fresh.popleft()
+        if delivery.post_id:  # what is left of its post is another one
+            for each in takewhile(lambda each: each.post_id == delivery.post_id, self.fresh):
+                each.post_id = ""
 
-    def next_post(self, now: float, max_nonces: int, flush: bool) -> tuple[list[Delivery], float]:
-        """Put the deliveries of the next post in flight, and return them; if there are none, also when to look again.
+    def ready_at(self, now: float, max_nonces: int, flush: bool) -> float:
+        """Return when there is a post to send: now, or a later time; infinity if nothing waits."""
+        if now < self.retry.until:
+            return self.retry.until
+        if self._refused_in_turn(now) is not None:
+            return now
+        post, complete = self._first_fresh(max_nonces)
+        due = math.inf if not post else now if complete or flush else max(now, post[0].due)
+        return due if not self.refused or self._others_first() else min(due, self.refusals.until)
+
+    def next_post(self, now: float, max_nonces: int, flush: bool) -> list[Delivery]:
+        """Put the deliveries of the next post in flight, and return them: none if `ready_at` is later than now.
 
         Deliveries are merged up to max_nonces; flush also posts those that are not due.
         """
-        if now < self.retry.until:
-            return [], self.retry.until
-        refused = next(iter(self.refused.values()), None)
-        if refused is not None and self.fresh and self.fresh[0].arrival <= refused.goes_after:
-            refused = None  # not its turn yet
-        if refused is not None and now >= self.refusals.until:
+        if self.ready_at(now, max_nonces, flush) > now:
+            return []
+        refused = self._refused_in_turn(now)
+        if refused is not None:
             del self.refused[refused.arrival]
             self.in_flight = [refused]
         else:
-            post, complete = self._first_fresh(max_nonces)
-            due = post[0].due if post else math.inf
-            if not post or not (complete or flush or now >= due):
-                return [], due if refused is None else min(due, self.refusals.until)
-            for _ in post:
+            self.in_flight, _ = self._first_fresh(max_nonces)
+            for _ in self.in_flight:
                 self.fresh.popleft()
-            self.in_flight = post
-        return self.in_flight, now
+        post_id = self.in_flight[0].post_id or f"msg_{uuid.uuid4().hex}"
+        for each in self.in_flight:
+            each.post_id = post_id
+        return self.in_flight
+
+    def _others_first(self) -> bool:
+        """Return whether fresh deliveries go before the refused one that is next."""
+        return bool(self.fresh) and self.fresh[0].arrival <= next(iter(self.refused.values())).goes_after
+
+    def _refused_in_turn(self, now: float) -> Delivery | None:
+        if not self.refused or self._others_first() or now < self.refusals.until:
+            return None
+        return next(iter(self.refused.values()))
 
     def _first_fresh(self, max_nonces: int) -> tuple[list[Delivery], bool]:
         """Return the next fresh deliveries that share a post, and whether no later one could join them."""
+        repeated = self.fresh[0].post_id if self.fresh else ""
+        if repeated:
+            return list(takewhile(lambda each: each.post_id == repeated, self.fresh)), True
         post: list[Delivery] = []
         nonces = 0
         for delivery in self.fresh:
@@ -264,16 +298,22 @@ class Destination:
             self.refusals.failed(now)
         for delivery in post:
             delivery.refused = True
+            if len(post) > 1:
+                delivery.post_id = ""  # it is posted alone from now on
             delivery.goes_after = self.fresh[-1].arrival if self.fresh else -1
             self.refused[delivery.arrival] = delivery
         return self.refusals.until - now
+
+    def hide_secrets(self, text: str) -> str:
+        """Return a text, such as an answer, without the secrets of the URL."""
+        return without(self._secrets, text)
 
     def fields(self, deliveries: list[Delivery]) -> dict[str, Any]:
         """Return what a log record says of deliveries."""
         nonces = [nonce for each in deliveries for nonce in each.nonces]
         return {
             "kind": self.kind,
-            "url": self.label,
+            "url": self._label,
             "block_hash": printable(", ".join(sorted({str(each.common.get("block_hash")) for each in deliveries}))),
             "batches": len(deliveries),
             "nonces": len(nonces),
@@ -338,9 +378,23 @@ class Outbox:
             if delivery.waiting:
                 oldest.append((destination, delivery))
                 excess -= delivery.weight
-        self.sent([delivery for _, delivery in oldest])
+        return self._drop(oldest)
+
+    def drop_older(self, arrived: float) -> dict[Destination, list[Delivery]]:
+        """Drop the waiting deliveries that arrived before a time, and return them."""
+        older = takewhile(lambda entry: entry[1].arrived < arrived, self._deliveries.values())
+        return self._drop([(destination, delivery) for destination, delivery in older if delivery.waiting])
+
+    def drop_all(self, destination: Destination) -> list[Delivery]:
+        """Drop the waiting deliveries of a destination, and return them."""
+        waiting = [each for each in destination.all if each.waiting]
+        self._drop([(destination, each) for each in waiting])
+        return waiting
+
+    def _drop(self, entries: list[tuple[Destination, Delivery]]) -> dict[Destination, list[Delivery]]:
+        self.sent([delivery for _, delivery in entries])
         dropped: dict[Destination, list[Delivery]] = {}
-        for destination, delivery in oldest:
+        for destination, delivery in entries:
             destination.drop(delivery)
             self._forget(delivery)
             dropped.setdefault(destination, []).append(delivery)

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..protocol import PoCConfig, PoCManager, PoCState, Prover
 from .callbacks import CallbackSender
+from .connections import check_host
 from .device import Device
 from .metrics import Metrics
 from .queue import ValidationJob
+from .receivers import CallbackHosts
 from .settings import ServiceSettings
 from .worker import ProofWorker
 
@@ -26,7 +28,9 @@ class RoundService:
         prover: what computes.
         device: shared with users.
         settings: what the operator set.
-        troubles: further watches for `troubles`: each returns why something makes no progress, or None.
+        troubles: further watches for `troubles`: each returns why something makes no progress, or None. What they
+            return is told to clients: the class of an error, not its text.
+        loopback: whether users and rounds come from this machine alone: callbacks may then go to it.
     """
 
     def __init__(
@@ -35,13 +39,23 @@ class RoundService:
         device: Device,
         settings: ServiceSettings,
         troubles: Sequence[Callable[[], str | None]] = (),
+        loopback: bool = False,
     ) -> None:
         self.settings = settings
         self.form = prover.form
         self.metrics = Metrics(prover.form)
         self.manager = PoCManager(prover, self.metrics.batch)
         key = None if settings.callback_key is None else settings.callback_key.encode()
-        self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
+        self._hosts = CallbackHosts(settings.callback_hosts, loopback=loopback)
+        self.callbacks = CallbackSender(
+            key=key,
+            hosts=self._hosts,
+            max_nonces=settings.callback_nonces,
+            max_posts=settings.callback_posts,
+            max_urls=settings.callback_urls,
+            max_age_seconds=settings.callback_seconds,
+            observer=self.metrics,
+        )
         self.worker = ProofWorker(self.manager, device, self.callbacks, self.metrics, settings)
         self._prover = prover
         self._device = device
@@ -86,7 +100,8 @@ class RoundService:
             values: fields of `PoCConfig`; use_random_projection may be None, for what the operator set.
 
         Raises:
-            TypeError, ValueError: as `PoCConfig`, or batch_size * seq_len is more than the operator allows.
+            TypeError, ValueError: as `PoCConfig`, or batch_size * seq_len is more than the operator allows, or
+                callbacks may not go to the host of callback_url.
         """
         if values.get("use_random_projection") is None:
             values = {**values, "use_random_projection": self.settings.random_projection}
@@ -94,6 +109,8 @@ class RoundService:
         tokens, limit = config.batch_size * config.seq_len, self.settings.max_proof_tokens
         if tokens > limit:
             raise ValueError(f"batch_size * seq_len must be at most {limit} on this node, got {tokens}")
+        if config.callback_url is not None:
+            check_host("callback_url", config.callback_url, self._hosts)
         return config
 
     def begin(self, values: dict[str, Any], state: PoCState) -> None:

@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
+from .receivers import CallbackHosts
+
 REQUIRED: Any = MISSING
 """The default of a setting that has none."""
 
@@ -32,6 +34,17 @@ class Limit(NamedTuple):
 POSITIVE = Limit("positive", lambda value: value > 0)
 NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
 FRACTION = Limit("in (0, 1)", lambda value: 0 < value < 1)
+
+
+def _are_hosts(text: str) -> bool:
+    try:
+        CallbackHosts(text)
+    except ValueError:
+        return False
+    return True
+
+
+HOSTS = Limit("names, *.suffix, addresses or networks, separated by commas", _are_hosts)
 
 
 def one_of(*choices: str) -> Limit:
@@ -161,6 +174,14 @@ class ServiceSettings:
     stall_seconds: float = setting(120.0, "seconds without progress until /health answers 503", POSITIVE)
     shutdown_seconds: float = setting(10.0, "seconds for which SIGTERM waits for requests and callbacks", NOT_NEGATIVE)
     callback_nonces: int = setting(100_000, "maximum undelivered nonces kept for callbacks", POSITIVE)
+    callback_urls: int = setting(256, "maximum URLs with undelivered callbacks; the least recent are dropped", POSITIVE)
+    callback_seconds: float = setting(21600.0, "seconds after which an undelivered callback is dropped", POSITIVE)
+    callback_posts: int = setting(32, "maximum number of callbacks that are posted at once", POSITIVE)
+    # None: all hosts, except addresses that only machines nearby can mean; loopback is one unless the server listens
+    # there (`CallbackHosts`).
+    callback_hosts: str | None = setting(
+        None, "names, wildcards and networks that callbacks may go to, with commas", HOSTS, unset="all but local ones"
+    )
     token: str | None = setting(None, "bearer token that the routes under /api/v1/pow require", secret=True)
     callback_key: str | None = setting(None, "key that signs callbacks", secret=True)
 

@@ -80,7 +80,7 @@ TAKEN = {
     "node_count": st.integers(4, 2**20),
     "batch_size": st.integers(1, 8),
     "seq_len": st.integers(1, 32),
-    "callback_url": st.none() | st.sampled_from(["http://127.0.0.1:1", "http://1.2.3.999/"]),
+    "callback_url": st.none() | st.sampled_from(["http://127.0.0.1:1", "http://[::1]:1/x?y"]),
     "use_random_projection": st.none() | st.booleans(),
     "group_id": st.integers(0, 2),
     "n_groups": st.integers(3, 2**11),

@@ -74,6 +74,10 @@ def test_wrong_types_in_a_round(http: httpx2.Client, changes: dict[str, Any]) ->
         ({"batch_size": 1, "seq_len": 4097}, "seq_len must be at most the 4096 positions"),
         ({"callback_url": "ftp://a"}, "callback_url must be"),
         ({"callback_url": "http://\ud800/"}, "callback_url must be"),
+        ({"callback_url": "http://host/callbacks#part"}, "callback_url must be .* got one with a fragment"),
+        ({"callback_url": "http://☃.com"}, "callback_url must have a host that can be connected to"),
+        ({"callback_url": "http://1.2.3.999"}, "callback_url must have a host that can be connected to"),
+        ({"callback_url": "http://169.254.169.254/"}, "callback_url must have a host that this node may send"),
     ],
     ids=str,
 )
@@ -81,6 +85,13 @@ def test_values_that_no_round_takes(http: httpx2.Client, changes: dict[str, Any]
     answer = http.post(f"{POW}/init", content=json.dumps({**ROUND, **changes}), headers=JSON)
     assert answer.status_code == 400
     assert re.search(message, answer.json()["detail"])
+
+
+@pytest.mark.parametrize(("host", "code"), [("0.0.0.0", 400), ("::1", 200), ("localhost", 200)])
+def test_callbacks_to_loopback_are_taken_by_a_node_that_listens_there(model_dir: Path, host: str, code: int) -> None:
+    with running(model_dir, host=host) as (_, http):
+        answer = http.post(f"{POW}/init", json={**ROUND, "callback_url": "http://127.0.0.1:9/cb"})
+        assert answer.status_code == code, answer.text
 
 
 @pytest.mark.parametrize(

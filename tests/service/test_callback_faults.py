@@ -1,11 +1,14 @@
 """Callbacks to receivers that are dead, slow or refuse, on loopback."""
 
+import contextlib
 import functools
 import itertools
 import logging
+import os
 import socket
 import threading
 import time
+import types
 
 import pytest
 from callback_receivers import OK, SECONDS, alone, batch, generated, records, verdict
@@ -188,6 +191,78 @@ def test_many_dead_destinations_do_not_delay_another(receiver, receivers, sender
     finally:
         released.set()
     sender.observer.wait("delivered", 121)
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def silent_receivers(count=1):
+    """The URLs of receivers that take connections, and never answer."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024)) for _ in range(count)]
+        yield [f"http://127.0.0.1:{server.getsockname()[1]}" for server in servers]
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_silent_receivers_with_many_urls_take_few_descriptors_and_delay_nobody(receivers, senders, count):
+    receiver = receivers(protocol="HTTP/1.1")
+    sender = senders(timeout_seconds=SECONDS, max_posts=16, max_urls=100)
+    sender.start()
+    generated(sender, receiver.url, batch(0))
+    sender.observer.wait("delivered", 1)
+    before = descriptors()
+    with silent_receivers(count) as urls:
+        for number in range(1, 301):
+            generated(sender, f"{urls[number % count]}/{number}", batch(number))
+            if number % 50 == 0:  # one that answers has its turn meanwhile
+                sender.validated(receiver.url, verdict(number))
+                sender.observer.wait("delivered", 1 + number // 50)
+            assert len(sender._destinations) <= 100 + 16
+            assert len(sender._slots._waiting) <= 100 + 16 + 50  # nobody waits for a destination that was forgotten
+        assert descriptors() - before <= count + 16 + 8  # of the receivers, of posts, and of the test's own receiver
+        dropped = sender.observer.of("dropped")
+        assert 300 - 100 - 16 <= len(dropped) <= 300 - 100 + 6  # of the six, each takes the place of one
+        assert set(sender.observer.reasons) == {"urls"}
+        assert sender.pending() == 300 - len(dropped)
+
+
+def test_beyond_the_bound_on_urls_the_one_that_was_used_least_recently_loses_its_deliveries(receivers, senders, caplog):
+    receiver = receivers()
+    sender = senders(max_urls=2)
+    for path in ("/a", "/b", "/a", "/c"):
+        generated(sender, receiver.url + path, batch(1))
+    assert sender.observer.of("dropped") == [("generated", 1)]
+    (said,) = records(caplog, "callback dropped")
+    assert (said.url, said.reason) == (f"{receiver.url}/b/generated", "urls")
+    sender.start()
+    sender.observer.wait("delivered", 2)
+    assert {post[0] for post in receiver.posts} == {"/a/generated", "/c/generated"}
+
+
+def test_what_is_too_old_is_given_up_and_counted(dead, receivers, senders, monkeypatch, caplog):
+    clock = types.SimpleNamespace(passed=0.0)
+    clock.monotonic = lambda: time.monotonic() + clock.passed
+    monkeypatch.setattr(callbacks, "time", clock)
+    sender = senders(max_age_seconds=3600.0)
+    sender.start()
+    generated(sender, dead.url, batch(1, 2))
+    sender.observer.wait("failed", 2)
+    clock.passed = 3000.0
+    generated(sender, dead.url, alone(3))
+    failed = len(sender.observer.of("failed"))
+    sender.observer.wait("failed", failed + 2)
+    assert (sender.pending(), sender.observer.of("dropped")) == (2, [])
+    clock.passed = 3700.0
+    sender.observer.wait("dropped", 1)
+    assert (sender.observer.of("dropped"), sender.observer.reasons) == ([("generated", 2)], ["old"])
+    (said,) = records(caplog, "callback dropped")
+    assert (said.reason, said.nonces) == ("old", 2)
+    receiver = receivers(port=dead.port)
+    sender.observer.wait("delivered", 1)
+    assert receiver.nonces() == [[3]]
+    assert sender.status()["dropped_nonces"] == 2
 
 
 def test_no_answer_in_time_is_a_failure(receivers, senders):

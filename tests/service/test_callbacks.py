@@ -1,15 +1,21 @@
 """Callbacks to a receiver on loopback: what is posted, and when."""
 
+import base64
+import datetime
 import itertools
 import json
+import logging
+import re
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from callback_receivers import KEY, OK, SECONDS, Observer, alone, batch, generated, records, verdict
 
-from poc_kernels.service.callbacks import CallbackSender, canonical_json, sign, verify
+from poc_kernels.service import callbacks
+from poc_kernels.service.callbacks import CallbackSender, canonical_json, sign, sign_post, verify
 
 pytest_plugins = ["callback_receivers"]
 
@@ -55,7 +61,107 @@ def test_no_key_no_signature(receiver, senders):
     sender.start()
     generated(sender, receiver.url, batch(1))
     receiver.wait(1)
-    assert "X-Signature" not in receiver.posts[0][1]
+    headers = receiver.posts[0][1]
+    assert "X-Signature" not in headers
+    assert "webhook-signature" not in headers
+    assert headers["webhook-id"].startswith("msg_")
+
+
+def test_the_signature_of_a_post_is_that_of_standard_webhooks():
+    # The example that the libraries of Standard Webhooks are tested with.
+    key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    signature = sign_post("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', key)
+    assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_a_post_is_signed_with_its_id_and_its_time(receiver, senders):
+    sender = senders(key=KEY)
+    sender.start()
+    before = int(time.time())
+    for nonce in (1, 2):
+        sender.validated(receiver.url, verdict(nonce))
+    sender.observer.wait("delivered", 2)
+    ids = set()
+    for _, headers, body, *_ in receiver.posts:
+        post_id, timestamp = headers["webhook-id"], int(headers["webhook-timestamp"])
+        assert headers["webhook-signature"] == sign_post(post_id, timestamp, body, KEY)
+        assert before <= timestamp <= time.time()
+        ids.add(post_id)
+    assert len(ids) == 2
+
+
+def test_an_attempt_that_is_repeated_has_the_same_id_and_body_and_a_time_of_its_own(receivers, senders, monkeypatch):
+    class Clock(datetime.datetime):
+        seconds = itertools.count(1_700_000_000, 1000)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(next(cls.seconds), tz)
+
+    monkeypatch.setattr(callbacks, "datetime", Clock)
+    calls = itertools.count()
+    receiver = receivers(answer=lambda path, content: (500, {}) if next(calls) < 2 else OK)
+    sender = senders(key=KEY)
+    generated(sender, receiver.url, batch(1))
+    generated(sender, receiver.url, batch(2))
+    sender.start()
+    sender.observer.wait("failed", 1)
+    generated(sender, receiver.url, batch(3))
+    sender.observer.wait("delivered", 2)
+    posts = [(json.loads(body)["nonces"], headers) for _, headers, body, *_ in receiver.posts]
+    assert [nonces for nonces, _ in posts] == [[1, 2], [1, 2], [1, 2], [3]]
+    ids = [headers["webhook-id"] for _, headers in posts]
+    assert ids == [ids[0]] * 3 + [ids[3]]
+    assert ids[0] != ids[3]
+    assert [int(headers["webhook-timestamp"]) for _, headers in posts[:3]] == [
+        1_700_000_000,
+        1_700_001_000,
+        1_700_002_000,
+    ]
+    assert len({headers["webhook-signature"] for _, headers in posts}) == 4
+    assert len({headers["X-Signature"] for _, headers in posts[:3]}) == 1
+
+
+@pytest.fixture(scope="module")
+def receiving():
+    """What docs/protocol.md shows a receiver to do."""
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    (code,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def is_new(" in each]
+    return lambda: exec(code, names := {}) or names["is_new"]
+
+
+def test_the_receiver_of_the_documentation_takes_each_post_once(receiver, senders, receiving):
+    sender = senders(key=KEY)
+    sender.start()
+    for nonce in (1, 2):
+        sender.validated(receiver.url, verdict(nonce))
+    sender.observer.wait("delivered", 2)
+    is_new = receiving()
+    posts = [(headers, body) for _, headers, body, *_ in receiver.posts]
+    assert [is_new(*post, KEY) for post in posts] == [True, True]
+    assert [is_new(*post, KEY) for post in posts] == [False, False]  # replayed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda headers, body: (headers, body + b" "), "signature"),
+        (lambda headers, body: ({**headers, "webhook-id": "msg_other"}, body), "signature"),
+        (lambda headers, body: ({**headers, "webhook-timestamp": str(int(time.time()) - 1)}, body), "signature"),
+        (lambda headers, body: ({**headers, "webhook-signature": "v1,"}, body), "signature"),
+        (lambda headers, body: (signed(headers, body, int(time.time()) - 400), body), "time"),
+        (lambda headers, body: (signed(headers, body, int(time.time()) + 400), body), "time"),
+    ],
+)
+def test_the_receiver_of_the_documentation_refuses_what_is_forged_or_old(receiving, change, reason):
+    headers, body = change(signed({"webhook-id": "msg_1"}, b"{}", int(time.time())), b"{}")
+    with pytest.raises(ValueError, match=reason):
+        receiving()(headers, body, KEY)
+
+
+def signed(headers, body, timestamp):
+    signature = sign_post(headers["webhook-id"], timestamp, body, KEY)
+    return {**headers, "webhook-timestamp": str(timestamp), "webhook-signature": f"v1,AAAA {signature}"}
 
 
 # What shares a post, and when it goes.
@@ -252,17 +358,44 @@ def test_an_observer_is_not_needed(receiver, senders):
     assert sender.status()["delivered_batches"] == 1
 
 
-def test_no_password_in_logs_or_status(receivers, senders, caplog):
-    receiver = receivers(answer=lambda path, content: (500, {}))
+@pytest.mark.parametrize("hangs", [False, True])
+def test_no_password_and_no_query_in_logs_or_status(receivers, senders, caplog, hangs):
+    caplog.set_level(logging.DEBUG)
+    released = threading.Event()
+    why = "Cannot POST /cb/generated?token=secret%2f1 of user:secret, secret/1"
+    receiver = receivers(answer=lambda path, content: (hangs and released.wait(SECONDS) and None) or (404, {}, why))
+    sender = senders(timeout_seconds=0.2 if hangs else SECONDS)
+    sender.start()
+    generated(sender, receiver.url.replace("http://", "http://user:secret@") + "/cb?token=secret%2f1", batch(1))
+    sender.observer.wait("failed", 1)
+    released.set()
+    sender.close(0)
+    receiver.wait(1)
+    path, headers, *_ = receiver.posts[0]
+    assert path == "/cb/generated?token=secret%2f1"
+    assert headers["Authorization"] == "Basic " + base64.b64encode(b"user:secret").decode()
+    said = records(caplog, "callback failed")
+    assert said[0].url == f"{receiver.url}/cb/generated?..."
+    told = [(record.getMessage(), vars(record)) for record in caplog.records]
+    assert "secret" not in str(told) + str(sender.status())
+
+
+@pytest.mark.parametrize(
+    ("tail", "path"),
+    [
+        ("/cb?token=abc", "/cb/generated?token=abc"),
+        ("/cb/?a=1&b=%2F", "/cb/generated?a=1&b=%2F"),
+        ("?a", "/generated?a"),
+        ("/a%2Fb%20c/", "/a%2Fb%20c/generated"),
+        ("/cb#part", "/cb/generated"),
+    ],
+)
+def test_the_kind_is_added_to_the_path(receiver, senders, tail, path):
     sender = senders()
     sender.start()
-    generated(sender, receiver.url.replace("http://", "http://user:secret@"), batch(1))
-    sender.observer.wait("failed", 1)
-    sender.close(0)
-    assert receiver.posts[0][1]["Authorization"].startswith("Basic ")
-    ours = [record for record in caplog.records if record.name == "poc_kernels"]
-    assert ours
-    assert "secret" not in str([vars(record) for record in ours]) + str(sender.status())
+    generated(sender, receiver.url + tail, batch(1))
+    sender.observer.wait("delivered", 1)
+    assert [post[0] for post in receiver.posts] == [path]
 
 
 def test_close_sends_what_waits(receiver, senders):
@@ -318,6 +451,9 @@ def test_start_is_called_once(senders):
         ({"first_retry_seconds": 0.0}, ValueError, "first_retry_seconds must be positive"),
         ({"first_retry_seconds": 2.0, "max_retry_seconds": 1.0}, ValueError, "got 2.0 and 1.0"),
         ({"timeout_seconds": float("nan")}, ValueError, "timeout_seconds must be positive, got nan"),
+        ({"max_posts": 0}, ValueError, "max_posts must be at least 1, got 0"),
+        ({"max_urls": 0}, ValueError, "max_urls must be at least 1, got 0"),
+        ({"max_age_seconds": 0.0}, ValueError, "max_age_seconds must be positive, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_named(options, error, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -67,7 +66,7 @@ class Told:
     def failed(self, kind: str) -> None:
         self.failures += 1
 
-    def dropped(self, kind: str, nonces: int) -> None:
+    def dropped(self, kind: str, nonces: int, reason: str) -> None:
         self.dropped_nonces[kind] += nonces
 
 
@@ -79,9 +78,8 @@ def posting(instruments: Instruments, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr(outbox_module, "random", _Jitterless)
 
     def make(world: World, receiver: Receiver, told: Told, **options: Any) -> CallbackSender:
-        client = functools.partial(httpx2.AsyncClient, transport=httpx2.MockTransport(receiver), trust_env=False)
         with monkeypatch.context() as patch:
-            patch.setattr(callbacks_module.httpx2, "AsyncClient", client)
+            patch.setattr(callbacks_module, "CheckedTransport", lambda *_: httpx2.MockTransport(receiver))
             sender = CallbackSender(observer=told, **{"max_nonces": 10, "flush_seconds": 2.0, **options})
 
         def bounded() -> None:

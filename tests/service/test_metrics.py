@@ -68,7 +68,7 @@ def test_events() -> None:
     metrics.refused("generating")
     metrics.delivered("generated", 7)
     metrics.failed("validated")
-    metrics.dropped("generated", 7)
+    metrics.dropped("generated", 7, "old")
     metrics.slice(0.0015)
     metrics.waited(0.25)
     metrics.waited(0.5)
@@ -83,6 +83,8 @@ def test_events() -> None:
     assert told["poc_callbacks_delivered_total kind=generated"] == 1
     assert told["poc_callback_failures_total kind=validated"] == 1
     assert told["poc_callback_dropped_nonces_total kind=generated"] == 7
+    assert told["poc_callbacks_dropped_total kind=generated reason=old"] == 1
+    assert told["poc_callbacks_dropped_total kind=generated reason=full"] == 0
     assert told["poc_slice_seconds_bucket le=0.001"] == 0
     assert told["poc_slice_seconds_bucket le=0.002"] == told["poc_slice_seconds_count"] == 1
     assert told["poc_waited_seconds_total"] == 0.75

@@ -29,7 +29,9 @@ def destination_of(*deliveries, kind=GENERATED):
 
 def next_nonces(destination, now, max_nonces=100, flush=False):
     """The nonces of the next post, or when to look again."""
-    post, look_again = destination.next_post(now, max_nonces, flush)
+    look_again = destination.ready_at(now, max_nonces, flush)
+    post = destination.next_post(now, max_nonces, flush)
+    assert bool(post) == (look_again == now)
     return [nonce for each in post for nonce in each.nonces] if post else look_again
 
 
@@ -78,15 +80,53 @@ def test_verdicts_go_alone():
     assert next_nonces(destination, now=0.0) == [1]
 
 
-def test_a_failed_post_keeps_its_place_and_later_deliveries_join_it():
+def test_a_failed_post_keeps_its_place_and_is_repeated_as_it_was():
     destination = destination_of(delivery(1), delivery(2))
     assert next_nonces(destination, now=0.0) == [1, 2]
+    post_ids = [[each.post_id for each in destination.in_flight]]
     destination.add(delivery(3))
     answer(destination, 0.0, FAILED)
     assert 0.75 <= next_nonces(destination, now=0.5) <= 1.0
-    assert next_nonces(destination, now=1.0) == [1, 2, 3]
+    for _ in range(2):
+        assert next_nonces(destination, now=1.0) == [1, 2]
+        post_ids.append([each.post_id for each in destination.in_flight])
+        answer(destination, 0.0, FAILED)
+        destination.retry.reset()
+    assert next_nonces(destination, now=1.0) == [1, 2]
+    answer(destination, 1.0)
+    assert next_nonces(destination, now=1.0) == [3]
+    post_ids.append([each.post_id for each in destination.in_flight])
     answer(destination, 1.0)
     assert destination.empty
+    first, *_ = post_ids[0]
+    assert post_ids[:3] == [[first] * 2] * 3
+    assert post_ids[3] not in ([first], [""])
+
+
+def test_what_is_left_of_a_post_has_another_id():
+    destination = destination_of(delivery(1), delivery(2), delivery(3))
+    next_nonces(destination, now=0.0)
+    before = destination.in_flight[0].post_id
+    answer(destination, 0.0, FAILED)
+    destination.drop(destination.fresh[0])
+    destination.add(delivery(4))
+    destination.retry.reset()
+    assert next_nonces(destination, now=1.0) == [2, 3, 4]
+    assert destination.in_flight[0].post_id not in (before, "")
+
+
+def test_a_merged_post_that_is_refused_is_taken_apart_into_others_which_keep_their_ids():
+    destination = destination_of(delivery(1), delivery(2))
+    next_nonces(destination, now=0.0)
+    merged_id = destination.in_flight[0].post_id
+    answer(destination, 0.0, REFUSED)
+    ids = {}
+    for now in (100.0, 200.0, 300.0, 400.0):
+        (nonce,) = next_nonces(destination, now)
+        ids.setdefault(nonce, []).append(destination.in_flight[0].post_id)
+        answer(destination, now, REFUSED)
+    assert {nonce: len(set(each)) for nonce, each in ids.items()} == {1: 1, 2: 1}
+    assert len({merged_id, ids[1][0], ids[2][0]}) == 3
 
 
 def test_refused_deliveries_wait_behind_the_others_one_by_one():
@@ -172,7 +212,10 @@ def test_a_delivery_returns_its_body_and_shares_what_is_common():
 
 @given(
     st.integers(1, 12),
-    st.lists(st.tuples(st.sampled_from(["add", "send", *ANSWERS]), st.integers(0, 2), st.integers(0, 5)), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from(["add", "send", "age", "all", *ANSWERS]), st.integers(0, 2), st.integers(0, 5)),
+        max_size=60,
+    ),
 )
 def test_the_outbox_keeps_the_newest_up_to_the_bound(max_nonces, steps):
     """Compare with a plain list of all that wait."""
@@ -181,13 +224,25 @@ def test_the_outbox_keeps_the_newest_up_to_the_bound(max_nonces, steps):
         destination = destinations[which]
         if step == "add":
             made = delivery(arrival, nonces=[arrival] * nonces, dist=[1.0] * nonces, block_height=nonces % 2)
+            made.arrived = float(arrival)
             destination.add(made)
             outbox.add(destination, made)
             waiting.append(made)
         elif step == "send" and not destination.in_flight and not destination.empty:
-            post, _ = destination.next_post(1000.0 * arrival, max_nonces=6, flush=True)
+            post = destination.next_post(1000.0 * arrival, max_nonces=6, flush=True)
             outbox.sent(post)
             waiting = [each for each in waiting if each not in post]
+        elif step == "age":
+            before = arrival - 3.0 * nonces
+            older = [each for each in waiting if each.arrived < before]
+            dropped = outbox.drop_older(before)
+            assert sorted(itertools.chain(*dropped.values()), key=lambda each: each.arrival) == older
+            waiting = [each for each in waiting if each not in older]
+        elif step == "all":
+            its = {each for each in destination.all if each.waiting}
+            assert set(outbox.drop_all(destination)) == its
+            assert destination.all == destination.in_flight
+            waiting = [each for each in waiting if each not in its]
         elif step in ANSWERS and destination.in_flight:
             post = destination.in_flight
             answer(destination, 1000.0 * arrival, ANSWERS[step])

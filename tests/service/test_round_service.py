@@ -160,6 +160,36 @@ def test_a_watch_of_the_app_s_own_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         assert service.troubles() == ["it hangs", "the proof thread is not running"]
 
 
+# ---- where callbacks may go ----
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "[::1]", "0x7f.1"])
+def test_a_round_whose_callbacks_would_stay_on_this_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    with tiny_node(loopback=False) as node, serving(node.app) as url, client(url) as http:
+        for path in ("/init", "/init/generate", "/init/validate"):
+            answer = http.post(POW + path, json={**ROUND, "callback_url": f"http://{host}:9/cb"})
+            assert answer.status_code == 400
+            assert answer.json()["detail"].startswith(
+                "callback_url must have a host that this node may send callbacks to"
+            )
+        assert node.service.manager.config is None
+
+
+def test_hosts_that_the_operator_lists(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    listed = "127.0.0.0/8, *.chain.example"
+    with tiny_node(loopback=False, callback_hosts=listed) as node, serving(node.app) as url, client(url) as http:
+        posted(http, "/init/generate", {**ROUND, "callback_url": f"{receiver.url}/cb?token=abc"})
+        receiver.wait(1)
+        assert receiver.posts[0][0] == "/cb/generated?token=abc"
+        posted(http, "/stop")
+        answer = http.post(f"{POW}/init", json={**ROUND, "callback_url": "http://[::1]/"})
+        assert answer.status_code == 400
+
+
 # ---- a device of another kind ----
 
 

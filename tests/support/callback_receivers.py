@@ -76,6 +76,7 @@ class Observer:
 
     def __init__(self):
         self.events = []
+        self.reasons = []  # of what was dropped
         self._changed = threading.Condition()
 
     def _add(self, *event):
@@ -89,8 +90,9 @@ class Observer:
     def failed(self, kind):
         self._add("failed", kind, 0)
 
-    def dropped(self, kind, nonces):
+    def dropped(self, kind, nonces, reason):
         self._add("dropped", kind, nonces)
+        self.reasons.append(reason)
 
     def of(self, what):
         return [event[1:] for event in self.events if event[0] == what]

@@ -115,11 +115,13 @@ class TinyDevice:
 class TinyNode:
     """The service behind its gate, before an app that ends its own event streams."""
 
-    def __init__(self, prover: Prover | None = None, device: Device | None = None, **settings: Any) -> None:
+    def __init__(
+        self, prover: Prover | None = None, device: Device | None = None, *, loopback: bool = True, **settings: Any
+    ) -> None:
         self.prover = prover or TinyProver()
         self.turns = Turns()
         device = device or TurnsDevice(self.turns, PriorityLanes("cpu"), self._drain)
-        self.service = RoundService(self.prover, device, ServiceSettings(**settings))
+        self.service = RoundService(self.prover, device, ServiceSettings(**settings), loopback=loopback)
         self.api = FastAPI()
         self.api.post("/v1/chat/completions")(self._chat)
         self.api.post("/invocations")(lambda: "computed")
