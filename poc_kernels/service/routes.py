@@ -24,6 +24,7 @@ from ..protocol.distances import wire as distances_wire
 from ..protocol.distances.form import DISTANCES
 from .gate import POC_PREFIX
 from .queue import QueueFullError, ValidationJob
+from .receivers import masked_urls
 from .round_service import RoundService
 
 WIRES = {DISTANCES.name: distances_wire}
@@ -158,7 +159,7 @@ def _shown(value: object) -> object:
         return value
     if isinstance(value, int) and abs(value) < 2**63:
         return value
-    text = ascii(value) if not isinstance(value, int) else "an int beyond 64 bits"
+    text = masked_urls(ascii(value)) if not isinstance(value, int) else "an int beyond 64 bits"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
@@ -199,7 +200,7 @@ def poc_router(service: RoundService) -> APIRouter:
         try:
             change()
         except (ValueError, TypeError) as error:
-            raise HTTPException(400, str(error)) from error
+            raise _bad_value(error) from error
         except IllegalTransitionError as error:
             raise _not_allowed(error) from error
         return _json({"status": "OK", "pow_status": service.status()})
@@ -245,7 +246,7 @@ def poc_router(service: RoundService) -> APIRouter:
         try:
             return service.enqueue(body.proof(), submitter, keep)
         except (ValueError, TypeError) as error:
-            raise HTTPException(400, str(error)) from error
+            raise _bad_value(error) from error
         except QueueFullError as error:
             raise HTTPException(429, str(error), {"Retry-After": str(error.retry_seconds)}) from error
         except IllegalTransitionError as error:
@@ -327,11 +328,25 @@ def _waiting(job: ValidationJob, headers: dict[str, str] | None = None) -> Respo
     return JSONResponse(answer.model_dump(), 202, headers)
 
 
+# What an error says reaches a client only if it is ours: the text of others can hold paths, sizes and more. The log has
+# it.
+
+
+def _bad_value(error: Exception) -> HTTPException:
+    """Return the answer to a value that a check does not take; raise an error that is none of a check."""
+    if type(error) not in (ValueError, TypeError):  # what libraries raise is often derived from them
+        raise error
+    return HTTPException(400, str(error))
+
+
 def _refusal(error: Exception) -> HTTPException:
     """Return the answer to who waits for a batch that has no verdict."""
-    if isinstance(error, (ValueError, IllegalTransitionError, RoundEndedError)):
+    if isinstance(error, (IllegalTransitionError, RoundEndedError)):
         return HTTPException(409, str(error))
-    return HTTPException(503, f"the batch could not be computed: {error}", {"Retry-After": str(_BUSY_SECONDS)})
+    text = f"the batch could not be computed: {type(error).__name__}"
+    if isinstance(error, ValueError):  # of the batch: it would fail again
+        return HTTPException(409, text)
+    return HTTPException(503, text, {"Retry-After": str(_BUSY_SECONDS)})
 
 
 # ---- operation ----

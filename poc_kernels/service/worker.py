@@ -245,6 +245,8 @@ class ProofWorker:
             failed = not isinstance(error, (RoundEndedError, ValueError))  # else it is no failure of the device
             if failed:
                 self._failed(error)
+            elif isinstance(error, ValueError):
+                logger.warning("a batch cannot be validated", exc_info=error)
             self.queue.finish(job, error)  # last: whoever waits for it may look at what was counted
             return failed
         self._succeeded()
@@ -296,6 +298,6 @@ class ProofWorker:
         self._failure = None
 
     def _failed(self, error: Exception) -> None:
-        self._failure = f"{type(error).__name__}: {error}"
+        self._failure = type(error).__name__  # whoever asks for the health may not learn more
         self._metrics.batch_failed()
         logger.error("a proof batch failed, the next try follows", exc_info=error)

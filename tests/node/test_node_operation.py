@@ -109,10 +109,11 @@ def test_health_is_progress(
         health = http.get("/health").json()
         assert (health["status"], health["reasons"]) == (
             "unhealthy",
-            ["proof batches fail: RuntimeError: no memory left"],
+            ["proof batches fail: RuntimeError"],
         )
         answer = http.post(f"{POW}/validate", json=claim([1]))
         assert answer.status_code == 503
+        assert "no memory left" not in answer.text
         assert int(answer.headers["retry-after"]) > 0
     assert metrics("poc_batch_failures_total") >= failures + 2
     eventually(lambda: http.get("/health").status_code == 200)
@@ -139,7 +140,7 @@ def test_a_failed_validation_does_not_stay_in_the_health(
 
     monkeypatch.setattr(node.engine, "forward", fail_once)
     answer = http.post(f"{POW}/validate", json=claim([1]))
-    assert (answer.status_code, "once" in answer.json()["detail"]) == (503, True)
+    assert (answer.status_code, answer.json()["detail"]) == (503, "the batch could not be computed: RuntimeError")
     eventually(lambda: http.get("/health").status_code == 200)  # though nothing came since
     assert posted(http, "/validate", claim([1]))["distances"] == alone.distances([1])
 

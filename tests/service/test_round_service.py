@@ -160,6 +160,79 @@ def test_a_watch_of_the_app_s_own_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         assert service.troubles() == ["it hangs", "the proof thread is not running"]
 
 
+# ---- what errors tell ----
+
+
+class SecretError(ValueError):
+    """What a library may raise, with whatever it knows."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("secret"), 503),
+        (SecretError("secret"), 409),
+        (ValueError("secret"), 409),
+        (KeyError("secret"), 503),
+    ],
+)
+def test_an_error_of_a_forward_tells_its_class_alone(
+    node: TinyNode, http: httpx2.Client, caplog: pytest.LogCaptureFixture, error: Exception, status: int
+) -> None:
+    def fail() -> None:
+        raise error
+
+    posted(http, "/init/validate", ROUND)
+    node.prover.before_forward = fail
+    waited = http.post(f"{POW}/validate", json=claim([1], []))
+    expected = (status, {"detail": f"the batch could not be computed: {type(error).__name__}"})
+    assert (waited.status_code, waited.json()) == expected
+    asked = http.post(f"{POW}/validate?wait=false", json=claim([2], []))
+    eventually(lambda: http.get(asked.headers["location"]).status_code != 202)
+    later = http.get(asked.headers["location"])
+    assert (later.status_code, later.json()) == expected
+    assert "secret" not in http.get("/health").text + http.get(f"{POW}/status").text + http.get("/metrics").text
+    assert "secret" in caplog.text
+
+
+def test_health_tells_the_class_of_what_fails(node: TinyNode, http: httpx2.Client) -> None:
+    def fail() -> None:
+        raise RuntimeError("secret")
+
+    node.prover.before_forward = fail
+    posted(http, "/init/generate", ROUND)
+    eventually(lambda: http.get("/health").status_code == 503)
+    assert http.get("/health").json()["reasons"] == ["proof batches fail: RuntimeError"]
+    node.prover.before_forward = lambda: None
+
+
+@pytest.mark.parametrize(
+    "error", [SecretError("secret"), json.JSONDecodeError("secret", "secret", 0), KeyError("secret")]
+)
+@pytest.mark.parametrize("path", ["/init", "/init/generate", "/validate"])
+def test_an_error_that_no_check_raises_tells_nothing(
+    node: TinyNode, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch, path: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    posted(http, "/init/validate", ROUND)
+    posted(http, "/stop")
+    monkeypatch.setattr(node.prover, "check", fail)
+    monkeypatch.setattr(node.service.worker, "enqueue", fail)
+    answer = http.post(POW + path, json=claim([1], []) if path == "/validate" else ROUND)
+    assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+
+
+def test_a_body_that_is_quoted_shows_no_secret_of_a_url(http: httpx2.Client) -> None:
+    url = "http://user:secret@host/?token=secret"
+    for body in ({"callback_url": url}, [url], {**ROUND, "r_target": url}, {**ROUND, "callback_url": [url]}):
+        answer = http.post(f"{POW}/init", json=body)
+        assert answer.status_code == 422
+        assert "http://host/?..." in answer.text
+        assert "secret" not in answer.text
+
+
 # ---- where callbacks may go ----
 
 

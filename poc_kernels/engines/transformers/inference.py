@@ -115,7 +115,8 @@ class Inference:
         with self._lock:
             if self._trouble is not None or self._batching is None:
                 return self._trouble
-            return self._fault(self._batching)
+            fault = self._fault(self._batching)
+            return None if fault is None else _told(fault)
 
     # ---- for the app's handlers ----
 
@@ -185,7 +186,7 @@ class Inference:
                 if batching is None or fault is None:
                     continue
                 self._batching = None
-                self._trouble = f"continuous batching is being rebuilt: {fault}"
+                self._trouble = f"continuous batching is being rebuilt: {_told(fault)}"
             logger.error("continuous batching failed and is rebuilt", extra={"fault": fault})
             try:
                 self._end(batching, fault, _STOP_SECONDS)
@@ -222,7 +223,8 @@ class Inference:
                 logger.exception("continuous batching cannot be rebuilt", extra={"retry_seconds": backoff})
                 with self._lock:
                     if not self._stop.is_set():
-                        self._trouble = f"continuous batching is being rebuilt: {fault}; then {error}"
+                        then = type(error).__name__
+                        self._trouble = f"continuous batching is being rebuilt: {_told(fault)}; then {then}"
                 self._stop.wait(backoff)
                 backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
             else:
@@ -235,3 +237,8 @@ class Inference:
             logger.warning("requests in flight failed", extra={"requests": failed, "reason": reason})
         if batching is not None and not batching.stop(timeout_seconds):
             logger.error("a step of the model hangs", extra={"waited_seconds": timeout_seconds})
+
+
+def _told(fault: str) -> str:
+    """Return what clients may know of a fault: of an exception its class, as its text can hold anything."""
+    return fault.partition(": ")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -199,7 +200,8 @@ def test_a_rebuild_that_fails_is_tried_again(
         with caplog.at_level(logging.CRITICAL, "poc_kernels"):
             assert http.post(CHAT, json=chat()).status_code == 503
             eventually(lambda: len(attempts) >= 2)
-            assert "being rebuilt: RuntimeError: dead" in str(inference.trouble())
+            told = r"continuous batching is being rebuilt: RuntimeError(; then \w+)?"  # no text of an error
+            assert re.fullmatch(told, str(inference.trouble()))
             for stream in (False, True):
                 answer = http.post(CHAT, json=chat(stream=stream))
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
