@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..protocol import PoCConfig, PoCManager, PoCState, Prover
+from ..scheduling import AwakeClock
 from .callbacks import CallbackSender
 from .device import Device
 from .metrics import Metrics
@@ -42,7 +43,8 @@ class RoundService:
         self.manager = PoCManager(prover, self.metrics.batch)
         key = None if settings.callback_key is None else settings.callback_key.encode()
         self.callbacks = CallbackSender(key=key, max_nonces=settings.callback_nonces, observer=self.metrics)
-        self.worker = ProofWorker(self.manager, device, self.callbacks, self.metrics, settings)
+        self._clock = AwakeClock()
+        self.worker = ProofWorker(self.manager, device, self.callbacks, self.metrics, settings, self._clock.now)
         self._prover = prover
         self._device = device
         self._watches = (*troubles, self.worker.trouble)
@@ -58,6 +60,7 @@ class RoundService:
 
     def start(self) -> None:
         """Start callbacks and the proof worker."""
+        self._clock.start()
         self.callbacks.start()
         self.worker.start()
 
@@ -76,6 +79,7 @@ class RoundService:
         self.begin_shutdown()
         for end in (self.worker.close, then, self.callbacks.close):
             end(max(deadline - time.monotonic(), MIN_CLOSE_SECONDS))
+        self._clock.stop()
 
     # ---- rounds ----
 
