@@ -11,7 +11,7 @@ from ..engines.transformers import openai_app
 from ..engines.transformers.config import InferenceLimits
 from ..engines.transformers.engine import TransformersEngine
 from ..engines.transformers.inference import Inference
-from ..engines.transformers.load import load_model
+from ..engines.transformers.load import load_model, model_name
 from ..protocol import DistanceProver
 from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
@@ -57,7 +57,7 @@ class Node:
         lanes.wait_for_current_stream()  # the model and the engine were made there
         self._prover = DistanceProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)
         limits = InferenceLimits(**{each.name: getattr(settings, each.name) for each in fields(InferenceLimits)})
-        name = settings.served_name or settings.model
+        name = settings.served_name or model_name(settings.model)
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, lanes)
         device = TurnsDevice(
             self.turns,
