@@ -39,6 +39,16 @@ class InferenceLimits:
     kv_memory: float | None = None
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+
+
+def max_positions(config: Any) -> int:
+    """Return how many tokens a sequence of a model with this configuration can have; 2**20 where it sets no limit."""
+    text_config = config.get_text_config()
+    found = (getattr(text_config, name, None) for name in _POSITIONS)
+    return next((value for value in found if isinstance(value, int) and value > 0), 2**20)
+
+
 def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:
     """Make the sampling of all requests: as the model says, or with ``temperature``, greedy at 0.
 
