@@ -34,7 +34,7 @@ class Node:
         model, tokenizer: loaded already; by default those that the settings name are loaded.
 
     Raises:
-        ValueError: the model cannot compute proofs, or a setting is out of range.
+        ValueError: the model cannot be loaded, cannot compute proofs, or a setting is out of range.
     """
 
     def __init__(self, settings: Settings, model: Any = None, tokenizer: Any = None) -> None:
@@ -80,10 +80,15 @@ class Node:
         )
         watch = self.service.metrics.watch
         watch("poc_inference_in_flight", "Users' requests being served", lambda: self.app.in_flight)
-        watch("poc_inference_restarts", "Times that continuous batching was rebuilt", lambda: self.inference.restarts)
+        watch("poc_inference_restarts", "Times that generation was rebuilt", lambda: self.inference.restarts)
+        watch("poc_inference_batched", "1: continuous batching, 0: one at a time", lambda: self.inference.batched)
 
     def start(self) -> None:
-        """Start inference, callbacks and the proof worker."""
+        """Start inference, callbacks and the proof worker.
+
+        Raises:
+            ValueError: the model cannot be served with its own text: see `Inference.start`.
+        """
         self._prover.compile_kernels()
         with self._lanes.validation():
             self._prover.measure_slices()
@@ -95,6 +100,7 @@ class Node:
                 "model": self.inference.name,
                 "device": str(self.engine.device),
                 "dtype": str(self.engine.dtype),
+                "continuous_batching": self.inference.batched,
                 "hidden_size": self.engine.hidden_size,
                 "vocab_size": self.engine.vocab_size,
             },
