@@ -132,7 +132,7 @@ def logs_as_before():
         (["--validation-sms", "0"], "poc-kernels: validation_sms must be positive, got 0"),
         (["--result-seconds", "0"], "poc-kernels: result_seconds must be positive, got 0.0"),
         (["--kv-memory", "1.5"], "poc-kernels: kv_memory must be in (0, 1), got 1.5"),
-        ([], "poc-kernels: "),
+        ([], "nowhere' does not exist"),
     ],
 )
 def test_serve_says_why_it_does_not_start(capsys, monkeypatch, tmp_path, arguments, message):

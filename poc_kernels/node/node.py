@@ -11,7 +11,7 @@ from ..engines.transformers import openai_app
 from ..engines.transformers.config import InferenceLimits
 from ..engines.transformers.engine import TransformersEngine
 from ..engines.transformers.inference import Inference
-from ..engines.transformers.load import load_model
+from ..engines.transformers.load import load_model, model_name
 from ..protocol import DistanceProver
 from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
@@ -35,7 +35,7 @@ class Node:
         model, tokenizer: loaded already; by default those that the settings name are loaded.
 
     Raises:
-        ValueError: the model cannot compute proofs, or a setting is out of range.
+        ValueError: the model cannot be loaded, cannot compute proofs, or a setting is out of range.
     """
 
     def __init__(self, settings: Settings, model: Any = None, tokenizer: Any = None) -> None:
@@ -58,7 +58,7 @@ class Node:
         lanes.wait_for_current_stream()  # the model and the engine were made there
         self._prover = DistanceProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)
         limits = InferenceLimits(**{each.name: getattr(settings, each.name) for each in fields(InferenceLimits)})
-        name = settings.served_name or settings.model
+        name = settings.served_name or model_name(settings.model)
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, lanes)
         device = TurnsDevice(
             self.turns,
@@ -83,10 +83,15 @@ class Node:
         )
         watch = self.service.metrics.watch
         watch("poc_inference_in_flight", "Users' requests being served", lambda: self.app.in_flight)
-        watch("poc_inference_restarts", "Times that continuous batching was rebuilt", lambda: self.inference.restarts)
+        watch("poc_inference_restarts", "Times that generation was rebuilt", lambda: self.inference.restarts)
+        watch("poc_inference_batched", "1: continuous batching, 0: one at a time", lambda: self.inference.batched)
 
     def start(self) -> None:
-        """Start inference, callbacks and the proof worker."""
+        """Start inference, callbacks and the proof worker.
+
+        Raises:
+            ValueError: the model cannot be served with its own text: see `Inference.start`.
+        """
         self._prover.compile_kernels()
         with self._lanes.validation():
             self._prover.measure_slices()
@@ -98,6 +103,7 @@ class Node:
                 "model": self.inference.name,
                 "device": str(self.engine.device),
                 "dtype": str(self.engine.dtype),
+                "continuous_batching": self.inference.batched,
                 "hidden_size": self.engine.hidden_size,
                 "vocab_size": self.engine.vocab_size,
             },

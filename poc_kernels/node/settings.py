@@ -30,7 +30,7 @@ class Settings(ServiceSettings):
     """Settings of a node: those of the round as a service, and those of its model, its address and its logs."""
 
     model: str = setting(REQUIRED, "directory, or id on the Hugging Face hub, of a causal language model")
-    served_name: str | None = setting(None, "name that clients use for the model", unset="that of --model")
+    served_name: str | None = setting(None, "name that clients use for the model", unset="id or folder of --model")
     device: str = setting("auto", "auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N")
     dtype: str = setting("auto", "dtype of the weights; auto keeps the one they are stored in", DTYPES)
     host: str = setting("127.0.0.1", "address to listen on")

@@ -4,11 +4,13 @@ It knows no server, no engine and no protocol: another serving stack can use `Pr
 `SlicedForward` as they are.
 """
 
+from .awake import AwakeClock
 from .lanes import InFlight, PriorityLanes, threads_have_priorities
 from .slices import Pause, SlicedForward, Slices
 from .turns import Pacing, Turn, Turns, TurnsClosed
 
 __all__ = [
+    "AwakeClock",
     "InFlight",
     "Pacing",
     "Pause",

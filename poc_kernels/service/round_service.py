@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..protocol import PoCConfig, PoCManager, PoCState, Prover
+from ..scheduling import AwakeClock
 from .callbacks import CallbackSender
 from .connections import check_host
 from .device import Device
@@ -56,7 +57,8 @@ class RoundService:
             max_age_seconds=settings.callback_seconds,
             observer=self.metrics,
         )
-        self.worker = ProofWorker(self.manager, device, self.callbacks, self.metrics, settings)
+        self._clock = AwakeClock()
+        self.worker = ProofWorker(self.manager, device, self.callbacks, self.metrics, settings, self._clock.now)
         self._prover = prover
         self._device = device
         self._watches = (*troubles, self.worker.trouble)
@@ -72,6 +74,7 @@ class RoundService:
 
     def start(self) -> None:
         """Start callbacks and the proof worker."""
+        self._clock.start()
         self.callbacks.start()
         self.worker.start()
 
@@ -90,6 +93,7 @@ class RoundService:
         self.begin_shutdown()
         for end in (self.worker.close, then, self.callbacks.close):
             end(max(deadline - time.monotonic(), MIN_CLOSE_SECONDS))
+        self._clock.stop()
 
     # ---- rounds ----
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..protocol import IllegalTransitionError, PoCManager, PoCState, RoundEndedError
@@ -37,6 +37,7 @@ class ProofWorker:
         callbacks: where proofs and verdicts go.
         metrics: told of slices, failures and frauds.
         settings: of drain_seconds, stall_seconds, max_queued_nonces and result_seconds.
+        clock: counts the seconds without progress.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ProofWorker:
         callbacks: CallbackSender,
         metrics: Metrics,
         settings: ServiceSettings,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._manager = manager
         self._form = manager.prover.form
@@ -60,7 +62,8 @@ class ProofWorker:
         self._drain_end: float | None = None
         self._closing = False
         self._idle = False
-        self._progressed = time.monotonic()
+        self._clock = clock
+        self._progressed = clock()
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="poc-proofs", daemon=True)
         manager.on_change(self._round_changed)
@@ -88,7 +91,7 @@ class ProofWorker:
     def _notify(self) -> None:
         with self._condition:
             if self._idle:
-                self._progressed = time.monotonic()  # the clock of a stall begins with the work
+                self._progressed = self._clock()  # the clock of a stall begins with the work
             self._condition.notify_all()
 
     def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
@@ -117,7 +120,7 @@ class ProofWorker:
             return "the proof thread is not running"
         if self._failure is not None:
             return f"proof batches fail: {self._failure}"
-        silent = time.monotonic() - self._progressed
+        silent = self._clock() - self._progressed
         # To wait for users is not to stall; that users let go of the device is for the engine's own watch to see to.
         if self._has_work() and silent > self._stall_seconds and not self._device.waiting:
             return f"no proof batch for {silent:.0f} s in state {self._manager.state.value}"
@@ -197,7 +200,7 @@ class ProofWorker:
         """
         while (left := self._drain_left()) is not None:
             drained = left > 0 and self._device.drain_users(min(left, 0.1) if wait else 0.0)
-            self._progressed = time.monotonic()
+            self._progressed = self._clock()
             if drained or left <= 0:
                 if not drained:
                     logger.warning("requests in flight are paused until the round's generating phase ends")
@@ -274,7 +277,7 @@ class ProofWorker:
         waited = self._device.take()
         try:
             self._metrics.waited(waited)
-            self._progressed = time.monotonic()
+            self._progressed = self._clock()
             yield
         finally:
             seconds = self._device.give_back()
@@ -286,7 +289,7 @@ class ProofWorker:
         times = self._device.pause()
         self._metrics.waited(times.waited)
         self._metrics.slice(times.slice)
-        self._progressed = time.monotonic()
+        self._progressed = self._clock()
         if self._closing:
             raise RoundEndedError(_SHUTTING_DOWN)
         self._resume_users()  # not only after a validation's forward
@@ -294,7 +297,7 @@ class ProofWorker:
             self._pause_users(wait=False)  # what is left of a validation's forward waits no more
 
     def _succeeded(self) -> None:
-        self._progressed = time.monotonic()
+        self._progressed = self._clock()
         self._failure = None
 
     def _failed(self, error: Exception) -> None:

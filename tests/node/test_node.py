@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+from architectures import tiny
 from nodes import (
     MAX_QUEUED,
     POW,
@@ -23,9 +25,11 @@ from nodes import (
     claim,
     posted,
     running,
+    settings,
     status,
 )
 from poc2_oracle import distance as oracle_distance
+from served import load
 from web import TIMEOUT, eventually
 
 from poc_kernels.node.node import Node
@@ -258,3 +262,17 @@ def test_validations_end_with_their_round(
         finally:
             blocked.release()
         assert [answer.result(TIMEOUT).status_code for answer in waiting] == [409, 409]
+
+
+def test_a_directory_is_served_by_its_last_part(model_dir: Path) -> None:
+    with contextlib.closing(Node(settings(model_dir, served_name=None))) as node:
+        assert node.inference.name == model_dir.name
+
+
+def test_a_model_that_cannot_be_served_rightly_does_not_start(model_dir: Path) -> None:
+    model = tiny("xlnet")
+    with (
+        contextlib.closing(Node(settings(model_dir), model, load(model_dir)[1])) as node,
+        pytest.raises(ValueError, match="serve with its own text, XLNetLMHeadModel is not"),
+    ):
+        node.start()

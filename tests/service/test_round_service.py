@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from web import CHAT, TIMEOUT, client, eventually, serving
 from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, ProofForm, RoundEndedError
 from poc_kernels.protocol.distances import wire
 from poc_kernels.protocol.form import Histogram
-from poc_kernels.scheduling import Pacing
+from poc_kernels.scheduling import Pacing, awake
 from poc_kernels.service import outbox, round_service, routes
 from poc_kernels.service import worker as worker_module
 
@@ -101,6 +102,28 @@ def test_a_round_from_generating_to_the_verdict(node: TinyNode, http: httpx2.Cli
     assert posted(http, "/stop")["pow_status"]["state"] == "STOPPED"
     assert node.prover.forwards
     assert max(node.prover.forwards) <= 4
+
+
+def test_a_process_that_stood_still_has_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, entered, go_on = [0.0], threading.Event(), threading.Event()
+    monkeypatch.setattr(awake, "time", types.SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    prover = TinyProver()
+
+    def hold() -> None:
+        entered.set()
+        assert go_on.wait(TIMEOUT)
+
+    prover.before_forward = hold
+    with tiny_node(prover, stall_seconds=60.0) as node:
+        node.service.begin(ROUND, PoCState.GENERATING)
+        assert entered.wait(TIMEOUT)
+        for _ in range(3):
+            late[0] += 3600.0
+            assert node.service.troubles() == []
+        go_on.set()
+        eventually(lambda: node.service.status()["total_checked"] > 0)
+        assert node.service.troubles() == []
+    assert "poc-clock" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_users_are_served_while_proofs_are_validated(node: TinyNode, http: httpx2.Client) -> None:

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...scheduling import PriorityLanes, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
 from .compat import cache_tokens
+from .config import max_positions
 
 logger = logging.getLogger("poc_kernels")
 
@@ -50,6 +51,11 @@ class Router(OutputRouter):
         with self._lock:
             return self._forget(request_id)
 
+    def knows(self, request_id: str) -> bool:
+        """Tell whether somebody waits for ``request_id``."""
+        with self._lock:
+            return request_id in self.result_handlers
+
     def in_flight(self) -> int:
         """Count the requests whose last output has not come yet."""
         with self._lock:
@@ -73,7 +79,7 @@ class Router(OutputRouter):
                 if entry is None:
                     continue
                 if output.error is not None:
-                    logger.warning("request failed", extra={"request_id": output.request_id, "error": output.error})
+                    self._log_failure(output)
                     output = dataclasses.replace(output, error=ENGINE_FAILED)  # the client learns no internals
                 on_output, loop = entry
                 calls[loop].append((on_output, output))
@@ -94,6 +100,9 @@ class Router(OutputRouter):
             [GenerationOutput(request, error=error, status=RequestStatus.FAILED) for request in requests]
         )
         return len(requests)
+
+    def _log_failure(self, output: GenerationOutput) -> None:
+        logger.warning("request failed", extra={"request_id": output.request_id, "error": output.error})
 
     def _forget(self, request_id: str) -> bool:
         known = self.result_handlers.pop(request_id, None) is not None
@@ -119,6 +128,7 @@ class ContinuousBatching:
         router: takes the outputs.
         turns: every step of the model takes its turn there.
         lanes: steps run on the stream of inference.
+        clock: counts the seconds without progress.
 
     Attributes:
         max_tokens: tokens that one request can have, prompt and completion together.
@@ -135,11 +145,13 @@ class ContinuousBatching:
         router: Router,
         turns: Turns,
         lanes: PriorityLanes,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._router = router
         self._turns = turns
         self._turn = turns.inference(lambda: router.in_flight() > 0)
         self._lanes = lanes
+        self._clock = clock
         self._stopping = False
         attention = model.config._attn_implementation
         self._manager: Any = model.init_continuous_batching(
@@ -156,22 +168,21 @@ class ContinuousBatching:
             raised = lanes.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
-            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            self.max_tokens = cache_tokens(self._manager.batch_processor.cache, limit or 2**31)
+            self.max_tokens = cache_tokens(self._manager.batch_processor.cache, max_positions(model.config))
         except BaseException:
             model.set_attn_implementation(attention)  # the manager restores it only after a start
             raise
-        self._progress = time.monotonic()
+        self._progress = self._clock()
         self._manager.start()
         self._thread: threading.Thread = self._manager._generation_thread
 
     def _step_in_turn(self, step: Callable[[], None]) -> None:
         try:
             with self._turn:
-                self._progress = time.monotonic()
+                self._progress = self._clock()
                 step()
         finally:
-            self._progress = time.monotonic()
+            self._progress = self._clock()
 
     def _until_no_turns(self, body: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
         try:
@@ -193,7 +204,7 @@ class ContinuousBatching:
             False if continuous batching takes no more requests.
         """
         if self._router.in_flight() == 0:
-            self._progress = time.monotonic()
+            self._progress = self._clock()
         # Registered first: a request can be over before add_request returns.
         self._router.register(request_id, on_output)
         taken = self._manager.add_request(
@@ -226,7 +237,7 @@ class ContinuousBatching:
         paused = self._turns.inference_paused and not self._turn.computing
         if self._turn.waiting or paused or self._router.in_flight() == 0:
             return 0.0
-        return time.monotonic() - self._progress
+        return self._clock() - self._progress
 
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread and free the cache. What is in flight fails.

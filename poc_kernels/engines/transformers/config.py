@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -14,6 +14,10 @@ from .compat import BLOCK_SIZE
 _CPU_DEFAULTS = {BLOCK_SIZE: 32, "num_blocks": 512, "max_batch_tokens": 1024, "max_memory_percent": 0.8}
 # Proofs need the rest of the free memory.
 _ACCELERATOR_DEFAULTS = {"max_memory_percent": 0.6}
+
+
+_MAX_LAYER_TYPES = 4  # each has blocks of its own
+_TRIAL_BATCH_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,16 @@ class InferenceLimits:
     kv_memory: float | None = None
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+
+
+def max_positions(config: Any) -> int:
+    """Return how many tokens a sequence of a model with this configuration can have; 2**20 where it sets no limit."""
+    text_config = config.get_text_config()
+    found = (getattr(text_config, name, None) for name in _POSITIONS)
+    return next((value for value in found if isinstance(value, int) and value > 0), 2**20)
+
+
 def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:
     """Make the sampling of all requests: as the model says, or with ``temperature``, greedy at 0.
 
@@ -56,6 +70,7 @@ def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> 
         config.temperature = temperature
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
+    config.forced_eos_token_id = None  # an answer that its limit cuts off does not look complete
     config.use_cache = False  # continuous batching has a cache of its own
     config.num_return_sequences = 1
     return config
@@ -73,3 +88,18 @@ def batching_config(limits: InferenceLimits, device_type: str) -> ContinuousBatc
     settings.update({key: value for key, value in given.items() if value is not None})
     # Not asynchronous: a step is over when its turn is.
     return ContinuousBatchingConfig(use_async_batching=False, **settings)
+
+
+def trial_batching_config(config: ContinuousBatchingConfig, *, tokens: int, requests: int) -> ContinuousBatchingConfig:
+    """Change continuous batching's settings for a trial with that many tokens, in that many requests, at once.
+
+    The cache has room for them and little more, prompts are cut into several steps, log-probabilities are reported.
+    """
+    block_size = getattr(config, BLOCK_SIZE)
+    blocks = tokens // block_size + 2 * requests
+    return replace(
+        config,
+        num_blocks=_MAX_LAYER_TYPES * blocks,
+        max_batch_tokens=min(config.max_batch_tokens or _TRIAL_BATCH_TOKENS, _TRIAL_BATCH_TOKENS),
+        return_logprobs=True,
+    )

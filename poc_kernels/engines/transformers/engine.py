@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from ...definition import DTYPES
 from ...protocol.engine import never
 from ...scheduling import SlicedForward, Slices
 from ...scheduling.slices import MEASURED_FORWARDS, Pause
+from .config import max_positions
 from .graphs import CapturedForward, capture, masks_as_outside_a_capture
 
 logger = logging.getLogger("poc_kernels")
@@ -29,11 +32,15 @@ class _GivenOutput(BaseModelOutputWithPast):
         return None
 
 
-class _GivenStates(nn.Module):
-    """Stands in for the decoder below a language model's head: returns its input as the hidden states."""
+def _given_states(decoder: nn.Module) -> nn.Module:
+    """Copy the decoder below a language model's head, and have the copy return its input as the hidden states."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
+    def forward(*_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
         return _GivenOutput(last_hidden_state=inputs_embeds)
+
+    given = copy.copy(decoder)  # a head may read more of its decoder than the states
+    given.forward = forward
+    return given
 
 
 def share_weights(model: nn.Module) -> Any:
@@ -63,7 +70,8 @@ class TransformersEngine:
 
     Raises:
         ValueError: the model has no decoder or no head, its dtype is not one that projections take, its weights lie on
-            several devices, or the twin's logits are not bit-identical to the model's.
+            several devices or are not finite, it does not take input embeddings, or the twin's logits are not
+            bit-identical to the model's.
     """
 
     def __init__(
@@ -74,8 +82,8 @@ class TransformersEngine:
         slice_seconds: float = 0.002,
         alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        prefix = getattr(model, "base_model_prefix", "")
-        if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
             raise ValueError(
                 "model must be a causal language model of transformers with a decoder and a head, got "
                 f"{type(model).__name__}"
@@ -85,16 +93,13 @@ class TransformersEngine:
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1:
             raise ValueError(f"model must lie on one device, got {sorted(map(str, devices))}")
+        _check_finite(model)
         text_config = model.config.get_text_config()
         self._twin = share_weights(model).eval()
         self._twin.config.use_cache = False
-        self._decoder = getattr(self._twin, prefix)
-        # The head alone, with all that the model does to logits: its decoder is replaced by given hidden states.
-        self._head = copy.copy(self._twin)
-        self._head._modules = {**self._twin._modules, prefix: _GivenStates()}
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.vocab_size: int = text_config.vocab_size
-        self.max_positions: int = getattr(text_config, "max_position_embeddings", None) or 2**20
+        self.max_positions: int = max_positions(model.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self._alone = alone
@@ -102,7 +107,7 @@ class TransformersEngine:
         self._shape: tuple[int, ...] | None = None
         self._captured: CapturedForward | None = None
         self._sliced = SlicedForward(self.device, slice_seconds)
-        self._check_against(model)
+        self._divide(model)
 
     @property
     def slices(self) -> Slices | None:
@@ -173,18 +178,73 @@ class TransformersEngine:
         return capture(self._run, self._sliced, example)
 
     @torch.inference_mode()
-    def _check_against(self, model: Any) -> None:
-        """Compare the logits of twin and head with the model's own, bit for bit, before anything else runs on it."""
+    def _divide(self, model: Any) -> None:
+        """Divide the twin into decoder and head, which together give the model's own logits, bit for bit."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 16, self.hidden_size, generator=generator, device="cpu").to(self.device, self.dtype)
-        with _attention_of(model, self._twin.config._attn_implementation):
-            expected = model(inputs_embeds=x, use_cache=False).logits[:, -1]
-        states = self._run(x)
-        logits = self._head(inputs_embeds=states, use_cache=False).logits[:, -1]
-        if not torch.equal(logits, expected):
+        name = type(model).__name__
+        try:
+            with _attention_of(model, self._twin.config._attn_implementation):
+                expected = model(inputs_embeds=x, use_cache=False).logits[:, -1]
+            with _decoders_called(self._twin) as decoders:
+                self._twin(inputs_embeds=x, use_cache=False)
+        except Exception as error:
             raise ValueError(
-                f"model must give the same logits through its decoder and head apart, {type(model).__name__} does not"
-            )
+                f"model must compute logits from input embeddings, {name} does not: {type(error).__name__}: {error}"
+            ) from error
+        if not bool(expected.isfinite().all()):
+            raise ValueError(f"model must compute finite logits, {name} does not")
+        reason = "they differ" if decoders else "no module of it gives hidden states"
+        for path in sorted(decoders, key=len):  # the outermost first
+            self._decoder = self._twin.get_submodule(path)
+            # The head alone, with all that the model does to logits: its decoder is replaced by given hidden states.
+            self._head = _with_states_given(self._twin, path.split("."))
+            try:
+                if torch.equal(self._head(inputs_embeds=self._run(x), use_cache=False).logits[:, -1], expected):
+                    return
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"model must give the same logits through its decoder and head apart, {name} does not: {reason}"
+        )
+
+
+def _check_finite(model: Any) -> None:
+    """Raise ValueError that names the first parameter which holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() > 0:
+            ends = torch.stack(torch.aminmax(parameter.detach()))  # no copy of the parameter is made
+            if not bool(ends.isfinite().all()):
+                what = "NaN" if bool(ends.isnan().any()) else "an infinity"
+                raise ValueError(f"model must have finite weights, {name} holds {what}")
+
+
+@contextlib.contextmanager
+def _decoders_called(model: nn.Module) -> Iterator[list[str]]:
+    """List the modules below ``model`` that are called inside the block and give hidden states."""
+    called: list[str] = []
+
+    def look(name: str, _: Any, __: Any, output: Any) -> None:
+        if isinstance(output, ModelOutput) and "last_hidden_state" in output:
+            called.append(name)
+
+    handles = [
+        module.register_forward_hook(functools.partial(look, name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_states_given(module: nn.Module, path: Sequence[str]) -> Any:
+    """Copy the modules that lead to ``path``, and put given hidden states in the place of what is there."""
+    name, *rest = path
+    inner = module.get_submodule(name)
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, name: _with_states_given(inner, rest) if rest else _given_states(inner)}
+    return copied
 
 
 @contextlib.contextmanager

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def model_name(name: str) -> str:
+    """Name a model for its users: a directory by its last part, a model of the hub by its id."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _check_path(name: str) -> None:
+    """Raise ValueError if ``name`` can be no id of the hub, and no directory is there."""
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ValueError(f"model must be a directory or an id on the Hugging Face hub, got the file {name!r}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise ValueError(f"model must be a directory or an id on the Hugging Face hub: {name!r} does not exist")
 
 
 def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
@@ -17,8 +34,9 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         dtype: name of a dtype of torch, or "auto": the one that the weights are stored in.
 
     Raises:
-        OSError, ValueError: what transformers raises where there is no such model, or no such device or dtype.
+        OSError, ValueError: there is no such directory or model, or no such device; the model cannot be loaded.
     """
+    _check_path(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

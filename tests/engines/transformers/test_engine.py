@@ -7,6 +7,7 @@ import numpy as np
 import poc2_oracle
 import pytest
 import torch
+from architectures import tiny
 from helpers import assert_same_bits
 from transformers import (
     AutoConfig,
@@ -176,6 +177,53 @@ def test_models_that_cannot_prove():
 
     model.forward = noisy
     with pytest.raises(ValueError, match="logits through its decoder and head apart, Qwen3ForCausalLM does not"):
+        TransformersEngine(model)
+
+
+@pytest.mark.parametrize("kind", ["bart", "llama4_text", "opt"])
+def test_decoders_within_others(kind):
+    """The head follows a module that lies deeper than the base model, or that is not where its class says."""
+    model = tiny(kind)
+    engine = TransformersEngine(model)
+    x = torch.randn(2, 5, engine.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(inputs_embeds=x, use_cache=False).logits
+        assert_same_bits(engine._head(inputs_embeds=engine.forward(x), use_cache=False).logits, expected)
+
+
+def test_a_head_may_read_more_of_its_decoder():
+    model = make(CONFIGS["llama"])
+    model.model.scale = 3.0
+    head, model.lm_head = model.lm_head, torch.nn.Identity()
+    model.lm_head.forward = lambda states: head(states) * model.model.scale
+    engine = TransformersEngine(model)
+    assert engine._head.model.scale == 3.0
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_named(value, what, dtype):
+    model = make(CONFIGS["qwen3"], dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = -value
+        model.model.norm.weight[0] = value
+    with pytest.raises(ValueError, match=rf"finite weights, model\.layers\.1\.mlp\.up_proj\.weight holds {what}"):
+        TransformersEngine(model)
+
+
+def test_logits_that_overflow_are_named():
+    model = make(CONFIGS["gpt2, learned positions"], torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(6e4)
+        model.transformer.ln_f.bias.fill_(100.0)
+    with pytest.raises(ValueError, match="model must compute finite logits, GPT2LMHeadModel does not"):
+        TransformersEngine(model)
+
+
+def test_a_model_that_takes_no_embeddings_says_so(monkeypatch):
+    model = make(CONFIGS["llama"])
+    monkeypatch.setattr(model, "forward", lambda input_ids=None, use_cache=None: None)
+    with pytest.raises(ValueError, match="logits from input embeddings, LlamaForCausalLM does not: TypeError: "):
         TransformersEngine(model)
 
 

@@ -1,0 +1,211 @@
+"""One life of transformers' plain generation: one request at a time, for models that continuous batching gets wrong."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from ...scheduling import PriorityLanes, Turn, Turns, TurnsClosed
+from .batching import OnOutput, Router
+from .config import max_positions
+
+logger = logging.getLogger("poc_kernels")
+
+
+class _Request(NamedTuple):
+    request_id: str
+    prompt: list[int]
+    config: GenerationConfig
+    streaming: bool
+
+
+class EagerGeneration:
+    """``model.generate`` on one request after another in a thread of its own, from start to stop.
+
+    It has the methods of `ContinuousBatching` and is used like it. Each token is a step that takes its turn, so that
+    validation shares the device, and a pause keeps the request and its cache. A request that fails ends alone.
+
+    Args:
+        model: a causal LM in eval mode.
+        router: takes the outputs.
+        turns: every step of the model takes its turn there.
+        lanes: steps run on the stream of inference.
+        clock: counts the seconds without progress.
+
+    Attributes:
+        max_tokens: tokens that one request can have, prompt and completion together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        router: Router,
+        turns: Turns,
+        lanes: PriorityLanes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_tokens = max_positions(model.config)
+        # A request's config is complete: `generate` would fill its gaps, such as a temperature, with the model's own.
+        self._model = copy.copy(model)
+        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        self._router = router
+        self._turns = turns
+        self._turn = turns.inference(lambda: router.in_flight() > 0)
+        self._lanes = lanes
+        self._clock = clock
+        self._progress = clock()
+        self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()  # None: the end
+        self._stopping = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="eager-generation", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput
+    ) -> bool:
+        """Begin a request: see `ContinuousBatching.submit`."""
+        if self._stopping or not self._thread.is_alive():
+            return False
+        if self._router.in_flight() == 0:
+            self._progress = self._clock()
+        config = copy.deepcopy(config)
+        config.use_cache = True
+        config.num_beams = 1
+        self._router.register(request_id, on_output)
+        self._waiting.put(_Request(request_id, list(prompt), config, streaming))
+        return True
+
+    def cancel(self, request_id: str) -> None:
+        """End a request whose client is gone: after the step that runs, or before it begins."""
+        self._router.forget(request_id)
+
+    def died_of(self) -> str | None:
+        """Say what the thread died of; None while it lives."""
+        if self._stopping or self._turns.closed or self._thread.is_alive():
+            return None
+        return "its thread ended" if self._error is None else f"{type(self._error).__name__}: {self._error}"
+
+    def stalled_for(self) -> float:
+        """Count the seconds since the last progress: see `ContinuousBatching.stalled_for`."""
+        paused = self._turns.inference_paused and not self._turn.computing
+        if self._turn.waiting or paused or self._router.in_flight() == 0:
+            return 0.0
+        return self._clock() - self._progress
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """End the thread: see `ContinuousBatching.stop`."""
+        self._stopping = True
+        self._turn.cancel()
+        self._waiting.put(None)
+        self._thread.join(timeout_seconds)
+        self._turn.end()
+        return not self._thread.is_alive()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        try:
+            with self._lanes.inference():
+                while (request := self._waiting.get()) is not None:
+                    self._serve(request)
+        except TurnsClosed:
+            pass  # nothing computes any more
+        except Exception as error:
+            logger.exception("generation fails")
+            self._error = error
+
+    def _serve(self, request: _Request) -> None:
+        progress = _Progress(request, self._router, self._turn, self._progressed)
+        try:
+            with self._turn:
+                self._progressed()
+                tokens = torch.tensor([request.prompt], device=self._model.device)
+                self._model.generate(
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    generation_config=request.config,
+                    logits_processor=[progress.scores],
+                    stopping_criteria=[progress],
+                )
+        except TurnsClosed:
+            raise
+        except Exception as error:
+            progress.deliver(RequestStatus.FAILED, f"{type(error).__name__}: {error}")
+        else:
+            progress.deliver(RequestStatus.FINISHED)
+        finally:
+            self._progressed()
+
+    def _progressed(self) -> None:
+        self._progress = self._clock()
+
+
+class _Scores(LogitsProcessor):
+    """Keeps the scores of the latest step, [1, vocabulary], before temperature, top-k and top-p."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.latest = scores
+        return scores
+
+
+class _Progress(StoppingCriteria):
+    """Looks at a request after each of its steps: delivers the token, ends what is over, lets others have the device.
+
+    ``generate`` may call it once more after the end; that step is ignored.
+    """
+
+    def __init__(self, request: _Request, router: Router, turn: Turn, progressed: Callable[[], None]) -> None:
+        ends = request.config.eos_token_id
+        self._ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        self._request, self._router, self._turn, self._progressed = request, router, turn, progressed
+        self._created = time.perf_counter()
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._over = False
+        self.scores = _Scores()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if not self._over:
+            self._take(int(input_ids[0, -1]))
+        return torch.full((1,), self._over, device=input_ids.device)
+
+    def _take(self, token: int) -> None:
+        self._tokens.append(token)
+        self._logprobs.append(float(self.scores.latest[0].log_softmax(-1)[token]))
+        self._progressed()
+        if token in self._ends or len(self._tokens) >= self._request.config.max_new_tokens:
+            self.deliver(RequestStatus.FINISHED)
+        elif not self._router.knows(self._request.request_id):
+            self._over = True
+        else:
+            if self._request.streaming:
+                self.deliver(RequestStatus.DECODING)
+            self._turn.pause()
+            self._progressed()
+
+    def deliver(self, status: RequestStatus, error: str | None = None) -> None:
+        """Deliver what there is so far; nothing after a last output."""
+        if self._over:
+            return
+        self._over = status >= RequestStatus.FINISHED
+        self._router.deliver(
+            GenerationOutput(
+                request_id=self._request.request_id,
+                prompt_ids=self._request.prompt,
+                generated_tokens=self._tokens.copy(),
+                logprobs=self._logprobs.copy(),
+                error=error,
+                status=status,
+                created_time=self._created,
+            )
+        )
