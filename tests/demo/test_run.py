@@ -17,6 +17,7 @@ import pytest
 from browser import assert_readable, needs_chromium
 from rich.console import Console
 
+from poc_kernels.demo import model as small_model
 from poc_kernels.demo import run as demo
 from poc_kernels.demo.play import Plan
 from poc_kernels.demo.results import Check
@@ -100,6 +101,16 @@ def test_a_check_that_failed_is_the_exit_status(monkeypatch, shown, tmp_path):
     assert demo.run(report=report, show=Show(Console(file=shown))) == 1
     assert "1 of 2 checks FAILED" in shown.getvalue()
     assert "FAILED" in report.read_text(encoding="utf-8")
+
+
+def test_a_model_that_is_given_is_named_and_needs_a_survey(monkeypatch, shown, tmp_path):
+    model = tmp_path / "given"
+    small_model.build(model, hidden_size=64, layers=1, vocab=512)
+    known = []
+    quick(monkeypatch, lambda server, key, plan, results, show: known.append(results))
+    demo.run(model=str(model), report=tmp_path / "report.html", show=Show(Console(file=shown)))
+    assert known[0].about["model"] == f"{model}: qwen3, hidden size 64, 1 layers, vocabulary 512"
+    assert not known[0].geometric
 
 
 def test_a_server_that_fails_is_reported(monkeypatch, shown, tmp_path):
