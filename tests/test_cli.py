@@ -101,6 +101,8 @@ def test_verify_says_that_there_is_no_native_core(monkeypatch):
         (["serve", "--model", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["serve", "--model", "x", "--port", "http"], "invalid int value: 'http'"),
         (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["demo", "--batch-size", "0"], "argument --batch-size: must be at least 1, got 0"),
+        (["demo", "--seq-len", "x"], "argument --seq-len: invalid positive_int value: 'x'"),
     ],
 )
 def test_bad_arguments_are_named(capsys, arguments, message):
@@ -252,8 +254,10 @@ def test_missing_libraries_are_named(tmp_path, arguments, message):
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     played = []
     monkeypatch.setattr("poc_kernels.demo.run.run", lambda **options: played.append(options) or 0)
-    assert cli.main(["demo", "--model", "m", "--device", "cuda", "--report", str(tmp_path / "r.html")]) == 0
+    arguments = ["--model", "m", "--device", "cuda", "--report", str(tmp_path / "r.html"), "--batch-size", "4"]
+    assert cli.main(["demo", *arguments, "--seq-len", "32"]) == 0
     (options,) = played
+    assert (options["plan"].rows, options["plan"].seq_len) == (4, 32)
     assert (options["model"], options["device"], options["report"]) == ("m", "cuda", tmp_path / "r.html")
 
 

@@ -62,9 +62,9 @@ class NodeClient:
         return self._call("POST", "/validate", batch)
 
     def refusal(self, batch: dict[str, Any]) -> tuple[int, str]:
-        """Return status and text of the answer to a ProofBatch, whatever the status is."""
+        """Return status and reason of the answer to a ProofBatch that should be refused."""
         answer = self._http.post("/api/v1/pow/validate", json=batch)
-        return answer.status_code, answer.text[:300]
+        return answer.status_code, str(answer.json()["detail"] if answer.is_client_error else answer.text[:300])
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return a metric's values by the value of its one label, or by "" if it has no label."""

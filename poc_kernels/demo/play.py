@@ -46,7 +46,8 @@ class Plan:
     """Durations and amounts.
 
     Args:
-        idle_seconds: how long users chat before the round.
+        warm_up_seconds: how long users chat before anything is measured.
+        idle_seconds: how long users chat before the round, and again after it.
         generate_seconds: minimum time in GENERATING, which continues until ``proofs`` are found.
         max_generate_seconds: maximum time in GENERATING, in each of the two rounds.
         validate_seconds: how long batches of honest proofs, and of each survey, are sent; at least two are.
@@ -62,6 +63,7 @@ class Plan:
         max_tokens: maximum number of tokens of an answer.
     """
 
+    warm_up_seconds: float = 4.0
     idle_seconds: float = 6.0
     generate_seconds: float = 12.0
     max_generate_seconds: float = 300.0
@@ -97,6 +99,7 @@ class Play:
     def __post_init__(self) -> None:
         self._state = "IDLE"
         self._since = self.clock()
+        self._recomputed = 0
         self._earlier: list[tuple[float, int]] = []
         self._round: dict[str, Any] = {}
 
@@ -123,7 +126,8 @@ class Play:
         """Record that the node is in ``state`` from now on, and check that it reports so."""
         now = self.clock()
         self.results.bands.append(Band(self._state, self._since, now))
-        self._state, self._since = state, now
+        self._state, self._since, self._recomputed = state, now, 0
+        self.results.samples += [Sample(now), Sample(now, 0, 0, 0)]
         reported = self.node.status()["state"]
         if reported != state:
             self.check(f"the node is {state}", False, f"it reports {reported}")
@@ -169,7 +173,8 @@ class Play:
     def idle(self) -> None:
         """Let users chat with a node that has nothing else to do."""
         self.show.act("IDLE", "users chat")
-        self.users[0].ask(QUESTIONS[0], "warm-up")  # not counted: what is loaded on first use is loaded now
+        with chatting(self.users, "warm-up", self.results.chats):  # what is loaded on first use is loaded now
+            time.sleep(self.plan.warm_up_seconds)
         with self._chats("IDLE"):
             time.sleep(self.plan.idle_seconds)
 
@@ -178,7 +183,7 @@ class Play:
         self.show.act("VALIDATING", "a survey of this model's distances sets r_target")
         self.node.begin("validate", self._config(BLOCK_HASH, BLOCK_HEIGHT, _EVERY_NONCE))
         self._enter("VALIDATING")
-        surveyed = self._recomputed(_CALIBRATION_START, self.plan.calibrate)
+        surveyed = self._surveyed(_CALIBRATION_START, self.plan.calibrate)
         self.results.r_target = float(np.quantile(surveyed, self.plan.valid_share))
         self.results.expected_share = self.plan.valid_share
         self.show.note(f"r_target {self.results.r_target:.4f}, after {len(surveyed)} nonces")
@@ -190,7 +195,7 @@ class Play:
         self.show.act("GENERATING", f"a short round of the previous block, {EARLIER_HASH}")
         self.node.begin("generate", self._config(EARLIER_HASH, EARLIER_HEIGHT, _EVERY_NONCE))
         self._enter("GENERATING")
-        status = self._generate_until(0.0, self.plan.earlier, record=False)
+        status = self._generate_until(0.0, self.plan.earlier)
         found = zip(status["valid_distances"], status["valid_nonces"], strict=True)
         self._earlier = sorted(found)[: self.plan.batch_nonces]
         self.node.stop()
@@ -200,19 +205,19 @@ class Play:
         """Let the node search for valid nonces; users are told to come back later."""
         self.show.act("GENERATING", f"block {BLOCK_HASH}; setting a seed of 8 bytes gives a new P")
         before = self.node.metrics("poc_part_seconds_total")
-        chats = len(self.results.chats)
         self.node.begin("generate", self._config(BLOCK_HASH, BLOCK_HEIGHT, self.results.r_target))
         self._enter("GENERATING")
-        self._generate_until(self.plan.generate_seconds, self.plan.proofs, record=True)
+        self._generate_until(self.plan.generate_seconds, self.plan.proofs)
         self.node.phase("validate")
-        self._enter("VALIDATING")
         self._round = self.node.status()
+        self._sample(self._round)
+        self._enter("VALIDATING")
         after = self.node.metrics("poc_part_seconds_total")
         results = self.results
-        self._sample(self._round)
+        results.checked, results.valid = self._round["total_checked"], self._round["total_valid"]
         results.parts = {part: seconds - before.get(part, 0.0) for part, seconds in after.items()}
         results.generating_rate = self._round["rate_per_second"]
-        refused = results.chats[chats:]
+        refused = [chat for chat in results.chats if chat.state == "GENERATING"]
         self.check(
             "chats are refused with 503 and Retry-After while GENERATING",
             bool(refused) and all(chat.status == 503 and chat.retry_after for chat in refused),
@@ -231,23 +236,21 @@ class Play:
                 f"{results.valid} of {results.checked}, {results.expected_share:.1%} expected, p = {p:.2g}",
             )
 
-    def _generate_until(self, seconds: float, proofs: int, *, record: bool) -> dict[str, Any]:
-        """Poll /status until the time is over and the proofs are found, and return the last status."""
-        began = self.clock()
-        next_chat = began
+    def _generate_until(self, seconds: float, proofs: int) -> dict[str, Any]:
+        """Poll /status, and try to chat, until the time is over and the proofs are found; return the last status."""
+        began = next_chat = self.clock()
         with self.show.progress() as update:
             while True:
                 self.server.check()
                 status, elapsed = self.node.status(), self.clock() - began
                 update(status)
-                if record:
-                    self._sample(status)
-                    if self.clock() >= next_chat:
-                        chat = self.users[0].ask(QUESTIONS[0], "GENERATING")
-                        self.results.chats.append(chat)
-                        if next_chat == began:
-                            self.show.note(f"a user gets {chat.status}, Retry-After {chat.retry_after}: {chat.error}")
-                        next_chat = self.clock() + max(1.0, seconds / 6)
+                self._sample(status)
+                if self.clock() >= next_chat:
+                    chat = self.users[0].ask(QUESTIONS[0], "GENERATING")
+                    self.results.chats.append(chat)
+                    if next_chat == began:
+                        self.show.note(f"a user gets {chat.status}, Retry-After {chat.retry_after}: {chat.error}")
+                    next_chat = self.clock() + max(1.0, seconds / 6)
                 if elapsed >= seconds and status["total_valid"] >= proofs:
                     return status
                 if elapsed > self.plan.max_generate_seconds:
@@ -263,13 +266,21 @@ class Play:
         """Act as a validator that sends honest and forged batches, while users chat."""
         self.show.act("VALIDATING", "a validator has proofs recomputed while users chat")
         with self._chats("VALIDATING"):
-            began = time.perf_counter()
-            recomputed = self._honest() + self._survey()
-            self.results.validating_rate = recomputed / (time.perf_counter() - began)
+            began = self.clock()
+            self._honest()
+            self._survey()
+            self.results.validating_rate = self._recomputed / (self.clock() - began)
             self._cheats()
 
-    def _honest(self) -> int:
-        """Send the proofs that were found, batch by batch, and return the number of nonces recomputed."""
+    def _validated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Have a batch recomputed, count its nonces, and return the verdict."""
+        verdict = self.node.validate(batch)
+        self._recomputed += len(batch["nonces"])
+        self.results.samples.append(Sample(self.clock(), recomputed=self._recomputed))
+        return verdict
+
+    def _honest(self) -> None:
+        """Send the proofs that were found, batch by batch."""
         nonces, dist = self._round["valid_nonces"], self._round["valid_distances"]
         deadline = time.monotonic() + self.plan.validate_seconds
         sent = invalid = frauds = same = 0
@@ -277,7 +288,7 @@ class Play:
             if sent >= 2 * self.plan.batch_nonces and time.monotonic() > deadline:
                 break
             chosen = slice(start, start + self.plan.batch_nonces)
-            verdict = self.node.validate(self._batch(nonces[chosen], dist[chosen]))
+            verdict = self._validated(self._batch(nonces[chosen], dist[chosen]))
             sent += len(verdict["nonces"])
             invalid += verdict["n_invalid"]
             frauds += verdict["fraud_detected"]
@@ -293,9 +304,8 @@ class Play:
             sent > 0 and same == sent,
             f"{same} of {sent} equal",
         )
-        return sent
 
-    def _recomputed(self, first: int, count: int) -> list[float]:
+    def _surveyed(self, first: int, count: int) -> list[float]:
         """Have consecutive nonces recomputed without a verdict, and return their distances."""
         deadline = time.monotonic() + self.plan.validate_seconds
         distances: list[float] = []
@@ -303,13 +313,13 @@ class Play:
             if len(distances) >= 2 * self.plan.batch_nonces and time.monotonic() > deadline:
                 break
             nonces = list(range(start, min(start + self.plan.batch_nonces, first + count)))
-            distances += self.node.validate(self._batch(nonces, []))["distances"]
+            distances += self._validated(self._batch(nonces, []))["distances"]
         return distances
 
-    def _survey(self) -> int:
-        """Check how distances are distributed, and return the number of nonces recomputed."""
+    def _survey(self) -> None:
+        """Check how distances are distributed."""
         results = self.results
-        survey = results.survey = self._recomputed(_SURVEY_START, self.plan.survey)
+        survey = results.survey = self._surveyed(_SURVEY_START, self.plan.survey)
         p = theory.agreement(survey, results.vocab_size)
         test = f"Kolmogorov-Smirnov test of {len(survey)} nonces in {results.vocab_size} dimensions, p = {p:.2g}"
         if results.geometric:
@@ -323,7 +333,6 @@ class Play:
                 p > _MIN_P,
                 f"{results.valid} of {results.checked}, and {below} of {len(survey)}, p = {p:.2g}",
             )
-        return len(survey)
 
     def _cheats(self) -> None:
         plan, r_target = self.plan, self.results.r_target
@@ -339,7 +348,7 @@ class Play:
         self.check("a batch with another block hash is refused with 400", status == 400, f"{status}: {text}")
 
     def _caught(self, what: str, batch: dict[str, Any]) -> None:
-        verdict = self.node.validate(batch)
+        verdict = self._validated(batch)
         self.check(
             f"{what}: fraud detected",
             bool(verdict["fraud_detected"]),
@@ -351,10 +360,9 @@ class Play:
         """End the round, after which the node only serves users."""
         self.node.stop()
         self._enter("STOPPED")
-        self.show.act("STOPPED", "the round is over")
-        chat = self.users[0].ask(QUESTIONS[0], "STOPPED")
-        self.results.chats.append(chat)
-        self.check("a chat is served after the round", chat.served, chat.error)
+        self.show.act("STOPPED", "the round is over; users chat")
+        with self._chats("STOPPED"):
+            time.sleep(self.plan.idle_seconds)
         self.results.bands.append(Band(self._state, self._since, self.clock()))
 
     def callbacks(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.resources
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from . import plots
 from .results import Results
@@ -15,20 +15,18 @@ MAX_CALLBACKS = 40
 """Maximum number of callbacks that the report lists: the first and the last ones."""
 
 
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
 def html(results: Results) -> str:
     """Return the report as HTML; all text of ``results`` is escaped."""
     source = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     calls, half = results.callbacks, MAX_CALLBACKS // 2
     omitted = max(0, len(calls) - MAX_CALLBACKS)
-    return template.render(
+    return environment.from_string(source).render(
         results=results,
-        figures={plot.__name__: _data_uri(plot(results)) for plot in (plots.distances, plots.timeline, plots.latency)},
-        total_seconds=sum(results.parts.values()) or 1.0,
+        states=plots.STATES,
+        plots={name: Markup(svg) for name, svg in plots.plots(results).items()},
         callbacks=calls[:half] + calls[-half:] if omitted else calls,
         omitted=omitted,
     )

@@ -5,12 +5,15 @@ Times are seconds since the server was ready; rates are per second.
 
 from __future__ import annotations
 
-import functools
-import statistics
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from jinja2.filters import do_filesizeformat
+
+FIRST, BETWEEN = "first token", "between tokens"
+ALONE, VALIDATING = "users alone", "while validating"
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,33 @@ class Band:
 
 @dataclass(frozen=True)
 class Sample:
-    """How many nonces of the round were checked, and how many of them valid, at the time ``at``."""
+    """Nonces of the phase so far at the time ``at``: checked and valid, or recomputed; NaN for what is not counted.
+
+    A sample with no number begins a phase.
+    """
 
     at: float
-    checked: int
-    valid: int
+    checked: float = math.nan
+    valid: float = math.nan
+    recomputed: float = math.nan
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Waits of one kind, in milliseconds: ``what`` users waited for, and ``when``."""
+
+    what: str
+    when: str
+    milliseconds: Sequence[float]
+
+    def percentile(self, percent: float) -> float:
+        """Return a percentile in milliseconds, interpolated, or NaN if nobody waited."""
+        return float(np.percentile(self.milliseconds, percent)) if self.milliseconds else math.nan
+
+    def __str__(self) -> str:
+        if not self.milliseconds:
+            return "not measured"
+        return f"p50 {self.percentile(50):.1f} ms, p99 {self.percentile(99):.1f} ms, {len(self.milliseconds)} samples"
 
 
 @dataclass
@@ -90,10 +115,11 @@ class Results:
         about: names and values of what was run, and where.
         vocab_size: the size of the model's vocabulary.
         r_target, expected_share: the round's threshold, and the share of nonces expected below it.
-        retained_bytes, stored_bytes: what the two projections retain for their matrices P, and what stored matrices
-            would take.
+        retained_bytes, stored_bytes: what the two projections retain, which is their seed, and what their matrices P
+            would take if they were stored.
         geometric: whether the mean of the logits is known to be zero, so that geometry alone predicts distances;
             otherwise r_target and expected_share come from a survey.
+        checked, valid: nonces that were checked in the round, and valid ones among them.
         survey: recomputed distances of consecutive nonces, which nobody selected.
         parts: seconds of the round by part: inputs, projection, forward, distance.
         generating_rate, validating_rate: nonces per second.
@@ -106,6 +132,8 @@ class Results:
     retained_bytes: int
     stored_bytes: int
     geometric: bool = True
+    checked: int = 0
+    valid: int = 0
     checks: list[Check] = field(default_factory=list)
     chats: list[Chat] = field(default_factory=list)
     callbacks: list[Callback] = field(default_factory=list)
@@ -117,19 +145,24 @@ class Results:
     validating_rate: float = 0.0
 
     @property
+    def failed(self) -> int:
+        """Number of checks that failed."""
+        return sum(not check.passed for check in self.checks)
+
+    @property
     def passed(self) -> bool:
         """Whether there were checks, and all of them passed."""
-        return bool(self.checks) and all(check.passed for check in self.checks)
+        return bool(self.checks) and not self.failed
 
     @property
-    def checked(self) -> int:
-        """Nonces that were checked in the round."""
-        return self.samples[-1].checked if self.samples else 0
+    def valid_share(self) -> float:
+        """Share of the checked nonces that are valid."""
+        return self.valid / self.checked if self.checked else 0.0
 
     @property
-    def valid(self) -> int:
-        """Valid nonces that were found in the round."""
-        return self.samples[-1].valid if self.samples else 0
+    def rate_kept(self) -> float:
+        """The validating rate as a share of the generating rate."""
+        return self.validating_rate / self.generating_rate if self.generating_rate else 0.0
 
     @property
     def projection_share(self) -> float:
@@ -137,39 +170,32 @@ class Results:
         total = sum(self.parts.values())
         return self.parts.get("projection", 0.0) / total if total else 0.0
 
-    def firsts(self, state: str) -> list[float]:
-        """Return the times to the first token of the chats served in a state, in seconds."""
-        return [chat.arrivals[0] - chat.began for chat in self.chats if chat.state == state and chat.served]
+    def latencies(self) -> list[Latency]:
+        """Return the waits for first tokens and for later ones, each with users alone and while validating.
 
-    def gaps(self, state: str) -> list[float]:
-        """Return the times between tokens of the chats served in a state, in seconds."""
-        return [gap for chat in self.chats if chat.state == state and chat.served for gap in chat.gaps]
+        Users are alone before and after the round, so that what changes in the course of a run does not count.
+        """
+        waits = []
+        for what, of in (
+            (FIRST, lambda chat: [chat.arrivals[0] - chat.began]),
+            (BETWEEN, lambda chat: chat.gaps),
+        ):
+            for when, states in ((ALONE, ("IDLE", "STOPPED")), (VALIDATING, ("VALIDATING",))):
+                chats = [chat for chat in self.chats if chat.served and chat.state in states]
+                waits.append(Latency(what, when, [1e3 * wait for chat in chats for wait in of(chat)]))
+        return waits
 
     def summary(self) -> list[tuple[str, str]]:
         """Return the rows of the closing table: what was measured, and its value."""
-        size = functools.partial(do_filesizeformat, binary=True)
-        found = self.valid / self.checked if self.checked else 0.0
-        rows = [
-            ("nonces checked while generating", f"{self.generating_rate:.1f} per second"),
-            ("nonces recomputed while users are served", f"{self.validating_rate:.1f} per second"),
+        stored = do_filesizeformat(self.stored_bytes, binary=True)
+        return [
+            ("proofs while GENERATING", f"{self.generating_rate:.1f} nonces per second"),
+            ("proofs while users are served", f"{self.validating_rate:.1f} nonces per second, {self.rate_kept:.0%}"),
             (
                 f"valid nonces, distance below {self.r_target:.4f}",
-                f"{self.valid} of {self.checked}: {found:.1%}, expected {self.expected_share:.1%}",
+                f"{self.valid} of {self.checked}: {self.valid_share:.1%}, expected {self.expected_share:.1%}",
             ),
-            ("share of the round spent in the two projections", f"{self.projection_share:.2%}"),
-            ("memory for P", f"{size(self.retained_bytes)}, its seed; stored, P would take {size(self.stored_bytes)}"),
+            ("share of the two projections in the compute", f"{self.projection_share:.2%}"),
+            ("memory for P", f"0 bytes, and {self.retained_bytes} for its seed; stored, P would take {stored}"),
+            *((f"{wait.what}, {wait.when}", str(wait)) for wait in self.latencies()),
         ]
-        for name, values in (("time to first token", self.firsts), ("time between tokens", self.gaps)):
-            rows += [
-                (f"{name}, {state}", median_and_tail(values(word)))
-                for state, word in (("idle", "IDLE"), ("validating", "VALIDATING"))
-            ]
-        return rows
-
-
-def median_and_tail(seconds: Sequence[float]) -> str:
-    """Format the median and the 95th percentile in milliseconds."""
-    if not seconds:
-        return "not measured"
-    tail = statistics.quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]
-    return f"median {statistics.median(seconds) * 1e3:.1f} ms, 95th percentile {tail * 1e3:.1f} ms"

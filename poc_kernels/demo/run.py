@@ -57,7 +57,8 @@ def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometr
     r_target = theory.distance_at(plan.valid_share, config.vocab_size)
     return Results(
         about={
-            "model": f"{config.model_type}, hidden size {config.hidden_size}, {config.num_hidden_layers} layers, "
+            "model": ("" if geometric else f"{model}: ")
+            + f"{config.model_type}, hidden size {config.hidden_size}, {config.num_hidden_layers} layers, "
             f"vocabulary {config.vocab_size}",
             "round": f"forwards of {plan.rows} nonces with {plan.seq_len} positions, block {BLOCK_HASH}",
             "device": f"{device}, {str(weights).removeprefix('torch.')}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from poc_kernels.service.callbacks import canonical_json, sign
 
 KEY = b"key"
 STATES = {"validate": "VALIDATING", "generate": "GENERATING"}
-PLAN = Plan(idle_seconds=0.05, generate_seconds=0.05, proofs=64, survey=64, users=2)
+PLAN = Plan(warm_up_seconds=0.01, idle_seconds=0.05, generate_seconds=0.05, proofs=64, survey=64, users=2)
 
 
 def distance(batch: dict, nonce: int) -> float:
@@ -131,7 +132,7 @@ def played(monkeypatch, node_type=RightNode, user_type=RightUser, plan=PLAN, geo
     node = node_type(receiver)
     r_target = theory.distance_at(0.2, 2048)
     lists = {name: [] for name in ("checks", "chats", "callbacks", "bands", "samples", "survey")}
-    empty = results(**lists, parts={}, r_target=r_target, geometric=geometric)
+    empty = results(**lists, parts={}, checked=0, valid=0, r_target=r_target, geometric=geometric)
     shown = io.StringIO()
     show = Show(Console(file=shown, width=120))
     users = [user_type(node) for _ in range(plan.users)]
@@ -159,7 +160,31 @@ def test_a_right_node_passes(monkeypatch):
     assert outcome.checked >= 100
     assert outcome.valid >= 64
     assert outcome.projection_share == pytest.approx(0.01)
-    assert {chat.state for chat in outcome.chats} == {"IDLE", "GENERATING", "VALIDATING", "STOPPED"}
+    assert {chat.state for chat in outcome.chats} == {"warm-up", "IDLE", "GENERATING", "VALIDATING", "STOPPED"}
+    assert outcome.chats[0].state == "warm-up"
+
+
+def test_every_phase_has_samples(monkeypatch):
+    outcome, _ = played(monkeypatch)
+
+    def counts(name, band):
+        inside = [sample for sample in outcome.samples if band.began <= sample.at <= band.ended]
+        return [getattr(sample, name) for sample in inside if getattr(sample, name) > 0]
+
+    earlier, generating, validating = (band for band in outcome.bands if band.state in STATES.values())
+    assert counts("checked", earlier) == counts("valid", earlier)
+    assert (counts("checked", generating)[-1], counts("valid", generating)[-1]) == (outcome.checked, outcome.valid)
+    recomputed = counts("recomputed", validating)
+    assert recomputed == sorted(set(recomputed))
+    assert recomputed[-1] == outcome.valid + len(outcome.survey) + 3 * PLAN.batch_nonces
+
+
+def test_users_chat_alone_before_and_after_the_round(monkeypatch):
+    outcome, _ = played(monkeypatch)
+    waits = {(wait.what, wait.when): len(wait.milliseconds) for wait in outcome.latencies()}
+    alone = sum(chat.state in ("IDLE", "STOPPED") for chat in outcome.chats)
+    assert waits["first token", "users alone"] == alone
+    assert {"IDLE", "STOPPED"} <= {chat.state for chat in outcome.chats}
 
 
 class Gullible(RightNode):
@@ -303,7 +328,7 @@ def test_a_node_that_finds_more_than_the_survey_is_noticed(monkeypatch):
         def distance(self, batch, nonce):
             return super().distance(batch, nonce) - (0.008 if nonce < 10**8 else 0)
 
-    plan = Plan(idle_seconds=0.01, generate_seconds=0.05, survey=256)
+    plan = replace(PLAN, proofs=64, survey=256)
     outcome, _ = played(monkeypatch, Generous, plan=plan, geometric=False)
     assert failures(outcome) == ["the share of valid nonces is that of a survey"]
 
@@ -319,13 +344,13 @@ def test_generating_ends_where_nothing_is_found(monkeypatch):
         def begin(self, name, config):
             super().begin(name, config if config["block_hash"] == acts.EARLIER_HASH else {**config, "r_target": 0.1})
 
-    outcome, _ = played(monkeypatch, Fruitless, plan=Plan(idle_seconds=0.01, max_generate_seconds=0.1, survey=32))
+    outcome, _ = played(monkeypatch, Fruitless, plan=replace(PLAN, max_generate_seconds=0.1, survey=32))
     assert "64 proofs are found within 0 s" in failures(outcome)
     assert HONEST in failures(outcome)
 
 
 def test_long_validation_is_cut_short_after_two_batches(monkeypatch):
-    plan = Plan(idle_seconds=0.01, generate_seconds=0.01, proofs=200, validate_seconds=0.0, survey=32)
+    plan = replace(PLAN, proofs=200, validate_seconds=0.0, survey=32)
     outcome, shown = played(monkeypatch, plan=plan)
     assert failures(outcome) == []
     assert "2 batches, 64 nonces, 0 invalid" in shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from records import chat, results
 
-from poc_kernels.demo.results import Chat, Check, median_and_tail
+from poc_kernels.demo.results import Chat, Check, Latency
 
 
 def test_a_chat_knows_its_times():
@@ -17,12 +17,21 @@ def test_a_chat_knows_its_times():
     assert silent.gaps == []
 
 
-def test_times_are_those_of_the_chats_served_in_a_state():
+def test_waits_are_those_of_the_chats_served_alone_and_while_validating():
     given = results()
     given.chats.append(Chat("IDLE", 0.0, 9.0, (4.0, 9.0), "cut off", status=0, error="gone"))
-    assert given.firsts("IDLE") == pytest.approx([0.02, 0.02])
-    assert given.gaps("VALIDATING") == pytest.approx([0.05, 0.05])
-    assert given.firsts("GENERATING") == []
+    waits = {(wait.what, wait.when): wait.milliseconds for wait in given.latencies()}
+    assert list(waits) == [
+        ("first token", "users alone"),
+        ("first token", "while validating"),
+        ("between tokens", "users alone"),
+        ("between tokens", "while validating"),
+    ]
+    # Before and after the round; neither the warm-up nor what broke off.
+    assert waits["first token", "users alone"] == pytest.approx([20.0] * 3)
+    assert waits["between tokens", "users alone"] == pytest.approx([10.0] * 6)
+    assert waits["first token", "while validating"] == pytest.approx([100.0])
+    assert waits["between tokens", "while validating"] == pytest.approx([50.0] * 2)
 
 
 def test_results_pass_only_if_all_checks_passed():
@@ -33,22 +42,30 @@ def test_results_pass_only_if_all_checks_passed():
 
 def test_summary_says_what_was_measured():
     rows = dict(results().summary())
-    assert rows["nonces checked while generating"] == "500.0 per second"
-    assert rows["nonces recomputed while users are served"] == "250.0 per second"
-    assert rows["valid nonces, distance below 1.4010"] == "210 of 1000: 21.0%, expected 20.0%"
-    assert rows["share of the round spent in the two projections"] == "1.00%"
-    assert rows["memory for P"] == "8 Bytes, its seed; stored, P would take 512.0 KiB"
-    assert rows["time to first token, idle"] == "median 20.0 ms, 95th percentile 20.0 ms"
-    assert rows["time between tokens, validating"] == "median 50.0 ms, 95th percentile 50.0 ms"
+    assert rows == {
+        "proofs while GENERATING": "500.0 nonces per second",
+        "proofs while users are served": "250.0 nonces per second, 50%",
+        "valid nonces, distance below 1.4010": "210 of 1000: 21.0%, expected 20.0%",
+        "share of the two projections in the compute": "1.00%",
+        "memory for P": "0 bytes, and 8 for its seed; stored, P would take 512.0 KiB",
+        "first token, users alone": "p50 20.0 ms, p99 20.0 ms, 3 samples",
+        "first token, while validating": "p50 100.0 ms, p99 100.0 ms, 1 samples",
+        "between tokens, users alone": "p50 10.0 ms, p99 10.0 ms, 6 samples",
+        "between tokens, while validating": "p50 50.0 ms, p99 50.0 ms, 2 samples",
+    }
 
 
 def test_summary_of_nothing_says_so():
-    rows = dict(results(chats=[], samples=[], parts={}).summary())
-    assert rows["time to first token, idle"] == "not measured"
-    assert rows["share of the round spent in the two projections"] == "0.00%"
+    nothing = results(chats=[], parts={}, checked=0, valid=0, generating_rate=0.0, validating_rate=0.0)
+    rows = dict(nothing.summary())
+    assert rows["first token, users alone"] == "not measured"
+    assert rows["proofs while users are served"] == "0.0 nonces per second, 0%"
+    assert rows["share of the two projections in the compute"] == "0.00%"
     assert rows["valid nonces, distance below 1.4010"] == "0 of 0: 0.0%, expected 20.0%"
 
 
-def test_median_and_tail():
-    assert median_and_tail([0.004]) == "median 4.0 ms, 95th percentile 4.0 ms"
-    assert median_and_tail([value / 1000 for value in range(101)]) == "median 50.0 ms, 95th percentile 95.0 ms"
+def test_percentiles():
+    assert Latency("", "", [4.0]).percentile(99) == 4.0
+    many = Latency("", "", list(range(101)))
+    assert (many.percentile(50), many.percentile(99)) == (50.0, 99.0)
+    assert str(Latency("", "", []).percentile(50)) == "nan"

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from browser import assert_readable, needs_chromium
 from rich.console import Console
 
+from poc_kernels.demo import model as small_model
 from poc_kernels.demo import run as demo
 from poc_kernels.demo.play import Plan
 from poc_kernels.demo.results import Check
@@ -35,29 +37,48 @@ def shown(monkeypatch, tmp_path):
     assert list(scratch.iterdir()) == []
 
 
-def test_a_round_on_the_real_server(shown, tmp_path):
-    outcome = []
+class Kept(Show):
+    """Keeps the results that it shows."""
 
-    class Kept(Show):
-        def summary(self, results):
-            outcome.append(results)
-            super().summary(results)
+    def summary(self, results):
+        self.results = results
+        super().summary(results)
 
-    report = tmp_path / "report.html"
-    plan = Plan(idle_seconds=1.0, generate_seconds=1.0, proofs=40, survey=64, users=2, max_tokens=6)
-    status = demo.run(report=report, plan=plan, show=Kept(Console(file=shown, width=120)))
-    text = shown.getvalue()
+    def text(self):
+        return self._console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def real_round(tmp_path_factory):
+    """A round on the real server: its exit status, results, report and what was shown."""
+    report = tmp_path_factory.mktemp("report") / "report.html"
+    plan = Plan(
+        warm_up_seconds=0.2, idle_seconds=0.5, generate_seconds=1.0, proofs=40, survey=64, users=2, max_tokens=6
+    )
+    show = Kept(Console(file=io.StringIO(), width=120))
+    status = demo.run(report=report, plan=plan, show=show)
+    return status, show.results, report.read_text(encoding="utf-8"), show.text()
+
+
+def test_a_round_on_the_real_server(real_round):
+    status, results, report, text = real_round
     assert status == 0, text
     assert "all 16 checks passed" in text
-    assert "All 16 checks passed." in report.read_text(encoding="utf-8")
-    (results,) = outcome
+    assert "All 16 checks of the round passed." in report
     assert results.vocab_size == 2048
     assert (results.retained_bytes, results.stored_bytes) == (8, 2 * 256 * 256 * 4)
     assert set(results.parts) == {"inputs", "projection", "forward", "distance"}
     assert 0 < results.projection_share < 0.5
     assert results.generating_rate > 0
     assert results.validating_rate > 0
-    assert min(len(results.gaps(state)) for state in ("IDLE", "VALIDATING")) > 5
+    assert min(len(wait.milliseconds) for wait in results.latencies()) > 1
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 480])
+def test_its_report_is_readable(real_round, tmp_path, width, dark):
+    assert_readable(real_round[2], tmp_path, width, dark=dark, plots=3)
 
 
 @contextlib.contextmanager
@@ -80,6 +101,16 @@ def test_a_check_that_failed_is_the_exit_status(monkeypatch, shown, tmp_path):
     assert demo.run(report=report, show=Show(Console(file=shown))) == 1
     assert "1 of 2 checks FAILED" in shown.getvalue()
     assert "FAILED" in report.read_text(encoding="utf-8")
+
+
+def test_a_model_that_is_given_is_named_and_needs_a_survey(monkeypatch, shown, tmp_path):
+    model = tmp_path / "given"
+    small_model.build(model, hidden_size=64, layers=1, vocab=512)
+    known = []
+    quick(monkeypatch, lambda server, key, plan, results, show: known.append(results))
+    demo.run(model=str(model), report=tmp_path / "report.html", show=Show(Console(file=shown)))
+    assert known[0].about["model"] == f"{model}: qwen3, hidden size 64, 1 layers, vocabulary 512"
+    assert not known[0].geometric
 
 
 def test_a_server_that_fails_is_reported(monkeypatch, shown, tmp_path):
