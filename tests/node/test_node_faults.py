@@ -312,7 +312,7 @@ class Crowd:
 
 
 def test_200_users_through_all_states(model_dir: Path, alone: Alone, receiver: Receiver) -> None:
-    with running(model_dir, max_in_flight=150, callback_key=CALLBACK_KEY, drain_seconds=0.05) as (node, http):
+    with running(model_dir, max_in_flight=300, callback_key=CALLBACK_KEY, drain_seconds=0.05) as (node, http):
         bodies = [chat(f"What is {n // 2} times 7?", max_tokens=8, stream=n % 2 == 0) for n in range(8)]
         asked = [(body, said(http.post(CHAT, json=body))) for body in bodies]
         found = {}

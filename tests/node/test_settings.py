@@ -59,6 +59,7 @@ def test_numbers_must_be_finite(name: str, value: float) -> None:
         ({"kv_memory": 1.0}, r"kv_memory must be in \(0, 1\), got 1.0"),
         ({"token": ""}, "token must not be empty"),
         ({"callback_key": ""}, "callback_key must not be empty"),
+        ({"token": "a\nb"}, "token must be printable text, which a header can carry$"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
@@ -131,6 +132,7 @@ def test_a_boolean_s_option_reverses_it() -> None:
     assert {name: row[:2] for name, row in shown.items()} == {
         "cuda_graphs": ("--no-cuda-graphs", "off"),
         "random_projection": ("--random-projection", "off"),
+        "guard_metrics": ("--guard-metrics", "off"),
     }
     assert shown["cuda_graphs"][2].startswith("do not replay")
 
