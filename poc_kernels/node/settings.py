@@ -35,6 +35,11 @@ class Settings(ServiceSettings):
     dtype: str = setting("auto", "dtype of the weights; auto keeps the one they are stored in", DTYPES)
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 for a free one", _PORT)
+    max_connections: int = setting(2048, "maximum connections; one more ends one that waits for its client", POSITIVE)
+    head_seconds: float = setting(30.0, "seconds that a client has to send the head of a request", POSITIVE)
+    keep_alive_seconds: float = setting(75.0, "seconds that a connection is kept for its next request", POSITIVE)
+    send_seconds: float = setting(60.0, "seconds without a byte taken until a connection is cut", POSITIVE)
+    max_unread_bytes: int = setting(2**20, "maximum bytes of an answer that wait for a client; then it waits", POSITIVE)
     temperature: float | None = setting(
         None, "sampling temperature of all requests; 0: greedy", NOT_NEGATIVE, unset="the model's"
     )
@@ -49,6 +54,8 @@ class Settings(ServiceSettings):
     validation_sms: int | None = setting(None, "number of SMs that validation is kept to", POSITIVE, unset="all")
     log_level: str = setting("info", "minimum level of what is logged", one_of("debug", "info", "warning", "error"))
     log_format: str = setting("json", "form of a log record: a JSON object or a plain line", one_of("json", "text"))
+
+    max_log_records: int = setting(10_000, "maximum log records that wait to be written; more are dropped", POSITIVE)
 
 
 _SERVICE = {each.name for each in settings_of(ServiceSettings)}
