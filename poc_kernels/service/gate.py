@@ -2,7 +2,7 @@
 
 Every HTTP request goes through Head and, where web pages of other origins may call, starlette's CORSMiddleware. Users'
 requests then go through Shut, Body, Shut again, InFlight, Departure and, where the app does not end them itself,
-DoneEvent; all others through Token, Body and Places.
+DoneEvent; all others through Token and Body.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from .errors import AdmissionError
 from .settings import ServiceSettings
 
 POC_PREFIX = "/api/v1/pow"
-_MAX_PLACES = 256
-"""Requests with a body at once on PoC routes: their bodies, each within its bound, lie in memory until answered."""
+_BODY_DONE = "poc_kernels.body_done"
 _MAX_SMALL_BODY = 1024
 """Bound on the bodies of routes that take none."""
 _HEALTH = "/health"
@@ -121,7 +120,7 @@ class Gate:
         self._users = InFlight(served, settings.max_in_flight)
         body = in_memory(Shut(self._users, closed), lambda scope: settings.max_body_bytes)
         self._shut_users = Shut(body, closed)
-        self._others: ASGIApp = in_memory(Places(app, rules.takes_body), limit_of_other)
+        self._others: ASGIApp = in_memory(app, limit_of_other)
         if settings.token is not None:
             self._others = Token(self._others, settings.token, everywhere=settings.guard_metrics)
         self._entry: ASGIApp = Head(self._admit)
@@ -158,7 +157,7 @@ class Gate:
 
 
 class Shares:
-    """Divides a maximum between clients: beyond its first take, none gets more than it leaves to others."""
+    """Divides a maximum between clients: none gets more than it leaves to others, except for its only one."""
 
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
@@ -166,11 +165,13 @@ class Shares:
         """What all clients have taken together."""
         self._taken: collections.Counter[str] = collections.Counter()  # by client
 
-    def take(self, client: str, amount: int = 1) -> bool:
-        """Take an amount for a client; return whether it could be had."""
+    def take(self, client: str, amount: int = 1, held: int = 0) -> bool:
+        """Take an amount for a client, for what already has ``held`` of it; return whether it could be had."""
+        if amount == 0:
+            return True
         own = self._taken[client]
         left = self.maximum - self.total - amount
-        if left < 0 or (own > 0 and own + amount > left):
+        if left < 0 or (own > held and own + amount > left):
             return False
         self._taken[client] = own + amount
         self.total += amount
@@ -237,35 +238,6 @@ class InFlight:
             self._places.give_back(client)
 
 
-class Places:
-    """Refuses requests with a body above a maximum, and those of a client that leaves less to others than it has.
-
-    Other routes, including /stop and /health, are answered however many proofs wait.
-    """
-
-    def __init__(self, app: ASGIApp, takes_body: Callable[[Scope], bool]) -> None:
-        self._app, self._takes_body = app, takes_body
-        self._taken: collections.Counter[str] = collections.Counter()  # by client
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._takes_body(scope):
-            await self._app(scope, receive, send)
-            return
-        client = (scope.get("client") or ("",))[0]
-        left, own = _MAX_PLACES - self._taken.total() - 1, self._taken[client]
-        if left < 0 or (own > 0 and own + 1 > left):
-            raise _overloaded(
-                f"at most {_MAX_PLACES} requests are served at once, of one client no more than it leaves to others"
-            )
-        self._taken[client] += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._taken[client] -= 1
-            if self._taken[client] == 0:
-                del self._taken[client]
-
-
 class Token:
     """Answers 401 unless a request has the bearer token: on the PoC routes, or everywhere except on /health."""
 
@@ -285,7 +257,8 @@ class Token:
 class Body:
     """Reads the whole body before the app is called: refuses one that is too large, too slow, or one too many.
 
-    What has come of a body counts, for its client, among the bytes of all ``bodies`` until the app has answered.
+    What has come of a body counts, for its client, among the bytes of all ``bodies``, until the app calls `body_done`,
+    at the latest until it has answered.
     """
 
     def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], seconds: float, bodies: Shares) -> None:
@@ -299,17 +272,24 @@ class Body:
 
         def hold(part: bytes) -> None:
             nonlocal held
-            if part and not self._bodies.take(client, len(part)):
+            if not self._bodies.take(client, len(part), held):
                 text = f"at most {self._bodies.maximum} bytes of bodies are held at once, {_SHARED}"
                 raise _overloaded(text, **_CLOSE)
             held += len(part)
 
+        def done() -> None:
+            nonlocal held
+            self._bodies.give_back(client, held)
+            held = 0
+
         try:
             body = await self._read(scope, receive, hold)
             if body is not None:
-                await self._app(scope, _play_back(body, receive), send)
+                received = _play_back(body, receive)
+                del body  # the app decides how long it is kept
+                await self._app({**scope, _BODY_DONE: done}, received, send)
         finally:
-            self._bodies.give_back(client, held)
+            done()
 
     async def _read(self, scope: Scope, receive: Receive, hold: Callable[[bytes], None]) -> bytes | None:
         """Return the body; None if the client went away. Each part is handed to ``hold``."""
@@ -336,6 +316,11 @@ class Body:
             text = f"the body must have at most {limit} bytes, {got}"
             raise RefusedError(413, text, code="body_too_large", headers=_CLOSE)
         return b"".join(parts)
+
+
+def body_done(scope: Scope) -> None:
+    """Say that the body of a request is not needed any more, before its answer is there: it does not count then."""
+    scope.get(_BODY_DONE, lambda: None)()
 
 
 class Departure:

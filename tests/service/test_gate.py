@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from web import TIMEOUT
 
-from poc_kernels.service import gate as gate_module
-from poc_kernels.service.gate import Gate, GateRules, Shares, under
+from poc_kernels.service.gate import Gate, GateRules, Shares, body_done, under
 from poc_kernels.service.settings import ServiceSettings
 
 USER, POW, OTHER = "/v1/chat/completions", "/api/v1/pow/validate", "/health"
@@ -250,68 +249,6 @@ def test_a_user_that_leaves_ends_the_work_unless_the_answer_has_begun(begun: boo
     assert front.in_flight == 0
 
 
-def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_PLACES", 8)
-
-    async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            await release.wait()
-            return body
-
-        app = Echo(wait)
-        front = gate(app)
-
-        async def ask(of: str) -> tuple[str, int]:
-            return of, (await Client(front, POW, [b"proof"], of=of).speak()).status
-
-        asked = []
-        for of in "aaaaabbbcaa":
-            asked.append(asyncio.create_task(ask(of)))
-            for _ in range(10):
-                await asyncio.sleep(0)
-        release.set()
-        served = [of for of, status in await asyncio.gather(*asked) if status == 200]
-        assert served == list("aaaabbc")
-        assert [status for _, status in await asyncio.gather(*(ask("a") for _ in range(4)))] == [200] * 4
-
-    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
-
-
-def test_so_many_large_bodies_at_once_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_PLACES", 2)
-
-    async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            if body:
-                await release.wait()
-            return body
-
-        app, reasons = Echo(wait), []
-        front = gate(app, refused=reasons.append)
-        waiting = [asyncio.create_task(Client(front, POW, [b"proof"], of=str(i)).speak()) for i in range(2)]
-        while len(app.bodies) < 2:
-            await asyncio.sleep(0)
-        for path in (POW, "/api/v1/pow/init", "/api/v1/pow/init/generate"):
-            refused = await Client(front, path, [b"proof"]).speak()
-            assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
-            assert json.loads(refused.body)["detail"].startswith("at most 2 requests are served at once")
-        assert reasons == ["overloaded"] * 3
-        for path in ("/api/v1/pow/stop", "/api/v1/pow/phase/validate", "/api/v1/pow/status", OTHER, "/metrics"):
-            assert (await Client(front, path).speak()).status == 200
-        asks = Client(front, f"{POW}/a-verdict-s-id")
-        asks.scope["method"] = "GET"
-        assert (await asks.speak()).status == 200
-        release.set()
-        assert [client.status for client in await asyncio.gather(*waiting)] == [200, 200]
-        assert (await Client(front, POW, [b"proof"]).speak()).status == 200
-
-    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
-
-
 def test_shares() -> None:
     shares = Shares(10)
     assert shares.take("a", 6)  # the first of a client may be more than it leaves
@@ -319,8 +256,10 @@ def test_shares() -> None:
     assert not shares.take("b", 5)
     assert shares.take("b", 2)
     assert not shares.take("b", 1)  # it would have 3 and leave 1
-    assert shares.take("c", 2)
+    assert shares.take("c", 1)
+    assert shares.take("c", 1, held=1)  # more for its only one
     assert not shares.take("d", 1)
+    assert shares.take("d", 0)
     assert shares.total == 10
     shares.give_back("a", 6)
     assert shares.total == 4
@@ -334,9 +273,7 @@ def test_shares() -> None:
 
 
 @pytest.mark.parametrize("path", [USER, POW])
-def test_bodies_that_do_not_come_hold_no_places(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_PLACES", 2)
-
+def test_bodies_that_do_not_come_hold_no_places(path: str) -> None:
     async def run() -> None:
         app = Echo()
         front = gate(app, max_in_flight=2)
@@ -394,23 +331,51 @@ def test_no_client_s_bodies_take_the_memory_of_others() -> None:
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
 
 
-def test_bodies_are_held_until_they_are_answered() -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_bodies_are_held_until_they_are_answered_or_not_needed(early: bool) -> None:
     async def run() -> None:
-        release = asyncio.Event()
+        release, begun = asyncio.Event(), asyncio.Event()
 
-        async def wait(body: bytes) -> bytes:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            if early:
+                body_done(scope)
+            begun.set()
             await release.wait()
-            return body
+            body_done(scope)  # again: nothing more is given back
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
 
-        app = Echo(wait)
-        front = gate(app, max_in_flight=100, max_bodies_bytes=20)
-        waiting = asyncio.create_task(Client(front, USER, [b"x" * 10], of="a").speak())
-        while not app.bodies:
+        front = gate(app, max_bodies_bytes=20)
+        waiting = [asyncio.create_task(Client(front, POW, [b"x" * 6, b"x" * 6], of="a").speak())]
+        await begun.wait()
+        others = [asyncio.create_task(Client(front, POW, [b"x" * 10], of="a").speak()) for _ in range(100)]
+        for _ in range(10):
             await asyncio.sleep(0)
-        assert (await Client(front, USER, [b"x"], of="a").speak()).status == 429
+        assert [task.done() for task in others] == [not early] * 100
         release.set()
-        assert (await waiting).status == 200
-        assert (await Client(front, USER, [b"x" * 10], of="a").speak()).status == 200
+        assert {client.status for client in await asyncio.gather(*others)} == {200 if early else 429}
+        assert [client.status for client in await asyncio.gather(*waiting)] == [200]
+        assert (await Client(front, POW, [b"x" * 20], of="a").speak()).status == 200
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def test_routes_without_bodies_are_answered_whatever_is_held() -> None:
+    async def run() -> None:
+        front = gate(Echo(), max_bodies_bytes=10)
+        slow = Client(front, POW, [], of="b")
+        slow.arriving.put_nowait({"type": "http.request", "body": b"x" * 10, "more_body": True})
+        speaking = asyncio.create_task(slow.speak())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        refused = await Client(front, POW, [b"proof"]).speak()
+        assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
+        for path in ("/api/v1/pow/stop", "/api/v1/pow/phase/validate", "/api/v1/pow/status", OTHER, "/metrics"):
+            assert (await Client(front, path).speak()).status == 200
+        slow.arriving.put_nowait({"type": "http.disconnect"})
+        await speaking
+        assert (await Client(front, POW, [b"proof"]).speak()).status == 200
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
 
