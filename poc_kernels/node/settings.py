@@ -1,7 +1,13 @@
-"""Settings of a node. ``python -m poc_kernels.node.settings`` prints README's table of them."""
+"""Settings of a node.
+
+``python -m poc_kernels.node.settings`` prints README's table of them, and with ``limits`` that of docs/operating.md.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..service.settings import (
@@ -62,6 +68,8 @@ _SERVICE = {each.name for each in settings_of(ServiceSettings)}
 _ALL = sorted(settings_of(Settings), key=lambda each: each.name in _SERVICE)  # the node's own come first
 OPTIONS = tuple(each for each in _ALL if not each.secret)
 SECRETS = tuple(each for each in _ALL if each.secret)
+LIMITS = tuple(each for each in OPTIONS if re.match(r"max_.*|(?!retry_).*_(seconds|nonces|bytes)$", each.name))
+"""Those that bound something: a number, a size or a time."""
 
 
 def described(each: Setting) -> tuple[str, str, str]:
@@ -74,11 +82,11 @@ def described(each: Setting) -> tuple[str, str, str]:
     return f"--{option}", each.shown_default, each.help
 
 
-def table() -> str:
-    """Format README's table of the settings."""
-    rows = [f"| `{name}` | {default} | {help} |" for name, default, help in map(described, (*OPTIONS, *SECRETS))]
+def table(settings: Iterable[Setting] = (*OPTIONS, *SECRETS)) -> str:
+    """Format a table of settings; README's has all of them."""
+    rows = [f"| `{name}` | {default} | {help} |" for name, default, help in map(described, settings)]
     return "\n".join(["| option of `serve`, or variable | default | |", "| --- | --- | --- |", *rows])
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(LIMITS) if sys.argv[1:] == ["limits"] else table())
