@@ -110,9 +110,9 @@ class Gate:
             return limit if rules.takes_body(scope) else min(limit, _MAX_SMALL_BODY)
 
         def in_memory(then: ASGIApp, limit_of: Callable[[Scope], int]) -> Body:
-            return Body(then, limit_of, settings.body_seconds, bodies)
+            return Body(then, limit_of, settings.body_seconds, self._bodies)
 
-        bodies = Shares(settings.max_bodies_bytes)
+        self._bodies = Shares(settings.max_bodies_bytes)
         self._app = app
         self._is_user = rules.is_user
         self._refused = refused
