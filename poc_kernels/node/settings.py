@@ -1,7 +1,13 @@
-"""Settings of a node. ``python -m poc_kernels.node.settings`` prints README's table of them."""
+"""Settings of a node.
+
+``python -m poc_kernels.node.settings`` prints README's table of them, and with ``limits`` that of docs/operating.md.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..service.settings import (
@@ -35,6 +41,11 @@ class Settings(ServiceSettings):
     dtype: str = setting("auto", "dtype of the weights; auto keeps the one they are stored in", DTYPES)
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 for a free one", _PORT)
+    max_connections: int = setting(2048, "maximum connections; one more ends one that waits for its client", POSITIVE)
+    head_seconds: float = setting(30.0, "seconds that a client has to send the head of a request", POSITIVE)
+    keep_alive_seconds: float = setting(75.0, "seconds that a connection is kept for its next request", POSITIVE)
+    send_seconds: float = setting(60.0, "seconds without a byte taken until a connection is cut", POSITIVE)
+    max_unread_bytes: int = setting(2**20, "maximum bytes of an answer that wait for a client; then it waits", POSITIVE)
     temperature: float | None = setting(
         None, "sampling temperature of all requests; 0: greedy", NOT_NEGATIVE, unset="the model's"
     )
@@ -50,11 +61,16 @@ class Settings(ServiceSettings):
     log_level: str = setting("info", "minimum level of what is logged", one_of("debug", "info", "warning", "error"))
     log_format: str = setting("json", "form of a log record: a JSON object or a plain line", one_of("json", "text"))
 
+    max_log_records: int = setting(10_000, "maximum log records that wait to be written; more are dropped", POSITIVE)
+
 
 _SERVICE = {each.name for each in settings_of(ServiceSettings)}
 _ALL = sorted(settings_of(Settings), key=lambda each: each.name in _SERVICE)  # the node's own come first
 OPTIONS = tuple(each for each in _ALL if not each.secret)
 SECRETS = tuple(each for each in _ALL if each.secret)
+_BOUNDS = re.compile(r"max_.*|(?!retry_).*_(seconds|nonces|bytes|urls|posts)")
+LIMITS = tuple(each for each in OPTIONS if _BOUNDS.fullmatch(each.name))
+"""Those that bound something: a number, a size or a time."""
 
 
 def described(each: Setting) -> tuple[str, str, str]:
@@ -67,11 +83,11 @@ def described(each: Setting) -> tuple[str, str, str]:
     return f"--{option}", each.shown_default, each.help
 
 
-def table() -> str:
-    """Format README's table of the settings."""
-    rows = [f"| `{name}` | {default} | {help} |" for name, default, help in map(described, (*OPTIONS, *SECRETS))]
+def table(settings: Iterable[Setting] = (*OPTIONS, *SECRETS)) -> str:
+    """Format a table of settings; README's has all of them."""
+    rows = [f"| `{name}` | {default} | {help} |" for name, default, help in map(described, settings)]
     return "\n".join(["| option of `serve`, or variable | default | |", "| --- | --- | --- |", *rows])
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(LIMITS) if sys.argv[1:] == ["limits"] else table())

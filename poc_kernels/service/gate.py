@@ -1,7 +1,8 @@
 """The gate before an app: ASGI wrappers of one job each, and `Gate`, which puts them together.
 
-Users' requests go through Shut, InFlight, Body, Shut again, Departure and, where the app does not end them itself,
-DoneEvent; all others through Token, Places and Body.
+Every HTTP request goes through Head and, where web pages of other origins may call, starlette's CORSMiddleware. Users'
+requests then go through Shut, Body, Shut again, InFlight, Departure and, where the app does not end them itself,
+DoneEvent; all others through Token and Body.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,16 +24,22 @@ from .errors import AdmissionError
 from .settings import ServiceSettings
 
 POC_PREFIX = "/api/v1/pow"
-_MAX_PLACES = 256
-"""Requests with a body at once on PoC routes: their bodies, each within its bound, lie in memory until answered."""
+_BODY_DONE = "poc_kernels.body_done"
 _MAX_SMALL_BODY = 1024
 """Bound on the bodies of routes that take none."""
+_HEALTH = "/health"
+_EXPOSED_HEADERS = ("Location", "Retry-After", "X-Request-Id")
+"""Headers of answers that web pages of other origins may read."""
 _DONE = b"data: [DONE]"
 _TAIL = 32
 """Bytes of the end of a stream: the last event, whatever its line ends."""
 _ENDS_DONE = re.compile(rb"data: ?\[DONE\]\s*$")
 _TRY_AGAIN_LATER = 1013
 """Close code of a websocket that is refused for now."""
+
+_CLOSE = {"Connection": "close"}
+"""Header of an answer to a request whose body was not read to its end: the connection cannot be used again."""
+_SHARED = "of one client no more than it leaves to others"
 
 Closed = Callable[[], tuple[str, str, int] | None]
 """Returns (code, message, Retry-After in seconds) while users are refused, else None."""
@@ -76,8 +84,9 @@ class Gate:
     """Refuses what cannot be served now, and counts what is being served.
 
     Users get 503 with Retry-After while ``closed`` gives a reason, and 429 above max_in_flight. Bodies are read here,
-    to their bound and in body_seconds: larger ones get 413, slower ones 408. With a token, the PoC routes answer 401 to
-    requests without it.
+    to their bound and in body_seconds: larger ones get 413, slower ones 408, and 429 those that come when
+    max_bodies_bytes of bodies are held. No client gets more places or bytes than it leaves to others. With a token, the
+    PoC routes answer 401 to requests without it.
 
     Args:
         app: what is behind the gate.
@@ -100,15 +109,29 @@ class Gate:
             limit = settings.max_pow_body_bytes
             return limit if rules.takes_body(scope) else min(limit, _MAX_SMALL_BODY)
 
+        def in_memory(then: ASGIApp, limit_of: Callable[[Scope], int]) -> Body:
+            return Body(then, limit_of, settings.body_seconds, self._bodies)
+
+        self._bodies = Shares(settings.max_bodies_bytes)
         self._app = app
         self._is_user = rules.is_user
         self._refused = refused
         served = Departure(app if rules.ends_streams else DoneEvent(app))
-        body = Body(Shut(served, closed), lambda scope: settings.max_body_bytes, settings.body_seconds)
-        self._users = InFlight(body, settings.max_in_flight)
-        self._shut_users = Shut(self._users, closed)
-        others = Places(Body(app, limit_of_other, settings.body_seconds), rules.takes_body)
-        self._others = others if settings.token is None else Token(others, settings.token)
+        self._users = InFlight(served, settings.max_in_flight)
+        body = in_memory(Shut(self._users, closed), lambda scope: settings.max_body_bytes)
+        self._shut_users = Shut(body, closed)
+        self._others: ASGIApp = in_memory(app, limit_of_other)
+        if settings.token is not None:
+            self._others = Token(self._others, settings.token, everywhere=settings.guard_metrics)
+        self._entry: ASGIApp = Head(self._admit)
+        if settings.allowed_origins is not None:
+            self._entry = CORSMiddleware(
+                self._entry,
+                allow_origins=settings.allowed_origins.split(","),
+                allow_methods=("*",),
+                allow_headers=("*",),
+                expose_headers=_EXPOSED_HEADERS,
+            )
 
     @property
     def in_flight(self) -> int:
@@ -117,6 +140,9 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: the ASGI interface."""
+        await self._entry(scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         user = scope["type"] in ("http", "websocket") and self._is_user(scope)
         others = self._others if scope["type"] == "http" else self._app
         try:
@@ -128,6 +154,52 @@ class Gate:
                 return
             content = refusal.body() if user else {"detail": refusal.message}
             await JSONResponse(content, refusal.status, refusal.headers)(scope, receive, send)
+
+
+class Shares:
+    """Divides a maximum between clients: none gets more than it leaves to others, except for its only one."""
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.total = 0
+        """What all clients have taken together."""
+        self._taken: collections.Counter[str] = collections.Counter()  # by client
+
+    def take(self, client: str, amount: int = 1, held: int = 0) -> bool:
+        """Take an amount for a client, for what already has ``held`` of it; return whether it could be had."""
+        if amount == 0:
+            return True
+        own = self._taken[client]
+        left = self.maximum - self.total - amount
+        if left < 0 or (own > held and own + amount > left):
+            return False
+        self._taken[client] = own + amount
+        self.total += amount
+        return True
+
+    def give_back(self, client: str, amount: int = 1) -> None:
+        """Give back what a client took."""
+        self._taken[client] -= amount
+        self.total -= amount
+        if self._taken[client] == 0:
+            del self._taken[client]
+
+
+class Head:
+    """Answers HEAD as GET, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, sending)
 
 
 class Shut:
@@ -145,84 +217,82 @@ class Shut:
 
 
 class InFlight:
-    """Counts requests, and refuses those above a maximum."""
+    """Counts requests, and refuses those above a maximum, or of a client that leaves less to others than it has."""
 
     def __init__(self, app: ASGIApp, max_in_flight: int) -> None:
-        self._app, self._max = app, max_in_flight
-        self.count = 0
+        self._app = app
+        self._places = Shares(max_in_flight)
+
+    @property
+    def count(self) -> int:
+        """Requests that are being served."""
+        return self._places.total
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.count >= self._max:
-            raise _overloaded(f"at most {self._max} requests are served at once")
-        self.count += 1
+        client = _client(scope)
+        if not self._places.take(client):
+            raise _overloaded(f"at most {self._places.maximum} requests are served at once, {_SHARED}")
         try:
             await self._app(scope, receive, send)
         finally:
-            self.count -= 1
-
-
-class Places:
-    """Refuses requests with a body above a maximum, and those of a client that leaves less to others than it has.
-
-    Other routes, including /stop and /health, are answered however many proofs wait.
-    """
-
-    def __init__(self, app: ASGIApp, takes_body: Callable[[Scope], bool]) -> None:
-        self._app, self._takes_body = app, takes_body
-        self._taken: collections.Counter[str] = collections.Counter()  # by client
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._takes_body(scope):
-            await self._app(scope, receive, send)
-            return
-        client = (scope.get("client") or ("",))[0]
-        left, own = _MAX_PLACES - self._taken.total() - 1, self._taken[client]
-        if left < 0 or (own > 0 and own + 1 > left):
-            raise _overloaded(
-                f"at most {_MAX_PLACES} requests are served at once, of one client no more than it leaves to others"
-            )
-        self._taken[client] += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._taken[client] -= 1
-            if self._taken[client] == 0:
-                del self._taken[client]
+            self._places.give_back(client)
 
 
 class Token:
-    """Answers 401 on the PoC routes unless a request has the bearer token."""
+    """Answers 401 unless a request has the bearer token: on the PoC routes, or everywhere except on /health."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token.encode()
+    def __init__(self, app: ASGIApp, token: str, *, everywhere: bool = False) -> None:
+        self._app, self._token, self._everywhere = app, token.strip().encode(), everywhere
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"].startswith(POC_PREFIX):
+        path = scope["path"]
+        if path.startswith(POC_PREFIX) or (self._everywhere and path != _HEALTH):
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._token):
-                message = "the PoC routes ask for the node's bearer token"
+                message = "this route asks for the node's bearer token"
                 raise RefusedError(401, message, code="token", headers={"WWW-Authenticate": "Bearer"})
         await self._app(scope, receive, send)
 
 
 class Body:
-    """Reads the whole body before the app is called: refuses one that is too large or too slow."""
+    """Reads the whole body before the app is called: refuses one that is too large, too slow, or one too many.
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], seconds: float) -> None:
-        self._app, self._limit_of, self._seconds = app, limit_of, seconds
+    What has come of a body counts, for its client, among the bytes of all ``bodies``, until the app calls `body_done`,
+    at the latest until it has answered.
+    """
+
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], seconds: float, bodies: Shares) -> None:
+        self._app, self._limit_of, self._seconds, self._bodies = app, limit_of, seconds, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await self._read(scope, receive)
-        if body is not None:
-            await self._app(scope, _play_back(body, receive), send)
+        client, held = _client(scope), 0
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Return the body; None if the client went away."""
-        # Where a body is refused, the rest of it is unread: the connection cannot be used again.
-        close = {"Connection": "close"}
+        def hold(part: bytes) -> None:
+            nonlocal held
+            if not self._bodies.take(client, len(part), held):
+                text = f"at most {self._bodies.maximum} bytes of bodies are held at once, {_SHARED}"
+                raise _overloaded(text, **_CLOSE)
+            held += len(part)
+
+        def done() -> None:
+            nonlocal held
+            self._bodies.give_back(client, held)
+            held = 0
+
+        try:
+            body = await self._read(scope, receive, hold)
+            if body is not None:
+                received = _play_back(body, receive)
+                del body  # the app decides how long it is kept
+                await self._app({**scope, _BODY_DONE: done}, received, send)
+        finally:
+            done()
+
+    async def _read(self, scope: Scope, receive: Receive, hold: Callable[[bytes], None]) -> bytes | None:
+        """Return the body; None if the client went away. Each part is handed to ``hold``."""
         limit = self._limit_of(scope)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(declared[:20]) if declared.isdigit() else 0
@@ -234,17 +304,23 @@ class Body:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
             except asyncio.TimeoutError:
                 text = f"the body must come within {self._seconds:g} s"
-                raise RefusedError(408, text, code="body_too_slow", headers=close) from None
+                raise RefusedError(408, text, code="body_too_slow", headers=_CLOSE) from None
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
+            hold(parts[-1])
             received += len(parts[-1])
             more = message.get("more_body", False)
         if max(size, received) > limit:
             got = f"got {size}" if size > limit else "got more"
             text = f"the body must have at most {limit} bytes, {got}"
-            raise RefusedError(413, text, code="body_too_large", headers=close)
+            raise RefusedError(413, text, code="body_too_large", headers=_CLOSE)
         return b"".join(parts)
+
+
+def body_done(scope: Scope) -> None:
+    """Say that the body of a request is not needed any more, before its answer is there: it does not count then."""
+    scope.get(_BODY_DONE, lambda: None)()
 
 
 class Departure:
@@ -327,5 +403,9 @@ def _play_back(body: bytes, then: Receive) -> Receive:
     return receive
 
 
-def _overloaded(message: str) -> RefusedError:
-    return RefusedError(429, message, code="overloaded", headers={"Retry-After": "1"})
+def _client(scope: Scope) -> str:
+    return (scope.get("client") or ("",))[0]
+
+
+def _overloaded(message: str, **headers: str) -> RefusedError:
+    return RefusedError(429, message, code="overloaded", headers={"Retry-After": "1", **headers})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
@@ -34,6 +35,12 @@ class Limit(NamedTuple):
 POSITIVE = Limit("positive", lambda value: value > 0)
 NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
 FRACTION = Limit("in (0, 1)", lambda value: 0 < value < 1)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
+ORIGINS = Limit(
+    "* or origins such as https://example.org, separated by commas",
+    lambda value: value == "*" or all(map(_ORIGIN.fullmatch, value.split(","))),
+)
+HEADER_TEXT = Limit("printable text, which a header can carry", lambda value: value.strip().isprintable())
 
 
 def _are_hosts(text: str) -> bool:
@@ -94,12 +101,12 @@ class Setting:
         if not isinstance(value, accepted) or isinstance(value, bool) != (self.kind is bool):
             got = f"a value of type {type(value).__name__}" if self.secret else repr(value)
             raise TypeError(f"{name} must be {_KINDS[self.kind]}, got {got}")
-        if self.secret and not value:
+        if self.secret and not str(value).strip():
             raise ValueError(f"{name} must not be empty; leave it out for none")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         if self.limit and not self.limit.holds(value):
-            raise ValueError(f"{name} must be {self.limit.text}, got {value}")
+            raise ValueError(f"{name} must be {self.limit.text}" + ("" if self.secret else f", got {value}"))
 
     def parse(self, text: str, name: str) -> Any:
         """Read a value of this setting; raise ValueError, which calls it by ``name``, where that is none."""
@@ -152,9 +159,10 @@ class ServiceSettings:
     """
 
     random_projection: bool = setting(False, "use the projections in rounds that do not say whether to")
-    max_in_flight: int = setting(256, "maximum number of users' requests at once; more get 429", POSITIVE)
+    max_in_flight: int = setting(512, "maximum users' requests at once, half of it per client; more get 429", POSITIVE)
     max_body_bytes: int = setting(2**20, "maximum number of bytes of a body under /v1; more get 413", POSITIVE)
     max_pow_body_bytes: int = setting(2**23, "maximum bytes of a body under /api/v1/pow; more get 413", POSITIVE)
+    max_bodies_bytes: int = setting(2**28, "maximum bytes of all bodies, half of it per client; more get 429", POSITIVE)
     body_seconds: float = setting(30.0, "seconds that a client has to send its body; then it gets 408", POSITIVE)
     max_queued_nonces: int = setting(100_000, "maximum nonces waiting to be validated; more get 429", POSITIVE)
     result_seconds: float = setting(3600.0, "seconds for which verdicts are kept to be asked for", POSITIVE)
@@ -182,12 +190,16 @@ class ServiceSettings:
     callback_hosts: str | None = setting(
         None, "names, wildcards and networks that callbacks may go to, with commas", HOSTS, unset="all but local ones"
     )
-    token: str | None = setting(None, "bearer token that the routes under /api/v1/pow require", secret=True)
+    allowed_origins: str | None = setting(None, "origins whose web pages may call, by commas; * for all", ORIGINS)
+    guard_metrics: bool = setting(False, "ask for the token on all routes except users' and /health")
+    token: str | None = setting(None, "bearer token that routes under /api/v1/pow require", HEADER_TEXT, secret=True)
     callback_key: str | None = setting(None, "key that signs callbacks", secret=True)
 
     def __post_init__(self) -> None:
         for each in settings_of(type(self)):
             each.check(getattr(self, each.name), each.name)
+        if self.guard_metrics and self.token is None:
+            raise ValueError("guard_metrics must come with a token, got none")
 
     @classmethod
     def from_environment(cls: type[_Service], environ: Mapping[str, str]) -> _Service:

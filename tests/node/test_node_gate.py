@@ -179,7 +179,7 @@ def test_every_event_stream_ends_with_done(http: httpx2.Client, node: Node, monk
 
 
 def test_too_many_users(http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node.app._users, "_max", 1)
+    monkeypatch.setattr(node.app._users._places, "maximum", 1)
     blocked = Blocked(node.inference.model.forward)
     monkeypatch.setattr(node.inference.model, "forward", blocked)
     with ThreadPoolExecutor(1) as pool:
@@ -220,7 +220,7 @@ def test_openai_errors(
         ask(openai_client, model="another")
     assert missing.value.code == "model_not_found"
     with monkeypatch.context() as patch:
-        patch.setattr(node.app._users, "_max", 0)
+        patch.setattr(node.app._users._places, "maximum", 0)
         with pytest.raises(openai.RateLimitError) as limited:
             ask(openai_client)
         assert limited.value.response.headers["retry-after"] == "1"

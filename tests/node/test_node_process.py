@@ -34,10 +34,21 @@ DONE = "data: [DONE]"
 
 
 class Process:
-    """`poc-kernels serve` on a free port, in a process group of its own; its log as it comes."""
+    """`poc-kernels serve` on a free port, in a process group of its own; its log as it comes, unless `deaf`."""
 
-    def __init__(self, model_dir: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "poc_kernels.cli", "serve", "--model", str(model_dir), "--served-name", NAME]
+    def __init__(self, model_dir: Path, *arguments: str, max_descriptors: int | None = None) -> None:
+        limited = [] if max_descriptors is None else ["prlimit", f"--nofile={max_descriptors}"]
+        command = [
+            *limited,
+            sys.executable,
+            "-m",
+            "poc_kernels.cli",
+            "serve",
+            "--model",
+            str(model_dir),
+            "--served-name",
+            NAME,
+        ]
         packages = os.pathsep.join([str(Path(poc_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         self.popen = subprocess.Popen(
             [*command, "--port", "0", "--device", "cpu", "--temperature", "0", *arguments],
@@ -52,6 +63,7 @@ class Process:
         self.log: list[str] = []
         self._url = ""
         self._listens = threading.Event()
+        self.deaf = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -62,6 +74,8 @@ class Process:
             if found := re.search(r"listening\W.*port\W+([0-9]+)", line):
                 self._url = f"http://127.0.0.1:{found[1]}"
                 self._listens.set()
+            if self.deaf.is_set():
+                self.popen.wait(TIMEOUT)
 
     def url(self) -> str:
         """Where it listens, once it does."""
@@ -91,7 +105,8 @@ class Process:
 
 
 ARGUMENTS = {
-    "idle": (),
+    "deaf": ("--log-level", "debug"),
+    "idle": ("--head-seconds", "3600"),
     "generating": ("--drain-seconds", "0.05"),
     "validating": ("--shutdown-seconds", "0.5", "--max-new-tokens", "4000"),
     "stopped": ("--shutdown-seconds", "2", "--log-format", "text"),
@@ -101,7 +116,10 @@ ARGUMENTS = {
 @pytest.fixture(scope="module")
 def processes(model_dir: Path) -> Iterator[dict[str, Process]]:
     """A process for each state, all started at once."""
-    processes = {name: Process(model_dir, *arguments) for name, arguments in ARGUMENTS.items()}
+    limits = {"idle": 64}
+    processes = {
+        name: Process(model_dir, *arguments, max_descriptors=limits.get(name)) for name, arguments in ARGUMENTS.items()
+    }
     yield processes
     for process in processes.values():
         process.kill()
@@ -129,6 +147,35 @@ class Chat:
         return [json.loads(line.removeprefix("data: ")) for line in self.lines[:-1]]
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_that_end_nothing(processes: dict[str, Process], number: signal.Signals) -> None:
+    process = processes["idle"]
+    with client(process.url()) as http:
+        streamed = Chat(http, 100)
+        process.popen.send_signal(number)
+        assert streamed.events()[-1]["choices"][0]["finish_reason"] == "length"
+        assert http.get("/health").status_code == 200
+    assert process.popen.poll() is None
+
+
+def test_more_clients_than_descriptors(processes: dict[str, Process]) -> None:
+    process = processes["idle"]
+    address = ("127.0.0.1", int(process.url().rpartition(":")[2]))
+    with contextlib.ExitStack() as clients, client(process.url()) as http:
+        for _ in range(200):
+            silent = clients.enter_context(socket.create_connection(address, TIMEOUT))
+            with contextlib.suppress(OSError):
+                silent.sendall(b"GET /health HTTP/1.1\r\nHost: x")
+        for _ in range(5):
+            assert http.get("/health").status_code == 200
+            http.close()
+            http = clients.enter_context(client(process.url()))
+        metrics = http.get("/metrics").text
+    assert float(re.findall(r"^poc_connections (\S+)", metrics, re.MULTILINE)[0]) <= 32
+    assert float(re.findall(r'^poc_gate_refusals_total{reason="connections"} (\S+)', metrics, re.MULTILINE)[0]) > 100
+    assert sum(len(line) for line in process.log) < 100_000
+
+
 def test_sigterm_idle(processes: dict[str, Process]) -> None:
     process = processes["idle"]
     with client(process.url()) as http:
@@ -139,6 +186,20 @@ def test_sigterm_idle(processes: dict[str, Process]) -> None:
     assert {"node started", "node closed"} <= {record["message"] for record in records}
     assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
     assert {record["level"] for record in records} <= {"INFO", "WARNING"}
+
+
+def test_a_log_that_is_not_read_stops_nothing(processes: dict[str, Process]) -> None:
+    process = processes["deaf"]
+    with client(process.url()) as http:
+        process.deaf.set()
+        begin(http, "validate", r_target=0.01)
+        for nonce in range(100):  # each is fraud, and a warning of 1 KB
+            answer = http.post(f"{POW}/validate", json=claim([nonce], [0.001], public_key="k" * 1000))
+            assert answer.json()["fraud_detected"] is True
+        assert http.get("/health").status_code == 200
+        assert process.popen.poll() is None
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(TIMEOUT) == 0
 
 
 def test_sigterm_while_generating_lets_a_paused_stream_finish(processes: dict[str, Process]) -> None:
@@ -187,7 +248,8 @@ def test_sigint_when_stopped_does_not_wait_for_a_dead_receiver(processes: dict[s
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """The signal handlers of this process are afterwards what they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 
-from poc_kernels.node.settings import OPTIONS, SECRETS, Settings, described, table
+from poc_kernels.engines.transformers import openai_app
+from poc_kernels.node import logs, node, server
+from poc_kernels.node.settings import LIMITS, OPTIONS, SECRETS, Settings, described, table
+from poc_kernels.protocol import checks, config
+from poc_kernels.service import gate
 
 README = Path(__file__).parents[2] / "README.md"
+OPERATING = README.parent / "docs" / "operating.md"
 FIELDS = dataclasses.fields(Settings)
 NUMBERS = [field.name for field in FIELDS if field.type in ("int", "float", "int | None")]
 SECONDS = [name for name in NUMBERS if name.endswith("_seconds") and name != "retry_after_seconds"]
@@ -59,6 +66,7 @@ def test_numbers_must_be_finite(name: str, value: float) -> None:
         ({"kv_memory": 1.0}, r"kv_memory must be in \(0, 1\), got 1.0"),
         ({"token": ""}, "token must not be empty"),
         ({"callback_key": ""}, "callback_key must not be empty"),
+        ({"token": "a\nb"}, "token must be printable text, which a header can carry$"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
@@ -131,6 +139,7 @@ def test_a_boolean_s_option_reverses_it() -> None:
     assert {name: row[:2] for name, row in shown.items()} == {
         "cuda_graphs": ("--no-cuda-graphs", "off"),
         "random_projection": ("--random-projection", "off"),
+        "guard_metrics": ("--guard-metrics", "off"),
     }
     assert shown["cuda_graphs"][2].startswith("do not replay")
 
@@ -142,12 +151,47 @@ def rows(text: str) -> list[list[str]]:
     return [row for row in cells if not all(set(cell) <= set("-:") for cell in row)]
 
 
-def test_readme_has_the_table() -> None:
-    _, begun, after = README.read_text().partition("<!-- settings: begin")
-    block, ended, _ = after.partition("<!-- settings: end -->")
+def between(page: Path, name: str) -> str:
+    """What a page has between the two comments of a table."""
+    _, begun, after = page.read_text().partition(f"<!-- {name}: begin")
+    block, ended, _ = after.partition(f"<!-- {name}: end -->")
     assert begun
     assert ended
-    assert rows(block) == rows(table()), "README's table is what python -m poc_kernels.node.settings prints"
+    return block
+
+
+def test_readme_has_the_table() -> None:
+    printed = rows(table())
+    assert rows(between(README, "settings")) == printed, "it is what python -m poc_kernels.node.settings prints"
+
+
+def test_the_documentation_has_every_limit() -> None:
+    printed = rows(table(LIMITS))
+    assert rows(between(OPERATING, "limits")) == printed, "it is what python -m poc_kernels.node.settings limits prints"
+    assert {"max_in_flight", "body_seconds", "callback_nonces", "max_connections"} <= {each.name for each in LIMITS}
+
+
+def test_the_documentation_has_the_limits_without_a_setting() -> None:
+    fixed = dict(rows(OPERATING.read_text().partition("What no setting changes:")[2].partition("##")[0])[1:])
+    assert list(fixed.values()) == [
+        str(h11.Connection(h11.SERVER)._max_incomplete_event_size),
+        str(gate._MAX_SMALL_BODY),
+        str(openai_app._MAX_REQUEST_ID_LENGTH),
+        str(server._BACKLOG),
+        str(config.MAX_BATCH_SIZE),
+        str(config.MAX_SEQ_LEN),
+        str(node._MAX_LOGITS),
+        f"{checks._MAX_TEXT}, {checks._MAX_URL}",
+        f"{logs._LAST_SECONDS:g}",
+    ]
+
+
+def test_readme_s_command_sets_a_token_that_can_be_used_and_guessed_by_nobody() -> None:
+    (line,) = re.findall(r"^export POC_KERNELS_TOKEN=.*$", README.read_text(), re.MULTILINE)
+    command = ["bash", "-c", f'{line}\nprintf %s "$POC_KERNELS_TOKEN"']
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first != second
+    assert len(Settings(model="m", token=first).token or "") >= 24
 
 
 def test_the_table_has_a_row_of_three_cells_per_setting() -> None:

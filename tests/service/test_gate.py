@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from web import TIMEOUT
 
-from poc_kernels.service import gate as gate_module
-from poc_kernels.service.gate import Gate, GateRules, under
+from poc_kernels.service.gate import Gate, GateRules, Shares, body_done, under
 from poc_kernels.service.settings import ServiceSettings
 
 USER, POW, OTHER = "/v1/chat/completions", "/api/v1/pow/validate", "/health"
@@ -250,9 +249,53 @@ def test_a_user_that_leaves_ends_the_work_unless_the_answer_has_begun(begun: boo
     assert front.in_flight == 0
 
 
-def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_PLACES", 8)
+def test_shares() -> None:
+    shares = Shares(10)
+    assert shares.take("a", 6)  # the first of a client may be more than it leaves
+    assert not shares.take("a", 1)
+    assert not shares.take("b", 5)
+    assert shares.take("b", 2)
+    assert not shares.take("b", 1)  # it would have 3 and leave 1
+    assert shares.take("c", 1)
+    assert shares.take("c", 1, held=1)  # more for its only one
+    assert not shares.take("d", 1)
+    assert shares.take("d", 0)
+    assert shares.total == 10
+    shares.give_back("a", 6)
+    assert shares.total == 4
+    assert shares.take("b", 2)
+    for client, amount in [("b", 4), ("c", 2)]:
+        shares.give_back(client, amount)
+    assert (shares.total, shares._taken) == (0, {})
 
+
+# ---- bodies that come slowly, and many ----
+
+
+@pytest.mark.parametrize("path", [USER, POW])
+def test_bodies_that_do_not_come_hold_no_places(path: str) -> None:
+    async def run() -> None:
+        app = Echo()
+        front = gate(app, max_in_flight=2)
+        slow = [Client(front, path, []) for _ in range(50)]
+        speaking = [asyncio.create_task(client.speak()) for client in slow]
+        for client in slow:
+            client.arriving.put_nowait({"type": "http.request", "body": b"1", "more_body": True})
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert front.in_flight == 0
+        assert (await Client(front, path, [b"whole"]).speak()).status == 200
+        slow[0].arriving.put_nowait({"type": "http.request", "body": b"2", "more_body": False})
+        assert (await speaking[0]).body == b"12"
+        for client in slow[1:]:
+            client.arriving.put_nowait({"type": "http.disconnect"})
+        await asyncio.gather(*speaking)
+        assert app.bodies == [b"whole", b"12"]
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def test_no_client_s_bodies_take_the_memory_of_others() -> None:
     async def run() -> None:
         release = asyncio.Event()
 
@@ -260,53 +303,78 @@ def test_no_client_takes_the_room_of_others(monkeypatch: pytest.MonkeyPatch) -> 
             await release.wait()
             return body
 
-        app = Echo(wait)
-        front = gate(app)
-
-        async def ask(of: str) -> tuple[str, int]:
-            return of, (await Client(front, POW, [b"proof"], of=of).speak()).status
-
-        asked = []
-        for of in "aaaaabbbcaa":
-            asked.append(asyncio.create_task(ask(of)))
+        app, reasons = Echo(wait), []
+        front = gate(app, max_in_flight=100, max_bodies_bytes=40, refused=reasons.append)
+        begun = [Client(front, USER, [], of="a") for _ in range(3)]  # of each, 9 bytes have come, and no more do
+        begun += [Client(front, POW, [], of="a")]  # of users and of the chain together
+        speaking = [asyncio.create_task(client.speak()) for client in begun]
+        for client in begun:
+            client.arriving.put_nowait({"type": "http.request", "body": b"x" * 9, "more_body": True})
             for _ in range(10):
                 await asyncio.sleep(0)
+        refused = [client for client in begun if client.sent]
+        assert [(client.status, client.headers[b"connection"]) for client in refused] == [(429, b"close")] * 2
+        assert refused[0].error["message"].startswith("at most 40 bytes of bodies are held at once, of one client no")
+        assert json.loads(refused[1].body).keys() == {"detail"}
+        assert reasons == ["overloaded"] * 2
+        other = asyncio.create_task(Client(front, USER, [b"x" * 10], of="b").speak())
+        while not app.bodies:
+            await asyncio.sleep(0)
         release.set()
-        served = [of for of, status in await asyncio.gather(*asked) if status == 200]
-        assert served == list("aaaabbc")
-        assert [status for _, status in await asyncio.gather(*(ask("a") for _ in range(4)))] == [200] * 4
+        assert (await Client(front, OTHER, [b""], of="c").speak()).status == 200
+        assert (await other).status == 200
+        for client in begun[:2]:
+            client.arriving.put_nowait({"type": "http.disconnect"})
+        await asyncio.gather(*speaking)
+        assert [(await Client(front, USER, [b"x" * 10], of="a").speak()).status for _ in range(5)] == [200] * 5
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
 
 
-def test_so_many_large_bodies_at_once_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_PLACES", 2)
-
+@pytest.mark.parametrize("early", [False, True])
+def test_bodies_are_held_until_they_are_answered_or_not_needed(early: bool) -> None:
     async def run() -> None:
-        release = asyncio.Event()
+        release, begun = asyncio.Event(), asyncio.Event()
 
-        async def wait(body: bytes) -> bytes:
-            if body:
-                await release.wait()
-            return body
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            if early:
+                body_done(scope)
+            begun.set()
+            await release.wait()
+            body_done(scope)  # again: nothing more is given back
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
 
-        app, reasons = Echo(wait), []
-        front = gate(app, refused=reasons.append)
-        waiting = [asyncio.create_task(Client(front, POW, [b"proof"], of=str(i)).speak()) for i in range(2)]
-        while len(app.bodies) < 2:
+        front = gate(app, max_bodies_bytes=20)
+        waiting = [asyncio.create_task(Client(front, POW, [b"x" * 6, b"x" * 6], of="a").speak())]
+        await begun.wait()
+        others = [asyncio.create_task(Client(front, POW, [b"x" * 10], of="a").speak()) for _ in range(100)]
+        for _ in range(10):
             await asyncio.sleep(0)
-        for path in (POW, "/api/v1/pow/init", "/api/v1/pow/init/generate"):
-            refused = await Client(front, path, [b"proof"]).speak()
-            assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
-            assert json.loads(refused.body)["detail"].startswith("at most 2 requests are served at once")
-        assert reasons == ["overloaded"] * 3
+        assert [task.done() for task in others] == [not early] * 100
+        release.set()
+        assert {client.status for client in await asyncio.gather(*others)} == {200 if early else 429}
+        assert [client.status for client in await asyncio.gather(*waiting)] == [200]
+        assert (await Client(front, POW, [b"x" * 20], of="a").speak()).status == 200
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def test_routes_without_bodies_are_answered_whatever_is_held() -> None:
+    async def run() -> None:
+        front = gate(Echo(), max_bodies_bytes=10)
+        slow = Client(front, POW, [], of="b")
+        slow.arriving.put_nowait({"type": "http.request", "body": b"x" * 10, "more_body": True})
+        speaking = asyncio.create_task(slow.speak())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        refused = await Client(front, POW, [b"proof"]).speak()
+        assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
         for path in ("/api/v1/pow/stop", "/api/v1/pow/phase/validate", "/api/v1/pow/status", OTHER, "/metrics"):
             assert (await Client(front, path).speak()).status == 200
-        asks = Client(front, f"{POW}/a-verdict-s-id")
-        asks.scope["method"] = "GET"
-        assert (await asks.speak()).status == 200
-        release.set()
-        assert [client.status for client in await asyncio.gather(*waiting)] == [200, 200]
+        slow.arriving.put_nowait({"type": "http.disconnect"})
+        await speaking
         assert (await Client(front, POW, [b"proof"]).speak()).status == 200
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
@@ -346,7 +414,7 @@ def test_so_many_users_at_once_and_no_more() -> None:
 
         app, reasons = Echo(wait), []
         front = gate(app, refused=reasons.append)
-        served = [asyncio.create_task(Client(front, USER).speak()) for _ in range(2)]
+        served = [asyncio.create_task(Client(front, USER, of=of).speak()) for of in "ab"]
         while len(app.bodies) < 2:
             await asyncio.sleep(0)
         assert front.in_flight == 2
@@ -359,6 +427,31 @@ def test_so_many_users_at_once_and_no_more() -> None:
         assert [client.status for client in await asyncio.gather(*served, other)] == [200] * 3
         assert front.in_flight == 0
         assert (await Client(front, USER).speak()).status == 200
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def test_no_user_takes_the_places_of_others() -> None:
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def wait(body: bytes) -> bytes:
+            await release.wait()
+            return body
+
+        front = gate(Echo(wait), max_in_flight=8)
+
+        async def ask(of: str) -> tuple[str, int]:
+            return of, (await Client(front, USER, of=of).speak()).status
+
+        asked = []
+        for of in "aaaaaabbbcaa":
+            asked.append(asyncio.create_task(ask(of)))
+            for _ in range(10):
+                await asyncio.sleep(0)
+        release.set()
+        assert [of for of, status in await asyncio.gather(*asked) if status == 200] == list("aaaabbc")
+        assert front.in_flight == 0
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
 
@@ -435,6 +528,90 @@ def test_the_token(given: dict[str, str | bytes], status: int) -> None:
     user, health = Client(front, USER), Client(front, OTHER)
     speak(user, health)
     assert (user.status, health.status) == (200, 200)
+
+
+@pytest.mark.parametrize("token", ["abc", " abc\t", "abc\n", "\r\nabc\r\n"])
+def test_blanks_around_the_token_are_no_part_of_it(token: str) -> None:
+    front = gate(Echo(), token=token)
+    right, wrong = Client(front, POW, authorization="Bearer abc"), Client(front, POW, authorization="Bearer ab")
+    speak(right, wrong)
+    assert (right.status, wrong.status) == (200, 401)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/openapi.json", "/docs", "/another", POW])
+def test_the_token_can_be_asked_for_elsewhere(path: str) -> None:
+    for guard, status in ((False, 401 if path == POW else 200), (True, 401)):
+        front = gate(Echo(), token="abc", guard_metrics=guard)
+        stranger, scraper = Client(front, path), Client(front, path, authorization="Bearer abc")
+        user, health = Client(front, USER), Client(front, OTHER)
+        speak(stranger, scraper, user, health)
+        assert stranger.status == status
+        assert (scraper.status, user.status, health.status) == (200, 200, 200)
+
+
+# ---- HEAD, and web pages of other origins ----
+
+
+@pytest.mark.parametrize("path", [OTHER, "/metrics", "/v1/models", "/api/v1/pow/status"])
+def test_head_is_answered_as_get_without_the_body(path: str) -> None:
+    methods = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        methods.append(scope["method"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"an", "more_body": True})
+        await send({"type": "http.response.body", "body": b"sw"})
+
+    client = Client(gate(app), path)
+    client.scope["method"] = "HEAD"
+    speak(client)
+    assert methods == ["GET"]
+    assert (client.status, client.headers[b"content-length"], client.body) == (200, b"4", b"")
+    assert not client.sent[-1].get("more_body", False)
+
+
+def test_a_head_that_is_refused_has_no_body_either() -> None:
+    client = Client(gate(Echo(), closed=lambda: CLOSED), "/v1/models")
+    client.scope["method"] = "HEAD"
+    speak(client)
+    assert (client.status, client.headers[b"retry-after"], client.body) == (503, b"7", b"")
+
+
+def preflight(front: Gate, origin: str) -> Client:
+    client = Client(
+        front,
+        USER,
+        origin=origin,
+        access_control_request_method="POST",
+        access_control_request_headers="authorization, content-type",
+    )
+    client.scope["method"] = "OPTIONS"
+    speak(client)
+    return client
+
+
+@pytest.mark.parametrize("origin", ["https://a.example", "http://localhost:3000"])
+def test_web_pages_of_allowed_origins_may_call(origin: str) -> None:
+    app = Echo()
+    front = gate(app, allowed_origins="https://a.example,http://localhost:3000", token="abc", closed=lambda: CLOSED)
+    asked = preflight(front, origin)
+    assert (asked.status, asked.headers[b"access-control-allow-origin"]) == (200, origin.encode())
+    assert b"authorization" in asked.headers[b"access-control-allow-headers"]
+    refused, stranger = Client(front, USER, origin=origin), Client(front, OTHER, origin="https://b.example")
+    speak(refused, stranger)
+    assert (refused.status, refused.headers[b"access-control-allow-origin"]) == (503, origin.encode())
+    assert b"Retry-After" in refused.headers[b"access-control-expose-headers"]
+    assert b"access-control-allow-origin" not in stranger.headers
+    assert preflight(front, "https://b.example").status == 400
+
+
+def test_all_origins_can_be_allowed_and_by_default_none_is() -> None:
+    everyone = preflight(gate(Echo(), allowed_origins="*"), "https://b.example")
+    assert (everyone.status, everyone.headers[b"access-control-allow-origin"]) == (200, b"*")
+    app = Echo()
+    nobody = preflight(gate(app), "https://b.example")
+    assert b"access-control-allow-origin" not in nobody.headers
+    assert app.scopes == ["http"]  # it is the app's, like every method
 
 
 # ---- what is not HTTP ----

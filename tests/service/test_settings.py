@@ -20,6 +20,7 @@ def test_every_setting_has_a_variable() -> None:
         field.name: {"bool": True, "int": 7, "float": 0.25}.get(str(field.type), "paced")
         for field in dataclasses.fields(ServiceSettings)
     }
+    given["allowed_origins"] = "https://a.example,http://localhost:3000"
     environ = {f"POC_KERNELS_{name.upper()}": str(value) for name, value in given.items()}
     assert dataclasses.asdict(ServiceSettings.from_environment(environ)) == given
 
@@ -47,6 +48,15 @@ def test_booleans(text: str, value: bool) -> None:
         ("validation_share", "1", r"must be in \(0, 1\), got 1.0"),
         ("validation_pacing", "held", "must be auto, paced or free, got held"),
         ("token", "", "must not be empty; leave it out for none"),
+        ("token", " \n", "must not be empty; leave it out for none"),
+        ("token", "a\nb", "must be printable text, which a header can carry"),
+        ("token", "a\x7f", "must be printable text, which a header can carry"),
+        ("token", "a\udcff", "must be printable text, which a header can carry"),
+        ("allowed_origins", "", r"must be \* or origins such as https://example.org, separated by commas, got "),
+        ("allowed_origins", "a.example", r"must be \* or origins such as .*, got a.example"),
+        ("allowed_origins", "https://a.example/", r"must be \* or origins such as .*, got https://a.example/"),
+        ("allowed_origins", "https://*.example", r"must be \* or origins such as .*, got https://\*.example"),
+        ("allowed_origins", "https://a.example,*", r"must be \* or origins such as .*, got https://a.example,\*"),
         ("callback_key", "", "must not be empty; leave it out for none"),
     ],
 )
@@ -64,3 +74,9 @@ def test_a_subclass_reads_its_own_settings_too() -> None:
     assert type(settings) is Plain
     assert settings.token == "secret"
     assert "secret" not in repr(settings)
+
+
+def test_to_guard_the_metrics_takes_a_token() -> None:
+    with pytest.raises(ValueError, match=r"^guard_metrics must come with a token, got none$"):
+        ServiceSettings(guard_metrics=True)
+    assert ServiceSettings(guard_metrics=True, token="secret").guard_metrics
