@@ -114,8 +114,10 @@ class Rig:
         found = []
         with self.streams.validation(), turn:
             for number in range(batches):
-                verdicts = [verdict for verdict in self.manager.validation(claim(number), pause) if verdict is not None]
-                found += [verdict.dist for verdict in verdicts]
+                validation = self.manager.validation(claim(number))
+                while validation.left:
+                    self.manager.recompute([(validation, min(validation.left, CONFIG.batch_size))], pause)
+                found.append(self.manager.verdict(validation).dist)
         return found
 
     def expected(self, batches: int) -> list[list[float]]:

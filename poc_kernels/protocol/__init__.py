@@ -8,7 +8,7 @@ from .engine import Engine
 from .form import ProofForm
 from .honesty import probability_honest
 from .inputs import nonce_inputs
-from .prover import Outcomes, Prover
+from .prover import Outcomes, Prover, Row
 from .round import BatchReport, PoCManager, Round, Validation
 from .states import IllegalTransitionError, PoCState, RoundEndedError
 
@@ -27,6 +27,7 @@ __all__ = [
     "Prover",
     "Round",
     "RoundEndedError",
+    "Row",
     "ValidatedBatch",
     "Validation",
     "nonce_inputs",

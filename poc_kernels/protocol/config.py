@@ -12,6 +12,8 @@ UNSET = -1
 MAX_BATCH_SIZE = 4096
 MAX_SEQ_LEN = 2**20
 _MAX_NODES = 2**31
+MAX_NODE_ID = 2**62
+"""So that nonces stay in [0, 2**63)."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,10 @@ class PoCConfig:
         block_hash: the block that seeds inputs, permutations, target and projections.
         block_height: its height, carried into every batch.
         public_key: the node's key; its nonces' inputs depend on it.
-        r_target: a nonce is valid if its distance, in [0, 2], is below this.
+        r_target: a nonce is valid if its distance, in [0, 2], is below this positive number.
         fraud_threshold: a batch is fraud if an honest node sends one like it with a probability below this.
-        node_id, node_count: this node is number node_id of node_count (of its group); `UNSET` both for a validator.
-            At most 2**31 nodes over all groups.
+        node_id, node_count: this node is number node_id of node_count (of its group), whether a network counts from 0
+            or from 1; `UNSET` both for a validator. At most 2**31 nodes over all groups.
         batch_size: rows of every forward, whatever the number of nonces in it.
         seq_len: positions of every input.
         callback_url: where proofs and verdicts are posted, http or https, without a fragment. ``/generated`` and
@@ -56,21 +58,21 @@ class PoCConfig:
         check_int("block_height", self.block_height, 0, MAX_NONCE)
         check_text("public_key", self.public_key)
         check_float("r_target", self.r_target)
-        if not 0 < self.r_target <= 2:
-            raise ValueError(f"r_target must be in (0, 2], the range of distances, got {self.r_target}")
+        if not self.r_target > 0:
+            raise ValueError(f"r_target must be positive, got {self.r_target}")
         check_float("fraud_threshold", self.fraud_threshold)
         if not 0 <= self.fraud_threshold <= 1:
             raise ValueError(f"fraud_threshold must be a probability in [0, 1], got {self.fraud_threshold}")
         check_int("n_groups", self.n_groups, 1, _MAX_NODES)
         check_int("group_id", self.group_id, 0, self.n_groups - 1)
         check_int("node_count", self.node_count, UNSET, _MAX_NODES)
-        check_int("node_id", self.node_id, UNSET, _MAX_NODES)
+        check_int("node_id", self.node_id, UNSET, MAX_NODE_ID)
         if (self.node_id == UNSET) != (self.node_count == UNSET):
             raise ValueError(
-                f"node_id and node_count must be set together, got node_id {self.node_id}, node_count {self.node_count}"
+                f"Node ID and node count must be set together: got node_id {self.node_id}, node_count {self.node_count}"
             )
-        if self.node_count != UNSET and not 0 <= self.node_id < self.node_count:
-            raise ValueError(f"node_id must be in [0, node_count {self.node_count}), got {self.node_id}")
+        if self.node_count == 0:
+            raise ValueError("node_count must be positive, or -1 with node_id for a validator, got 0")
         if self.node_count * self.n_groups > _MAX_NODES:
             raise ValueError(
                 f"node_count * n_groups must be at most {_MAX_NODES}, so that nonces stay in [0, 2**63), "
@@ -90,6 +92,9 @@ class PoCConfig:
             ValueError: node_id and node_count are not set.
         """
         if self.node_count == UNSET:
-            raise ValueError(f"node_id and node_count must be set to generate, got {self.node_id}, {self.node_count}")
+            raise ValueError(
+                "Node ID and node count must be set to generate: "
+                f"got node_id {self.node_id}, node_count {self.node_count}"
+            )
         offset = self.node_id + self.group_id * self.node_count
         return offset + index * self.node_count * self.n_groups

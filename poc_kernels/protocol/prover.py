@@ -11,11 +11,18 @@ from .engine import never
 from .form import ProofForm
 
 
+class Row(NamedTuple):
+    """A row of a forward: a nonce of a node."""
+
+    public_key: str
+    nonce: int
+
+
 class Outcomes(NamedTuple):
-    """What a prover computed for some nonces."""
+    """What a prover computed for the rows of a forward."""
 
     values: list[Any]
-    """One per nonce, in their order; what they are is the proof form's to say."""
+    """One per row, in their order; what they are is the proof form's to say."""
     part_seconds: Mapping[str, float]
     """Seconds of each of the form's parts. Pauses do not count; on a CPU, other programs on its cores do."""
 
@@ -23,7 +30,7 @@ class Outcomes(NamedTuple):
 class Prover(Protocol):
     """Computes proofs of one form on the weights that serve users: in this process, or wherever its engine runs.
 
-    Called from one thread at a time. Outcomes depend neither on their place in a batch nor on its other nonces.
+    Called from one thread at a time. An outcome depends neither on the place of its row nor on the other rows.
     """
 
     form: ProofForm
@@ -36,12 +43,11 @@ class Prover(Protocol):
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if it cannot prove a round of this configuration."""
 
-    def prove(self, config: PoCConfig, public_key: str, nonces: Sequence[int], pause: Pause = never) -> Outcomes:
+    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never) -> Outcomes:
         """Compute the outcomes of one forward.
 
         Args:
-            config: the round; every forward of a round has the same shape, whatever the number of nonces.
-            public_key: the node whose nonces they are.
-            nonces: 1 to batch_size.
+            config: the round; every forward of a round has the same shape, whatever the number of rows.
+            rows: 1 to batch_size, of one node or of several.
             pause: called between two slices of the work; what it raises ends the work and comes through.
         """

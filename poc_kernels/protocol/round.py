@@ -6,21 +6,20 @@ There is no tensor here, and nothing of an engine or a server.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .engine import never
-from .prover import Outcomes, Prover
+from .prover import Outcomes, Prover, Row
 from .states import PHASES, IllegalTransitionError, PoCState, RoundEndedError
 
 logger = logging.getLogger("poc_kernels")
-
-_VALIDATING_STATES = (PoCState.IDLE, *PHASES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Round:
 
     config: PoCConfig
     ended: bool = False
-    """Whether it was stopped or another one begun: nothing more is computed for it."""
+    """Whether it was stopped or another one begun: what was under way then is thrown away."""
     tried: int = 0
     generating_since: float | None = None
     generated_seconds: float = 0.0
@@ -60,26 +59,37 @@ class Round:
         return self.generated_seconds + (0.0 if since is None else time.monotonic() - since)
 
 
-class Validation(Iterator[Any]):
-    """A proof that is being validated: gives None after each forward except the last, then the verdict.
+@dataclasses.dataclass(eq=False)
+class Validation:
+    """A proof that is being validated. Whoever schedules the device decides which forwards recompute its nonces.
 
-    Whoever schedules the device decides when each forward runs. The proof belongs to ``round``, however late its
-    forwards are.
+    Args:
+        round: the one that the proof belongs to, however late its forwards are.
+        proof: what a node claims.
+        outcomes: those recomputed so far, of the first nonces of the proof. `PoCManager.recompute` alone adds to them.
     """
 
-    def __init__(self, of: Round, forwards: Iterator[Any]) -> None:
-        self.round = of
-        self._forwards = forwards
+    round: Round
+    proof: Any
+    outcomes: list[Any] = dataclasses.field(default_factory=list)
 
-    def __next__(self) -> Any:
-        return next(self._forwards)
+    @property
+    def left(self) -> int:
+        """Nonces that are still to be recomputed."""
+        return len(self.proof) - len(self.outcomes)
+
+    def rows(self, count: int) -> list[Row]:
+        """Return the rows of the next ``count`` nonces."""
+        done = len(self.outcomes)
+        return [Row(self.proof.public_key, nonce) for nonce in self.proof.nonces[done : done + count]]
 
 
 class PoCManager:
     """Runs the rounds of a node on a prover.
 
-    States: `PoCState`. `init_round` and `start_round` begin a round from IDLE or STOPPED, `set_phase` goes between
-    the phases of a round, `stop_round` ends it. Methods may be called from any thread; forwards run one at a time.
+    States: `PoCState`. `init_round` and `start_round` begin a round, in place of the one that runs; `set_phase` goes
+    between the phases of a round, `stop_round` ends it. Methods may be called from any thread; forwards run one at a
+    time.
 
     Args:
         prover: what computes.
@@ -120,8 +130,10 @@ class PoCManager:
     def init_round(self, config: PoCConfig) -> None:
         """Begin a round in state IDLE: configured, no phase running.
 
+        What is being computed for another round is thrown away. Where a round of this very configuration was begun and
+        not stopped, nothing changes.
+
         Raises:
-            IllegalTransitionError: a phase of another round is running.
             ValueError: the configuration does not fit the prover.
         """
         self._begin(config, PoCState.IDLE)
@@ -129,8 +141,10 @@ class PoCManager:
     def start_round(self, config: PoCConfig, phase: PoCState = PoCState.GENERATING) -> None:
         """Begin a round in ``phase``, GENERATING or VALIDATING.
 
+        What is being computed for another round is thrown away. A round of this very configuration that was begun and
+        not stopped goes on, in this phase.
+
         Raises:
-            IllegalTransitionError: a phase of another round is running.
             ValueError: the configuration does not fit the prover, or lacks node_id and node_count to generate.
         """
         self._check_phase(phase)
@@ -142,14 +156,14 @@ class PoCManager:
         self.prover.check(config)
         self._check_can_enter(config, state)
         with self._lock:
-            if self._state in PHASES:
-                raise IllegalTransitionError(
-                    f"a round begins in state IDLE or STOPPED, the state is {self._state.value}"
-                )
-            if self._round is not None:
-                self._round.ended = True
-            self._round = Round(config)
-            self._enter(state)
+            current = self._round
+            if current is None or current.config != config or self._state == PoCState.STOPPED:
+                if current is not None:
+                    current.ended = True
+                self._round = Round(config)
+                self._enter(state)
+            elif state in PHASES:
+                self._enter(state)
         self._changed()
 
     def set_phase(self, phase: PoCState) -> None:
@@ -162,7 +176,7 @@ class PoCManager:
         self._check_phase(phase)
         with self._lock:
             if self._round is None:
-                raise IllegalTransitionError(f"phase {phase.value} needs a round, none was begun")
+                raise IllegalTransitionError(f"PoC not initialized: phase {phase.value} needs a round, none was begun")
             if self._state == PoCState.STOPPED:
                 raise IllegalTransitionError(f"phase {phase.value} needs a round, the state is {self._state.value}")
             self._check_can_enter(self._round.config, phase)
@@ -170,11 +184,12 @@ class PoCManager:
         self._changed()
 
     def stop_round(self) -> None:
-        """End the round. What is being computed is finished and thrown away. Idempotent."""
+        """End the round. What is being computed is thrown away; proofs that come later can still be validated."""
         with self._lock:
+            self._enter(PoCState.STOPPED)
             if self._round is not None:
                 self._round.ended = True
-            self._enter(PoCState.STOPPED)
+                self._round = dataclasses.replace(self._round, ended=False)
         self._changed()
 
     def _enter(self, state: PoCState) -> None:
@@ -231,13 +246,10 @@ class PoCManager:
         if state == PoCState.GENERATING:
             config.nonce(0)  # raises where the node does not know its place
 
-    def _current(self, doing: str, states: Sequence[PoCState]) -> Round:
+    def _generating(self) -> Round:
         with self._lock:
-            if self._round is None:
-                raise IllegalTransitionError(f"{doing} needs a round, none was begun")
-            if self._state not in states:
-                wanted = " or ".join(state.value for state in states)
-                raise IllegalTransitionError(f"{doing} needs state {wanted}, the state is {self._state.value}")
+            if self._round is None or self._state != PoCState.GENERATING:
+                raise IllegalTransitionError(f"run_batch needs state GENERATING, the state is {self._state.value}")
             return self._round
 
     # ---- work ----
@@ -253,7 +265,7 @@ class PoCManager:
 
     def advance(self, pause: Pause = never) -> tuple[PoCConfig, Any, Any]:
         """Return the round's configuration, the proof of `run_batch`, and the part of it that is valid."""
-        current = self._current("run_batch", (PoCState.GENERATING,))
+        current = self._generating()
         config = current.config
 
         def check() -> None:
@@ -263,7 +275,8 @@ class PoCManager:
         with self._compute_lock:
             first = current.tried
             nonces = [config.nonce(first + index) for index in range(config.batch_size)]
-            outcomes = self._prove(current, config.public_key, nonces, "generate", pause, check)
+            rows = [Row(config.public_key, nonce) for nonce in nonces]
+            outcomes = self._prove(current, rows, "generate", pause, check)
             with self._lock:
                 check()
                 current.tried = first + config.batch_size
@@ -277,60 +290,98 @@ class PoCManager:
                     del current.valid_nonces[:excess], current.valid_outcomes[:excess]
         return config, proof, valid
 
-    def validation(self, proof: Any, pause: Pause = never) -> Validation:
-        """Validate ``proof`` forward by forward, each of them slice by slice as ``pause`` lets it.
+    def validation(self, proof: Any) -> Validation:
+        """Return what `recompute` and `verdict` take to validate ``proof``.
 
         Raises:
-            IllegalTransitionError, TypeError, ValueError: by this call, as `validate`.
-            RoundEndedError: by the forwards, as `validate`.
+            IllegalTransitionError, TypeError, ValueError: as `validate`.
         """
-        current = self._current("validate", _VALIDATING_STATES)
+        current = self._round
+        if current is None:
+            raise IllegalTransitionError("No round configured: validate needs a round, none was begun")
         if not isinstance(proof, self._form.proof_type):
             raise TypeError(f"batch must be a {self._form.proof_type.__name__}, got {type(proof).__name__}")
         for name in ("block_hash", "block_height"):
             wanted, got = getattr(current.config, name), getattr(proof, name)
             if got != wanted:
-                raise ValueError(f"{name} of the batch must be the round's, {wanted!r}, got {got!r}")
-        return Validation(current, self._forwards(current, proof, pause))
+                mismatch = name.replace("_", " ").capitalize()
+                raise ValueError(
+                    f"{mismatch} mismatch: {name} of the batch must be the round's, {wanted!r}, got {got!r}"
+                )
+        return Validation(current, proof)
 
-    def _forwards(self, current: Round, proof: Any, pause: Pause) -> Iterator[Any]:
-        def check() -> None:
-            if current.ended:
-                raise RoundEndedError("the round ended while the batch was validated")
+    def recompute(self, shares: Sequence[tuple[Validation, int]], pause: Pause = never) -> None:
+        """Compute one forward for several validations of a round: rows do not depend on each other.
 
-        config = current.config
-        recomputed: list[Any] = []
-        for start in range(0, len(proof), config.batch_size):
-            if start > 0:
-                yield None
-            check()
-            nonces = proof.nonces[start : start + config.batch_size]
-            with self._compute_lock:
-                recomputed += self._prove(current, proof.public_key, nonces, "validate", pause, check)
-        check()
-        yield self._form.verdict(config, proof, recomputed)
-
-    def validate(self, proof: Any) -> Any:
-        """Recompute every nonce of ``proof`` and return the verdict. Allowed in every state of a round but STOPPED.
+        Args:
+            shares: each validation once, with how many of its next nonces to recompute; together 1 to batch_size.
+            pause: called between two slices of the forward.
 
         Raises:
-            IllegalTransitionError: no round was begun, or it was stopped.
+            ValueError: validations are of several rounds, or repeated, or have not that many nonces left.
+            RoundEndedError: the round ended meanwhile.
+        """
+        if len({validation for validation, _ in shares}) != len(shares):
+            raise ValueError(f"shares must have each validation once, got {len(shares)} shares with one repeated")
+        rounds = {validation.round for validation, _ in shares}
+        if len(rounds) != 1:
+            raise ValueError(f"shares must be of one round, got {len(rounds)}")
+        (current,) = rounds
+        total = sum(count for _, count in shares)
+        if not all(0 < count <= validation.left for validation, count in shares) or total > current.config.batch_size:
+            got = [(count, validation.left) for validation, count in shares]
+            raise ValueError(
+                f"shares must have 1 to batch_size {current.config.batch_size} nonces, each at most what is left, "
+                f"got (nonces, left) {got}"
+            )
+        rows = [row for validation, count in shares for row in validation.rows(count)]
+        with self._compute_lock:
+            _check_validating(current)
+            computed = iter(self._prove(current, rows, "validate", pause, lambda: _check_validating(current)))
+            for validation, count in shares:
+                validation.outcomes += itertools.islice(computed, count)
+
+    def verdict(self, validation: Validation) -> Any:
+        """Return the verdict on a proof all of whose nonces were recomputed.
+
+        Raises:
+            ValueError: some were not.
+            RoundEndedError: the round ended meanwhile.
+        """
+        if validation.left:
+            raise ValueError(f"validation must have no nonces left to recompute, got {validation.left}")
+        _check_validating(validation.round)
+        return self._form.verdict(validation.round.config, validation.proof, validation.outcomes)
+
+    def validate(self, proof: Any) -> Any:
+        """Recompute every nonce of ``proof`` and return the verdict. A round that was stopped allows it too.
+
+        Raises:
+            IllegalTransitionError: no round was begun.
             TypeError: it is no proof of the prover's form.
             ValueError: the proof belongs to another block than the round.
             RoundEndedError: the round ended meanwhile.
         """
-        return next(verdict for verdict in self.validation(proof) if verdict is not None)
+        validation = self.validation(proof)
+        while validation.left:
+            self.recompute([(validation, min(validation.left, validation.round.config.batch_size))])
+        return self.verdict(validation)
 
-    def _prove(
-        self, current: Round, public_key: str, nonces: list[int], phase: str, pause: Pause, check: Callable[[], None]
-    ) -> list[Any]:
+    def _prove(self, current: Round, rows: list[Row], phase: str, pause: Pause, check: Callable[[], None]) -> list[Any]:
         def pause_and_check() -> None:
             pause()
             check()
 
-        outcomes: Outcomes = self.prover.prove(current.config, public_key, nonces, pause_and_check)
+        outcomes: Outcomes = self.prover.prove(current.config, rows, pause_and_check)
+        if len(outcomes.values) != len(rows):
+            raise RuntimeError(f"the prover must give {len(rows)} outcomes, one per row, got {len(outcomes.values)}")
         if self._observer is not None:
             seconds = dict(outcomes.part_seconds)
             valid = self._form.count_valid(current.config, outcomes.values)
             self._observer(BatchReport(phase, outcomes.values, valid, sum(seconds.values()), seconds))
         return outcomes.values
+
+
+def _check_validating(of: Round) -> None:
+    if of.ended:
+        raise RoundEndedError("the round ended while the batch was validated")

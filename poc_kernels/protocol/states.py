@@ -1,6 +1,6 @@
 """The states of a node's round.
 
-A round begins in IDLE or a phase, from IDLE or STOPPED; it goes between its phases, and ends in STOPPED.
+A round begins in IDLE or a phase, in place of the one before; it goes between its phases, and ends in STOPPED.
 """
 
 from __future__ import annotations

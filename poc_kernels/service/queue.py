@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import itertools
 import logging
 import math
 import threading
@@ -57,23 +58,23 @@ class ValidationJob:
     """A proof that is, was or will be validated. Its queue alone makes and changes it; read it from any thread.
 
     Args:
-        forwards: its forwards, and the round that it belongs to.
+        validation: the proof, and the round that it belongs to.
         submitter: who sent it.
-        nonces: number of nonces of the proof.
         keep: whether its outcome is kept for `ValidationQueue.get`.
         submitted, started, finished: seconds of ``time.monotonic()``; None until then.
         verdict, error: its outcome, one of the two.
         future: gets the outcome, once; a waiter cannot cancel it.
     """
 
-    forwards: Validation
+    validation: Validation
     submitter: str
-    nonces: int
     keep: bool
     submitted: float
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     state: JobState = JobState.QUEUED
     nonces_done: int = 0
+    alone: bool = False
+    """Whether it shares no forward any more: one that it shared failed, and none of the others is to fail for it."""
     started: float | None = None
     finished: float | None = None
     verdict: Any = None
@@ -83,15 +84,33 @@ class ValidationJob:
     def __post_init__(self) -> None:
         self.future.set_running_or_notify_cancel()
 
+    @classmethod
+    def judged(cls, validation: Validation, submitter: str, verdict: Any) -> ValidationJob:
+        """Return the job of a proof whose verdict needs no forward, done."""
+        now = time.monotonic()
+        job = cls(validation=validation, submitter=submitter, keep=False, submitted=now)
+        job.state, job.verdict, job.finished = JobState.DONE, verdict, now
+        job.future.set_result(verdict)
+        return job
+
     @property
     def round(self) -> Round:
         """The round that it belongs to."""
-        return self.forwards.round
+        return self.validation.round
+
+    @property
+    def nonces(self) -> int:
+        """Number of nonces of the proof."""
+        return len(self.validation.proof)
 
     @property
     def left(self) -> int:
-        """Places that it takes in the queue: nonces left to compute; 1 for a batch of none."""
-        return max(1, self.nonces) - self.nonces_done
+        """Nonces left to compute."""
+        return self.nonces - self.nonces_done
+
+
+Forward = list[tuple[ValidationJob, int]]
+"""The jobs that share a forward, each with how many of its next nonces; never empty."""
 
 
 @dataclasses.dataclass
@@ -103,38 +122,47 @@ class _Share:
 
 
 class ValidationQueue:
-    """Batches that wait to be validated, including the one in work. Thread-safe; no call blocks.
+    """Batches that wait to be validated, including those in work. Thread-safe; no call blocks.
 
     Forwards are given out in turn, one to each submitter that has something waiting; a submitter's own batches are
-    served first come, first served. A submitter with nothing waiting is admitted wherever its batch fits; one with
-    something waiting only while its share then is no larger than the room that it leaves to others.
+    served first come, first served. Rows that the submitter whose turn it is leaves free go to the others, in the order
+    of their turns, which they keep. A submitter with nothing waiting is admitted wherever its batch fits; one with
+    something waiting only while its share then is no larger than the room that it leaves to others, in nonces and in
+    batches.
 
     Args:
         max_nonces: maximum number of nonces waiting, and of nonces of finished jobs that are kept.
+        max_batches: maximum number of batches waiting, and of finished jobs that are kept.
         result_seconds: how long finished jobs are kept.
         ended: called once with every job that is done, failed or cancelled, before its future is set; in any thread.
             What it raises is logged.
 
     Raises:
-        ValueError: max_nonces is not positive, or result_seconds is not.
+        ValueError: max_nonces, max_batches or result_seconds is not positive.
     """
 
     def __init__(
-        self, max_nonces: int, result_seconds: float = 3600.0, ended: Callable[[ValidationJob], Any] = lambda job: None
+        self,
+        max_nonces: int,
+        max_batches: int = 4096,
+        result_seconds: float = 3600.0,
+        ended: Callable[[ValidationJob], Any] = lambda job: None,
     ) -> None:
-        if max_nonces < 1:
-            raise ValueError(f"max_nonces must be positive, got {max_nonces}")
+        for name, bound in (("max_nonces", max_nonces), ("max_batches", max_batches)):
+            if bound < 1:
+                raise ValueError(f"{name} must be positive, got {bound}")
         if not result_seconds > 0:
             raise ValueError(f"result_seconds must be positive, got {result_seconds}")
         self._max_nonces = max_nonces
+        self._max_batches = max_batches
         self._result_seconds = result_seconds
         self._ended = ended
         self._lock = threading.Lock()
         self._waiting: collections.OrderedDict[str, _Share] = collections.OrderedDict()  # the next to be served first
         self.batches = 0
-        """Batches waiting to be validated, including the one in work."""
+        """Batches waiting to be validated, including those in work."""
         self.nonces = 0
-        """Nonces waiting to be computed; a batch of none counts as one."""
+        """Nonces waiting to be computed."""
         self._latest: ValidationJob | None = None
         self._closed: str | None = None
         self._kept: dict[str, ValidationJob] = {}
@@ -149,7 +177,7 @@ class ValidationQueue:
         """Return the queue's numbers for GET /status.
 
         queued_batches, queued_nonces, submitters (that have something waiting), nonces_per_second (while there was
-        something to do), and running: id, nonces_done and nonces of the job served last; None if it ended.
+        something to do), and running: id, nonces_done and nonces of the job whose turn was last; None if it ended.
         """
         with self._lock:
             job = self._latest
@@ -171,75 +199,106 @@ class ValidationQueue:
 
     # ---- for submitters ----
 
-    def put(self, forwards: Validation, *, nonces: int, submitter: str, keep: bool = False) -> ValidationJob:
+    def put(self, validation: Validation, *, submitter: str, keep: bool = False) -> ValidationJob:
         """Queue a batch; the arguments are those of `ValidationJob`.
 
         Raises:
-            ValueError: more nonces than can ever wait.
+            ValueError: no nonces, or more than can ever wait.
             QueueFullError: there is no room now.
             RoundEndedError: the queue is closed.
         """
-        if nonces > self._max_nonces:
-            raise ValueError(f"a batch must have at most {self._max_nonces} nonces, got {nonces}")
+        nonces = validation.left
+        if not 1 <= nonces <= self._max_nonces:
+            raise ValueError(f"a batch must have at least 1 and at most {self._max_nonces} nonces, got {nonces}")
         with self._lock:
             if self._closed is not None:
                 raise RoundEndedError(self._closed)
             now = time.monotonic()
-            self._admit(max(1, nonces), nonces, submitter, now)
+            share = self._waiting.get(submitter, _Share())
+            self._admit("nonces", nonces, share.nonces, self.nonces, self._max_nonces, now)
+            self._admit("batches", 1, len(share.jobs), self.batches, self._max_batches, now)
             if self.batches == 0:
                 self._rate_until = now  # idle time is no part of the rate
-            job = ValidationJob(forwards=forwards, submitter=submitter, nonces=nonces, keep=keep, submitted=now)
-            share = self._waiting.setdefault(submitter, _Share())
+            job = ValidationJob(validation=validation, submitter=submitter, keep=keep, submitted=now)
+            self._waiting.setdefault(submitter, share)
             share.jobs.append(job)
-            share.nonces += job.left
-            self.nonces += job.left
+            share.nonces += nonces
+            self.nonces += nonces
             self.batches += 1
             if keep:
                 self._kept[job.id] = job
         return job
 
-    def _admit(self, places: int, nonces: int, submitter: str, now: float) -> None:
-        share = self._waiting.get(submitter)
-        own = 0 if share is None else share.nonces
-        over = self.nonces + places - self._max_nonces
-        unfair = own + self.nonces + 2 * places - self._max_nonces if own > 0 else 0
+    def _admit(self, what: str, count: int, own: int, waiting: int, limit: int, now: float) -> None:
+        """Raise a QueueFullError unless ``count`` more fit, fairly to who has not ``own`` of those that are waiting."""
+        over = waiting + count - limit
+        unfair = own + waiting + 2 * count - limit if own > 0 else 0
         if over <= 0 and unfair <= 0:
             return
-        # Every k nonces that are computed take k from what waits and 1 from what each of k submitters has waiting.
-        count = len(self._waiting)
-        until_fair = min(unfair * count / (count + 1), own * count)
-        retry_seconds = self._seconds_for(max(over, until_fair), now)
+        # Every k that are computed take k from what waits and 1 from what each of k submitters has waiting.
+        submitters = len(self._waiting)
+        until_fair = min(unfair * submitters / (submitters + 1), own * submitters)
+        nonces_each = self.nonces / waiting
+        retry_seconds = self._seconds_for(max(over, until_fair) * nonces_each, now)
         if over > 0:
-            message = f"at most {self._max_nonces} nonces can wait to be validated, {self.nonces} do, and {nonces} came"
+            message = f"at most {limit} {what} can wait to be validated, {waiting} do, and {count} came"
         else:
-            more = max(0, (self._max_nonces - own - self.nonces) // 2)
-            message = f"a submitter with {own} nonces waiting can add at most {more} now, and {nonces} came"
+            more = max(0, (limit - own - waiting) // 2)
+            message = f"a submitter with {own} {what} waiting can add at most {more} now, and {count} came"
         raise QueueFullError(message, retry_seconds)
 
     # ---- for whoever computes ----
 
-    def next(self) -> ValidationJob | None:
-        """Return the job whose next forward is to run, which `advance` or `finish` ends; None if nothing waits."""
+    def next(self) -> Forward | None:
+        """Return the forward that is to run next, which `computed` or `failed` ends; None if nothing waits."""
         with self._lock:
-            if not self._waiting:
+            jobs = (job for share in self._waiting.values() for job in share.jobs)
+            first = self._latest = next(jobs, None)
+            if first is None:
                 return None
-            job = self._latest = next(iter(self._waiting.values())).jobs[0]
-            if job.state == JobState.QUEUED:
-                job.started = time.monotonic()
-                job.state = JobState.RUNNING
-            return job
+            room = first.round.config.batch_size
+            forward: Forward = []
+            for job in [first] if first.alone else itertools.chain([first], jobs):
+                if job.round is first.round and job.alone == first.alone:
+                    forward.append((job, min(room, job.left)))
+                    room -= forward[-1][1]
+                    if room == 0:
+                        break
+            now = time.monotonic()
+            for job, _ in forward:
+                if job.state == JobState.QUEUED:
+                    job.started = now
+                    job.state = JobState.RUNNING
+            return forward
 
-    def advance(self, job: ValidationJob) -> None:
-        """Count a forward of ``job`` that was not its last; do nothing if the job was cancelled meanwhile."""
+    def computed(self, forward: Forward) -> list[ValidationJob]:
+        """Count the nonces of ``forward``; return the jobs that have none left, which `finish` ends.
+
+        Of a job that was cancelled meanwhile nothing is counted.
+        """
         with self._lock:
-            if job.state not in _WAITING:
-                return
-            computed = min(job.round.config.batch_size, job.nonces - job.nonces_done)
-            self._measure(computed)
-            job.nonces_done += computed
-            self._waiting[job.submitter].nonces -= computed
-            self.nonces -= computed
-            self._waiting.move_to_end(job.submitter)
+            waiting = [(job, nonces) for job, nonces in forward if job.state in _WAITING]
+            for job, nonces in waiting:
+                job.nonces_done += nonces
+                self._waiting[job.submitter].nonces -= nonces
+                self.nonces -= nonces
+            if waiting:
+                self._measure(sum(nonces for _, nonces in waiting))
+            self._end_turn(forward)
+            return [job for job, _ in waiting if job.left == 0]
+
+    def failed(self, forward: Forward, error: Exception) -> None:
+        """End the job that had ``forward`` alone with ``error``; those that shared it are each tried alone.
+
+        A `RoundEndedError` ends them all.
+        """
+        if len(forward) == 1 or isinstance(error, RoundEndedError):
+            for job, _ in forward:
+                self.finish(job, error)
+        with self._lock:
+            for job, _ in forward:
+                job.alone = True
+            self._end_turn(forward)
 
     def finish(self, job: ValidationJob, outcome: Any) -> bool:
         """End ``job``: DONE with its verdict, CANCELLED by a `RoundEndedError`, FAILED by any other error.
@@ -250,11 +309,7 @@ class ValidationQueue:
         with self._lock:
             if job.state not in _WAITING:
                 return False
-            if not isinstance(outcome, Exception):
-                self._measure(job.nonces - job.nonces_done)
             self._end(job, outcome)
-            if job.submitter in self._waiting:
-                self._waiting.move_to_end(job.submitter)
         self._notify(job)
         return True
 
@@ -277,6 +332,11 @@ class ValidationQueue:
 
     # ---- under the lock ----
 
+    def _end_turn(self, forward: Forward) -> None:
+        submitter = forward[0][0].submitter
+        if submitter in self._waiting:
+            self._waiting.move_to_end(submitter)
+
     def _end(self, job: ValidationJob, outcome: Any) -> None:
         share = self._waiting[job.submitter]
         share.jobs.remove(job)
@@ -292,21 +352,22 @@ class ValidationQueue:
             job.error = outcome
             job.state = JobState.CANCELLED if isinstance(outcome, RoundEndedError) else JobState.FAILED
         else:
-            job.verdict, job.nonces_done = outcome, job.nonces
+            job.verdict = outcome
             job.state = JobState.DONE
         if job.keep:
             self._results.append(job)
-            self._result_nonces += max(1, job.nonces)
+            self._result_nonces += job.nonces
             self._forget(job.finished)
 
     def _forget(self, now: float) -> None:
         while self._results:
             oldest = self._results[0]
             assert oldest.finished is not None
-            if self._result_nonces <= self._max_nonces and now - oldest.finished < self._result_seconds:
+            fit = len(self._results) <= self._max_batches and self._result_nonces <= self._max_nonces
+            if fit and now - oldest.finished < self._result_seconds:
                 return
             self._results.popleft()
-            self._result_nonces -= max(1, oldest.nonces)
+            self._result_nonces -= oldest.nonces
             del self._kept[oldest.id]
 
     def _measure(self, nonces: int) -> None:

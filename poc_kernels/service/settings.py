@@ -165,6 +165,7 @@ class ServiceSettings:
     max_bodies_bytes: int = setting(2**28, "maximum bytes of all bodies, half of it per client; more get 429", POSITIVE)
     body_seconds: float = setting(30.0, "seconds that a client has to send its body; then it gets 408", POSITIVE)
     max_queued_nonces: int = setting(100_000, "maximum nonces waiting to be validated; more get 429", POSITIVE)
+    max_queued_batches: int = setting(4096, "maximum batches waiting to be validated; more get 429", POSITIVE)
     result_seconds: float = setting(3600.0, "seconds for which verdicts are kept to be asked for", POSITIVE)
     max_proof_tokens: int = setting(65536, "maximum batch_size * seq_len of a round, in tokens", POSITIVE)
     # While users' steps compute, paced slices of validation wait, except for their guaranteed share. Free slices run at

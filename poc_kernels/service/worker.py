@@ -36,7 +36,7 @@ class ProofWorker:
         device: shared with users.
         callbacks: where proofs and verdicts go.
         metrics: told of slices, failures and frauds.
-        settings: of drain_seconds, stall_seconds, max_queued_nonces and result_seconds.
+        settings: of drain_seconds, stall_seconds, max_queued_nonces, max_queued_batches and result_seconds.
         clock: counts the seconds without progress.
     """
 
@@ -56,7 +56,9 @@ class ProofWorker:
         self._metrics = metrics
         self._drain_seconds = settings.drain_seconds
         self._stall_seconds = settings.stall_seconds
-        self.queue = ValidationQueue(settings.max_queued_nonces, settings.result_seconds, self._ended)
+        self.queue = ValidationQueue(
+            settings.max_queued_nonces, settings.max_queued_batches, settings.result_seconds, self._ended
+        )
         self._condition = threading.Condition()
         self._users_paused = False
         self._drain_end: float | None = None
@@ -97,6 +99,8 @@ class ProofWorker:
     def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
         """Queue ``proof`` to be validated. Its future does not stop the work when nobody waits for it any more.
 
+        A proof without nonces is judged at once: its job is done, and not kept.
+
         Args:
             submitter: the queue is fair between submitters.
             keep: keep the outcome for `ValidationQueue.get`.
@@ -107,8 +111,10 @@ class ProofWorker:
                 can ever wait.
             RoundEndedError: the worker is closed.
         """
-        forwards = self._manager.validation(proof, self._pause)
-        job = self.queue.put(forwards, nonces=len(proof), submitter=submitter, keep=keep)
+        validation = self._manager.validation(proof)
+        if validation.left == 0:
+            return ValidationJob.judged(validation, submitter, self._manager.verdict(validation))
+        job = self.queue.put(validation, submitter=submitter, keep=keep)
         if job.round.ended:  # since then: whoever ended the round may not have seen this job
             self._round_changed()
         self._notify()
@@ -231,35 +237,50 @@ class ProofWorker:
             return True
         self._succeeded()
         if config.callback_url is not None and len(valid) > 0:
-            self._callbacks.generated(config.callback_url, valid.to_dict(), per_nonce=self._form.per_nonce)
+            body = {**valid.to_dict(), "r_target": config.r_target}
+            self._callbacks.generated(config.callback_url, body, per_nonce=self._form.per_nonce)
         return False
 
     def _validate_some(self) -> bool:
-        """Compute one forward of the batch whose turn it is; return whether that failed."""
-        job = self.queue.next()
-        if job is None:
+        """Compute one forward of the batches whose turn it is; return whether that failed."""
+        forward = self.queue.next()
+        if forward is None:
             return False
         try:
             with self._slices():
-                verdict = next(job.forwards)
+                self._manager.recompute([(job.validation, nonces) for job, nonces in forward], self._pause)
         except TurnsClosed:
             raise
         except Exception as error:
-            failed = not isinstance(error, (RoundEndedError, ValueError))  # else it is no failure of the device
-            if failed:
-                self._failed(error)
-            elif isinstance(error, ValueError):
-                logger.warning("a batch cannot be validated", exc_info=error)
-            self.queue.finish(job, error)  # last: whoever waits for it may look at what was counted
+            failed = self._count_failure(error)
+            self.queue.failed(forward, error)  # last: whoever waits for it may look at what was counted
             return failed
         self._succeeded()
-        if verdict is None:
-            self.queue.advance(job)
-            return False
+        for job in self.queue.computed(forward):
+            self._judge(job)
+        return False
+
+    def _judge(self, job: ValidationJob) -> None:
+        try:
+            verdict = self._manager.verdict(job.validation)
+        except Exception as error:
+            self._count_failure(error)
+            self.queue.finish(job, error)
+            return
         url = job.round.config.callback_url
         if self.queue.finish(job, verdict) and url is not None and verdict.judged:
-            self._callbacks.validated(url, verdict.to_dict())
-        return False
+            # A client may read node_id as a number without a sign.
+            self._callbacks.validated(url, {**verdict.to_dict(), "node_id": max(verdict.node_id, 0)})
+
+    def _count_failure(self, error: Exception) -> bool:
+        """Count ``error`` of a validation if it is a failure of the device; return whether it is."""
+        if isinstance(error, RoundEndedError):
+            return False
+        if isinstance(error, ValueError):
+            logger.warning("a batch cannot be validated", exc_info=error)
+            return False
+        self._failed(error)
+        return True
 
     def _ended(self, job: ValidationJob) -> None:
         waited = None if job.started is None else job.started - job.submitted

@@ -69,7 +69,7 @@ def test_before_any_round(model_dir: Path) -> None:
         assert begin(http, "init")["state"] == "IDLE"
 
 
-def test_states_and_conflicts(http: httpx2.Client) -> None:
+def test_states_and_conflicts(http: httpx2.Client, alone: Alone) -> None:
     def refused(path: str, body: object = None) -> None:
         answer = http.post(POW + path, json=body)
         assert (answer.status_code, answer.json().keys()) == (409, {"detail"}), path
@@ -83,12 +83,17 @@ def test_states_and_conflicts(http: httpx2.Client) -> None:
     for path in ("/phase/generate", "/phase/generate", "/phase/validate", "/phase/generate"):
         posted(http, path)
     assert status(http)["state"] == "GENERATING"
-    for path in ("/init", "/init/generate", "/init/validate"):
-        refused(path, ROUND)
+    for path, state in (("/init", "GENERATING"), ("/init/validate", "VALIDATING"), ("/init/generate", "GENERATING")):
+        assert posted(http, path, ROUND)["pow_status"]["state"] == state
+    for path, state in (("/init/validate", "VALIDATING"), ("/init", "IDLE"), ("/init/generate", "GENERATING")):
+        another = {**ROUND, "r_target": ROUND["r_target"] + len(path) / 1000}
+        answer = posted(http, path, another)["pow_status"]
+        assert (answer["state"], answer["r_target"]) == (state, another["r_target"])
     assert [posted(http, "/stop")["pow_status"]["state"] for _ in range(2)] == ["STOPPED", "STOPPED"]
     for path in ("/phase/generate", "/phase/validate"):
         refused(path)
-    refused("/validate", claim([1]))
+    assert posted(http, "/validate", claim([1]))["distances"] == alone.distances([1])
+    assert status(http)["state"] == "STOPPED"
     assert begin(http, "validate")["state"] == "VALIDATING"
 
 
@@ -96,14 +101,14 @@ def test_a_node_without_a_place_validates_only(http: httpx2.Client, alone: Alone
     body = {key: value for key, value in ROUND.items() if key not in ("node_id", "node_count")}
     posted(http, "/stop")
     answer = http.post(f"{POW}/init/generate", json=body)
-    assert (answer.status_code, "node_id and node_count must be set" in answer.text) == (400, True)
+    assert (answer.status_code, "Node ID and node count must be set" in answer.text) == (400, True)
     assert posted(http, "/init/validate", body)["pow_status"]["state"] == "VALIDATING"
     assert posted(http, "/validate", claim([5]))["distances"] == alone.distances([5])
     assert http.post(f"{POW}/phase/generate").status_code == 400
     assert status(http)["state"] == "VALIDATING"
 
 
-@pytest.mark.parametrize("place", [(0, 1, 0, 1), (1, 3, 0, 1), (1, 2, 2, 3)])
+@pytest.mark.parametrize("place", [(0, 1, 0, 1), (1, 3, 0, 1), (3, 3, 0, 1), (1, 2, 2, 3)])
 def test_generating(http: httpx2.Client, alone: Alone, place: tuple[int, int, int, int]) -> None:
     node_id, node_count, group_id, n_groups = place
     begin(http, node_id=node_id, node_count=node_count, group_id=group_id, n_groups=n_groups)

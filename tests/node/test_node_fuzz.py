@@ -74,16 +74,18 @@ TAKEN = {
     "block_hash": TEXT,
     "block_height": st.integers(0, 2**63 - 1),
     "public_key": TEXT,
-    "r_target": st.floats(0.0, 2.0, exclude_min=True) | st.just(2),
+    "r_target": st.floats(0.0, exclude_min=True, allow_infinity=False) | st.integers(1, 10),
     "fraud_threshold": st.floats(0, 1),
-    "node_id": st.integers(0, 3),
-    "node_count": st.integers(4, 2**20),
+    "node_id": st.integers(0, 2**62),
+    "node_count": st.integers(1, 2**20),
     "batch_size": st.integers(1, 8),
     "seq_len": st.integers(1, 32),
     "callback_url": st.none() | st.sampled_from(["http://127.0.0.1:1", "http://[::1]:1/x?y"]),
     "use_random_projection": st.none() | st.booleans(),
     "group_id": st.integers(0, 2),
     "n_groups": st.integers(3, 2**11),
+    "url": st.sampled_from(["", None]),
+    "params": st.sampled_from([None, {}, {"seq_len": 4, "dim": 1792}]),
     "unknown": st.just(1),
 }
 NOT_TAKEN = st.one_of(
@@ -114,7 +116,9 @@ def test_a_round_is_refused_or_runs(
         proof = claim([nonce], **{key: body[key] for key in ("block_hash", "block_height", "public_key")})
         verdict = http.post(f"{POW}/validate", content=json.dumps(proof), headers=JSON)
         if 0 <= nonce < 2**63:
-            config = {key: value for key, value in body.items() if key not in ("unknown", "callback_url")}
+            config = {
+                key: value for key, value in body.items() if key not in ("unknown", "callback_url", "url", "params")
+            }
             config["use_random_projection"] = bool(config.get("use_random_projection"))
             assert verdict.json()["distances"] == alone.distances([nonce], **config)
         else:

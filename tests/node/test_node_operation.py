@@ -41,7 +41,8 @@ def test_every_valid_nonce_is_posted_once_and_signed(http: httpx2.Client, receiv
     assert pairs == list(zip(found["valid_nonces"], found["valid_distances"], strict=True))
     common = {key: ROUND[key] for key in ("public_key", "block_hash", "block_height")}
     for batch in batches:
-        assert {**batch, "nonces": [], "dist": []} == {**common, "node_id": 1, "nonces": [], "dist": []}
+        told = {"node_id": 1, "r_target": ROUND["r_target"]}
+        assert {**batch, "nonces": [], "dist": []} == {**common, **told, "nonces": [], "dist": []}
     assert all(verify(body, headers["X-Signature"], CALLBACK_KEY.encode()) for _, headers, body, _, _ in receiver.posts)
 
 

@@ -37,6 +37,23 @@ def test_nodes_and_groups_cover_all_nonces_once(node_count, n_groups):
     assert sorted(nonces) == list(range(4 * node_count * n_groups))
 
 
+@given(node_count=st.integers(1, 6), n_groups=st.integers(1, 5))
+def test_nodes_counted_from_one_cover_all_nonces_from_one_once(node_count, n_groups):
+    nonces = [
+        config(node_id=node, node_count=node_count, group_id=group, n_groups=n_groups).nonce(i)
+        for node in range(1, node_count + 1)
+        for group in range(n_groups)
+        for i in range(4)
+    ]
+    assert sorted(nonces) == list(range(1, 4 * node_count * n_groups + 1))
+
+
+@pytest.mark.parametrize("node_id", [0, 1, 4, 5, 6, 2**31 + 1, 2**62])
+def test_any_node_id_has_its_nonces(node_id):
+    c = config(node_id=node_id, node_count=5, group_id=2, n_groups=3)
+    assert [c.nonce(i) for i in (0, 1, 2**30)] == [node_id + 10 + i * 15 for i in (0, 1, 2**30)]
+
+
 def test_the_offset_of_a_group():
     c = config(node_id=1, node_count=3, group_id=2, n_groups=4)
     assert [c.nonce(i) for i in range(3)] == [7, 19, 31]
@@ -44,7 +61,7 @@ def test_the_offset_of_a_group():
 
 def test_a_node_without_a_place_cannot_generate():
     c = config(node_id=UNSET, node_count=UNSET)
-    with pytest.raises(ValueError, match="node_id and node_count must be set to generate, got -1, -1"):
+    with pytest.raises(ValueError, match="Node ID and node count must be set to generate: got node_id -1, "):
         c.nonce(0)
 
 
@@ -60,15 +77,16 @@ def test_a_node_without_a_place_cannot_generate():
         ({"block_height": 2**63}, ValueError, "block_height must be in"),
         ({"block_height": True}, TypeError, "block_height must be an int, got bool"),
         ({"block_height": 1.0}, TypeError, "block_height must be an int, got float"),
-        ({"r_target": 0}, ValueError, r"r_target must be in \(0, 2\], the range of distances, got 0"),
-        ({"r_target": 2.1}, ValueError, "r_target must be in"),
+        ({"r_target": 0}, ValueError, "r_target must be positive, got 0"),
+        ({"r_target": -0.1}, ValueError, "r_target must be positive, got -0.1"),
         ({"r_target": math.nan}, ValueError, "r_target must be finite, got nan"),
         ({"r_target": "1"}, TypeError, "r_target must be a float, got str"),
         ({"fraud_threshold": -0.1}, ValueError, "fraud_threshold must be a probability"),
         ({"fraud_threshold": math.inf}, ValueError, "fraud_threshold must be finite"),
-        ({"node_id": 1}, ValueError, r"node_id must be in \[0, node_count 1\), got 1"),
-        ({"node_id": -1}, ValueError, "node_id and node_count must be set together"),
-        ({"node_count": 0}, ValueError, r"node_id must be in \[0, node_count 0\), got 0"),
+        ({"node_id": 2**62 + 1}, ValueError, rf"node_id must be in \[-1, {2**62}\], got {2**62 + 1}"),
+        ({"node_id": -1}, ValueError, "Node ID and node count must be set together: got node_id -1, node_count 1"),
+        ({"node_count": -1}, ValueError, "Node ID and node count must be set together: got node_id 0, node_count -1"),
+        ({"node_count": 0}, ValueError, "node_count must be positive, or -1 with node_id for a validator, got 0"),
         ({"node_id": -2}, ValueError, "node_id must be in"),
         ({"group_id": 1}, ValueError, "group_id must be in"),
         ({"n_groups": 0}, ValueError, "n_groups must be in"),
@@ -95,6 +113,11 @@ def test_a_node_without_a_place_cannot_generate():
 def test_bad_values_are_named(changes, error, message):
     with pytest.raises(error, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("r_target", [5e-324, 1, 2, 2.1, 10, 10.0, 1e308])
+def test_any_positive_r_target(r_target):
+    assert config(r_target=r_target).r_target == r_target
 
 
 @pytest.mark.parametrize(

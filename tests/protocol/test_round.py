@@ -221,8 +221,11 @@ def test_forged_proofs_are_caught(case):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_hash": "other"}, "block_hash of the batch must be the round's, 'block', got 'other'"),
-        ({"block_height": 8}, "block_height of the batch must be the round's, 7, got 8"),
+        (
+            {"block_hash": "other"},
+            "Block hash mismatch: block_hash of the batch must be the round's, 'block', got 'other'",
+        ),
+        ({"block_height": 8}, "Block height mismatch: block_height of the batch must be the round's, 7, got 8"),
     ],
 )
 def test_batches_of_another_block_are_refused(changes, message):
@@ -235,16 +238,189 @@ def test_batches_of_another_block_are_refused(changes, message):
         m.validate({})
 
 
-def test_validation_step_by_step():
+def test_validation_forward_by_forward():
     m = manager()
     m.init_round(config())
-    steps = m.validation(claim(range(12)))
-    assert next(steps) is None
-    assert len(m.prover.engine.shapes) == 1
-    assert next(steps) is None
-    verdict = next(steps)
-    assert verdict.nonces == list(range(12))
-    assert next(steps, "end") == "end"
+    validation = m.validation(claim(range(12)))
+    for count, left in ((5, 7), (1, 6), (5, 1)):
+        m.recompute([(validation, count)])
+        assert validation.left == left
+        with pytest.raises(ValueError, match=f"validation must have no nonces left to recompute, got {left}"):
+            m.verdict(validation)
+    assert len(m.prover.engine.shapes) == 3
+    m.recompute([(validation, 1)])
+    assert m.verdict(validation) == m.validate(claim(range(12)))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_validations_that_share_forwards_have_the_bits_of_each_alone(device, dtype, projection):
+    """Whatever their submitters, keys, numbers of nonces and places in a forward."""
+    m = PoCManager(DistanceProver(SmallEngine(dtype=dtype, device=device)))
+    m.init_round(config(use_random_projection=projection))
+    proofs = [
+        claim([7], public_key="one"),
+        claim([7], public_key="another"),
+        claim([2**63 - 1, 0, 7], [1.0] * 3, public_key="one"),
+        claim([3, 14, 0], public_key="é" * 1024, node_id=9),
+        claim(range(9), [1.2] * 9),
+    ]
+    expected = [m.validate(proof) for proof in proofs]
+    forwards = len(m.prover.engine.shapes)
+    validations = [m.validation(proof) for proof in proofs]
+    a, b, c, d, e = validations
+    for shares in ([(b, 1), (c, 2), (a, 1), (e, 1)], [(e, 4), (d, 1)], [(d, 2), (c, 1), (e, 2)], [(e, 2)]):
+        m.recompute(shares)
+    assert [m.verdict(validation) for validation in validations] == expected
+    assert len(m.prover.engine.shapes) == forwards + 4
+    assert set(m.prover.engine.shapes) == {(5, 6, m.prover.engine.hidden_size)}
+
+
+def test_what_no_forward_takes():
+    m = manager()
+    m.init_round(config())
+    a, b = m.validation(claim(range(4))), m.validation(claim([1]))
+    with pytest.raises(ValueError, match="shares must have each validation once, got 3 shares with one repeated"):
+        m.recompute([(a, 2), (b, 1), (a, 2)])
+    for shares in ([(a, 0)], [(a, 4), (b, 2)], [(a, 5)], [(a, -1), (b, 1)]):
+        with pytest.raises(ValueError, match=r"shares must have 1 to batch_size 5 nonces, each at most what is left"):
+            m.recompute(shares)
+    m.init_round(config(block_height=8))
+    late = m.validation(claim([1], block_height=8))
+    for shares, rounds in (([], 0), ([(a, 1), (late, 1)], 2)):
+        with pytest.raises(ValueError, match=f"shares must be of one round, got {rounds}"):
+            m.recompute(shares)
+    assert m.prover.engine.shapes == []
+
+
+def test_a_forward_that_ends_early_gives_nobody_an_outcome():
+    m = manager()
+    m.init_round(config())
+    a, b = m.validation(claim(range(4))), m.validation(claim([1]))
+
+    def fail():
+        raise MemoryError("no memory")
+
+    m.prover.engine.before_forward = fail
+    with pytest.raises(MemoryError):
+        m.recompute([(a, 4), (b, 1)])
+    assert (a.left, b.left) == (4, 1)
+    m.prover.engine.before_forward = lambda: None
+    m.recompute([(a, 4), (b, 1)])
+    assert (m.verdict(a), m.verdict(b)) == (m.validate(claim(range(4))), m.validate(claim([1])))
+
+
+@pytest.mark.parametrize("count", [0, 4, 6])
+def test_a_prover_that_gives_another_number_of_outcomes_is_caught(count):
+    m = manager()
+    prove = m.prover.prove
+
+    def wrong(*arguments):
+        outcomes = prove(*arguments)
+        return outcomes._replace(values=(outcomes.values * 2)[:count])
+
+    m.prover.prove = wrong
+    m.start_round(config())
+    for compute in (m.run_batch, lambda: m.validate(claim(range(5)))):
+        with pytest.raises(RuntimeError, match=f"the prover must give 5 outcomes, one per row, got {count}"):
+            compute()
+    assert m.status()["total_checked"] == 0
+
+
+# ---- rounds that begin again ----
+
+PHASES = (PoCState.GENERATING, PoCState.VALIDATING)
+BEGINNINGS = (PoCState.IDLE, *PHASES)
+
+
+def begin(m, c, state):
+    m.init_round(c) if state == PoCState.IDLE else m.start_round(c, state)
+
+
+@pytest.mark.parametrize("state", BEGINNINGS)
+@pytest.mark.parametrize("then", BEGINNINGS)
+def test_the_same_configuration_again_changes_nothing_but_the_phase(state, then):
+    m = manager()
+    begin(m, config(), state)
+    m.set_phase(PoCState.GENERATING)
+    batch = m.run_batch()
+    validation = m.validation(claim(batch.nonces, batch.dist))
+    before = m.status()
+    begin(m, config(), then)
+    assert m.state == (PoCState.GENERATING if then == PoCState.IDLE else then)
+    for name in ("total_checked", "total_valid", "valid_nonces", "valid_distances"):
+        assert m.status()[name] == before[name]
+    m.recompute([(validation, 5)])
+    assert m.verdict(validation).dist == batch.dist
+    m.set_phase(PoCState.GENERATING)
+    assert m.run_batch().nonces == list(range(5, 10))
+
+
+@pytest.mark.parametrize("state", BEGINNINGS)
+@pytest.mark.parametrize("then", BEGINNINGS)
+@pytest.mark.parametrize("changes", [{"block_hash": "other"}, {"callback_url": "http://other"}, {"r_target": 1.41}])
+def test_another_configuration_replaces_the_round_in_any_state(state, then, changes):
+    m = manager()
+    begin(m, config(), state)
+    m.set_phase(PoCState.GENERATING)
+    m.run_batch()
+    validation = m.validation(claim([1]))
+    begin(m, config(**changes), then)
+    assert (m.state, m.config) == (then, config(**changes))
+    assert (m.status()["total_checked"], m.status()["valid_nonces"]) == (0, [])
+    with pytest.raises(RoundEndedError, match="while the batch was validated"):
+        m.recompute([(validation, 1)])
+    m.set_phase(PoCState.GENERATING)
+    assert m.run_batch().nonces == list(range(5))
+
+
+def test_a_configuration_that_is_refused_leaves_the_round_alone():
+    m = manager()
+    m.start_round(config())
+    batch = m.run_batch()
+    with pytest.raises(ValueError, match="Node ID and node count must be set to generate"):
+        m.start_round(config(node_id=UNSET, node_count=UNSET))
+    with pytest.raises(ValueError, match="seq_len must be at most the 64 positions"):
+        m.init_round(config(seq_len=65))
+    assert m.state == PoCState.GENERATING
+    assert m.run_batch().nonces[0] == batch.nonces[-1] + 1
+
+
+def test_a_stopped_round_of_the_same_configuration_begins_anew():
+    m = manager()
+    m.start_round(config())
+    m.run_batch()
+    m.stop_round()
+    m.start_round(config())
+    assert m.status()["total_checked"] == 0
+    assert m.run_batch().nonces == list(range(5))
+
+
+def test_proofs_of_a_round_that_was_stopped_are_validated():
+    m = manager()
+    m.start_round(config())
+    batch = m.run_batch()
+    m.stop_round()
+    before = m.status()
+    verdict = m.validate(claim(batch.nonces, batch.dist))
+    assert verdict.dist == batch.dist
+    assert m.status() == before
+    with pytest.raises(ValueError, match="Block hash mismatch"):
+        m.validate(claim([1], block_hash="other"))
+
+
+@pytest.mark.parametrize("state", [PoCState.VALIDATING, PoCState.STOPPED])
+def test_a_stop_throws_away_what_was_under_way(state):
+    m = manager()
+    m.start_round(config(), PoCState.VALIDATING)
+    if state == PoCState.STOPPED:
+        m.stop_round()
+    begun, computed = m.validation(claim([1])), m.validation(claim([]))
+    m.stop_round()
+    for end in (lambda: m.recompute([(begun, 1)]), lambda: m.verdict(computed)):
+        with pytest.raises(RoundEndedError, match="while the batch was validated"):
+            end()
+    assert m.validate(claim([1])).nonces == [1]
 
 
 # ---- rounds that end meanwhile, reports, errors ----
@@ -259,13 +435,15 @@ def test_a_round_stopped_during_a_batch_throws_it_away():
     assert m.status()["total_checked"] == 0
 
 
-def test_another_round_begun_during_a_batch_counts_its_own():
+@pytest.mark.parametrize("stopped", [False, True])
+def test_another_round_begun_during_a_batch_counts_its_own(stopped):
     m = manager()
     m.start_round(config(block_hash="first"))
 
     def change():
         m.prover.engine.before_forward = lambda: None
-        m.stop_round()
+        if stopped:
+            m.stop_round()
         m.start_round(config(block_hash="second"))
 
     m.prover.engine.before_forward = change
@@ -286,12 +464,13 @@ def test_a_round_stopped_during_a_validation():
 def test_validation_goes_on_through_phases():
     m = manager()
     m.start_round(config())
-    steps = m.validation(claim(range(12)))
-    next(steps)
+    validation = m.validation(claim(range(12)))
+    m.recompute([(validation, 5)])
     m.set_phase(PoCState.VALIDATING)
-    next(steps)
+    m.recompute([(validation, 5)])
     m.set_phase(PoCState.GENERATING)
-    assert next(steps).nonces == list(range(12))
+    m.recompute([(validation, 2)])
+    assert m.verdict(validation).nonces == list(range(12))
 
 
 def test_the_latest_valid_nonces_are_listed():
@@ -357,8 +536,10 @@ def test_pauses_and_pieces_change_no_bit(small_pieces, projection):
     # the logits.
     assert len(pauses) == 2 * (60 + 60 + 3 * projection + 1 + 1 + 1)
     pauses.clear()
-    *_, verdict = m.validation(claim(range(120)), lambda: pauses.append(1))
-    assert verdict.dist == [*expected[0], *expected[1]]
+    validation = m.validation(claim(range(120)))
+    for _ in range(2):
+        m.recompute([(validation, 60)], lambda: pauses.append(1))
+    assert m.verdict(validation).dist == [*expected[0], *expected[1]]
     assert len(pauses) == 2 * (60 + 60 + 3 * projection + 1 + 1 + 1)
 
 
@@ -390,9 +571,9 @@ def test_validation_ends_at_the_next_pause(small_pieces):
         if len(pauses) == 4:
             m.stop_round()
 
-    steps = m.validation(claim(range(12)), pause)
+    validation = m.validation(claim(range(12)))
     with pytest.raises(RoundEndedError, match="while the batch was validated"):
-        next(steps)
+        m.recompute([(validation, 5)], pause)
     assert len(pauses) == 4
     m.start_round(config())
     assert m.run_batch().nonces == list(range(5))
@@ -425,14 +606,15 @@ def test_a_round_that_ends_in_a_pause_computes_no_further(small_pieces, at, how)
     m.stop_round()
 
     m.start_round(config(use_random_projection=True))
-    expected = m.validate(claim(range(7)))
+    expected = m.validate(claim(range(5)))
     pauses = 0
-    steps = m.validation(claim(range(7)), end)
+    validation = m.validation(claim(range(5)))
     if how == "another phase":
-        assert list(steps)[-1] == expected
+        m.recompute([(validation, 5)], end)
+        assert m.verdict(validation) == expected
         return
     with pytest.raises(RoundEndedError, match="while the batch was validated"):
-        next(steps)
+        m.recompute([(validation, 5)], end)
     assert pauses == at
 
 
@@ -496,7 +678,7 @@ def test_what_does_not_fit_the_engine():
         DistanceProver(type("Wide", (SmallEngine,), {"__init__": lambda self: setattr(self, "hidden_size", 65537)})())
     with pytest.raises(ValueError, match="slice_seconds must be positive, got 0"):
         DistanceProver(SmallEngine(), slice_seconds=0)
-    with pytest.raises(ValueError, match="node_id and node_count must be set to generate"):
+    with pytest.raises(ValueError, match="Node ID and node count must be set to generate"):
         m.start_round(config(node_id=UNSET, node_count=UNSET))
     assert m.state == PoCState.IDLE
     assert m.config is None
@@ -594,34 +776,34 @@ def test_the_seed_moves_to_the_engine_s_device(device):
 
 # ---- the state machine ----
 
-PHASES = (PoCState.GENERATING, PoCState.VALIDATING)
-
 
 class States(RuleBasedStateMachine):
-    """Any order of calls: the state is always the one that the table of the protocol gives."""
+    """Any order of calls: the state is always the one that the table of the protocol gives.
+
+    Rounds are of one configuration, or of another.
+    """
 
     @initialize()
     def begin(self):
         self.manager = manager(hidden_size=4, vocab_size=5)
         self.state = PoCState.IDLE
-        self.begun = False
+        self.begun = None
         self.checked = 0
 
-    def begins(self, call, state):
-        if self.state in PHASES:
-            with pytest.raises(IllegalTransitionError, match="begins in state IDLE or STOPPED"):
-                call()
-        else:
-            call()
-            self.state, self.begun, self.checked = state, True, 0
+    def begins(self, of, state):
+        begin(self.manager, of, state)
+        if self.begun != of or self.state == PoCState.STOPPED:
+            self.state, self.begun, self.checked = state, of, 0
+        elif state in PHASES:
+            self.state = state
 
-    @rule()
-    def init(self):
-        self.begins(lambda: self.manager.init_round(config()), PoCState.IDLE)
+    @rule(height=st.sampled_from([7, 8]))
+    def init(self, height):
+        self.begins(config(block_height=height), PoCState.IDLE)
 
-    @rule(phase=st.sampled_from(PHASES))
-    def start(self, phase):
-        self.begins(lambda: self.manager.start_round(config(), phase), phase)
+    @rule(phase=st.sampled_from(PHASES), height=st.sampled_from([7, 8]))
+    def start(self, phase, height):
+        self.begins(config(block_height=height), phase)
 
     @rule(phase=st.sampled_from(PHASES))
     def enter(self, phase):
@@ -649,16 +831,17 @@ class States(RuleBasedStateMachine):
 
     @rule()
     def validate(self):
-        if self.begun and self.state != PoCState.STOPPED:
-            assert self.manager.validate(claim([3, 1])).nonces == [3, 1]
+        if self.begun:
+            proof = claim([3, 1], block_height=self.begun.block_height)
+            assert self.manager.validate(proof).nonces == [3, 1]
         else:
-            with pytest.raises(IllegalTransitionError, match="validate needs"):
+            with pytest.raises(IllegalTransitionError, match="No round configured: validate needs a round"):
                 self.manager.validate(claim([3, 1]))
 
     @precondition(lambda self: self.state in PHASES)
     @rule()
     def without_a_place(self):
-        with pytest.raises((IllegalTransitionError, ValueError)):
+        with pytest.raises(ValueError, match="Node ID"):
             self.manager.start_round(config(node_id=UNSET, node_count=UNSET))
 
     @invariant()
@@ -668,7 +851,7 @@ class States(RuleBasedStateMachine):
         assert status["state"] == self.state.value
         assert status["total_checked"] == self.checked
         assert status["total_valid"] == len(status["valid_nonces"]) == len(status["valid_distances"])
-        assert (status["r_target"] is not None) == self.begun
+        assert self.manager.config == self.begun
 
 
 States.TestCase.settings = settings(max_examples=40, stateful_step_count=25)

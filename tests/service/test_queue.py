@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import types
 from collections import Counter
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from web import TIMEOUT
 
-from poc_kernels.protocol import PoCConfig, Round, RoundEndedError, ValidatedBatch, Validation
+from poc_kernels.protocol import PoCConfig, ProofBatch, Round, RoundEndedError, ValidatedBatch, Validation
 from poc_kernels.service import queue as validation_queue
-from poc_kernels.service.queue import JobState, QueueFullError, ValidationJob, ValidationQueue
+from poc_kernels.service.queue import Forward, JobState, QueueFullError, ValidationJob, ValidationQueue
 
 FORWARD = 4
 ROUND = Round(PoCConfig("block", 1, "key", r_target=1.4, batch_size=FORWARD))
@@ -39,59 +40,124 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def put(
     queue: ValidationQueue, nonces: int, submitter: str = "a", keep: bool = False, of: Round = ROUND
 ) -> ValidationJob:
-    """A job whose verdict is `VERDICT`, after as many forwards as it has."""
-    forwards = max(1, -(-nonces // of.config.batch_size))
-    steps: list[Any] = [*[None] * (forwards - 1), VERDICT]
-    return queue.put(Validation(of, iter(steps)), nonces=nonces, submitter=submitter, keep=keep)
+    """A job whose verdict will be `VERDICT`."""
+    proof = ProofBatch("key", "block", 1, list(range(nonces)), [])
+    return queue.put(Validation(of, proof), submitter=submitter, keep=keep)
 
 
-def compute(queue: ValidationQueue) -> ValidationJob | None:
-    """One forward of whoever's turn it is; its job."""
-    job = queue.next()
-    if job is not None:
-        verdict = next(job.forwards)
-        if verdict is None:
-            queue.advance(job)
-        else:
-            assert queue.finish(job, verdict)
-    return job
+def compute(queue: ValidationQueue) -> Forward | None:
+    """One forward of whoever's turn it is."""
+    forward = queue.next()
+    if forward is not None:
+        for job in queue.computed(forward):
+            assert queue.finish(job, VERDICT)
+    return forward
 
 
-def served(queue: ValidationQueue) -> Iterator[ValidationJob]:
-    while (job := compute(queue)) is not None:
-        yield job
+def served(queue: ValidationQueue) -> Iterator[Forward]:
+    while (forward := compute(queue)) is not None:
+        yield forward
+
+
+def turns(queue: ValidationQueue, count: int) -> list[str]:
+    """Whose turn the next forwards are."""
+    return [forward[0][0].submitter for forward in (compute(queue) for _ in range(count)) if forward is not None]
 
 
 # ---- turns ----
 
 
 def test_forwards_go_round_and_a_submitters_batches_in_their_order() -> None:
+    """And rows that are left free go to those whose turns come next, who keep them."""
     queue = ValidationQueue(1000)
     names = {
         put(queue, nonces, submitter): f"{submitter}{number}"
-        for number, (submitter, nonces) in enumerate([("a", 12), ("a", 4), ("b", 5), ("c", 0), ("b", 1)])
+        for number, (submitter, nonces) in enumerate([("a", 9), ("a", 6), ("b", 5), ("c", 2), ("b", 1)])
     }
-    order = [names[job] for job in served(queue)]
-    assert order == ["a0", "b2", "c3", "a0", "b2", "a0", "b4", "a1"]
+    order = [" ".join(f"{names[job]}:{nonces}" for job, nonces in forward) for forward in served(queue)]
+    assert order == ["a0:4", "b2:4", "c3:2 a0:2", "a0:3 a1:1", "b2:1 b4:1 a1:2", "a1:3"]
     assert all(job.future.result(0) is VERDICT for job in names)
+
+
+def test_waiting_batches_share_forwards_whoever_submitted_them() -> None:
+    queue = ValidationQueue(1000)
+    jobs = [put(queue, 1, submitter) for submitter in ("a", "b", "a", "c", "a", "a", "b", "d")]
+    assert [[jobs.index(job) for job, _ in forward] for forward in served(queue)] == [[0, 2, 4, 5], [1, 6, 3, 7]]
+
+
+def test_rows_of_others_do_not_delay_whose_turn_it_is() -> None:
+    """A submitter has in its turns what it would have alone among as many submitters."""
+    queue = ValidationQueue(10_000)
+    for _ in range(50):
+        put(queue, 1, "small")
+        put(queue, 3, "medium")
+    large = put(queue, 4 * 50, "large")
+    for turn in range(50):
+        done = large.nonces_done
+        for _ in range(3):
+            compute(queue)
+        assert large.nonces_done >= min(done + FORWARD, 200), turn
+
+
+def test_jobs_of_two_rounds_share_no_forward() -> None:
+    queue = ValidationQueue(1000)
+    another = Round(dataclasses.replace(ROUND.config, batch_size=2))
+    first, second, third = put(queue, 1), put(queue, 3, "b", of=another), put(queue, 2, "c")
+    assert list(served(queue)) == [[(first, 1), (third, 2)], [(second, 2)], [(second, 1)]]
+
+
+def test_a_forward_that_fails_is_tried_with_each_of_its_jobs_alone() -> None:
+    queue = ValidationQueue(1000)
+    jobs = [put(queue, nonces, submitter) for submitter, nonces in (("a", 1), ("b", 1), ("c", 5))]
+    later = put(queue, 1, "d")
+    error = RuntimeError("no memory")
+    shared = queue.next()
+    assert shared == [(jobs[0], 1), (jobs[1], 1), (jobs[2], 2)]
+    queue.failed(shared, error)
+    assert [job.state for job in jobs] == [JobState.RUNNING] * 3
+    assert queue.nonces == 8
+    poisoned = jobs[1]
+    order = []
+    while (forward := queue.next()) is not None:
+        order.append(forward)
+        if forward[0][0] is poisoned:
+            queue.failed(forward, error)
+        else:
+            for job in queue.computed(forward):
+                queue.finish(job, VERDICT)
+    assert order == [[(poisoned, 1)], [(jobs[2], 4)], [(later, 1)], [(jobs[0], 1)], [(jobs[2], 1)]]
+    assert (poisoned.state, poisoned.future.exception(0)) == (JobState.FAILED, error)
+    assert all(job.future.result(0) is VERDICT for job in (jobs[0], jobs[2], later))
+    assert (queue.nonces, queue.batches) == (0, 0)
+
+
+def test_a_round_that_ends_ends_all_who_share_a_forward() -> None:
+    queue = ValidationQueue(1000)
+    jobs = [put(queue, 1, submitter) for submitter in "ab"]
+    forward = queue.next()
+    assert forward is not None
+    queue.failed(forward, RoundEndedError("over"))
+    assert [job.state for job in jobs] == [JobState.CANCELLED] * 2
+    assert queue.next() is None
 
 
 def test_a_submitter_that_comes_is_served_after_those_who_wait() -> None:
     queue = ValidationQueue(1000)
     put(queue, 100, "a")
     put(queue, 100, "b")
-    assert [compute(queue).submitter for _ in range(3)] == ["a", "b", "a"]
+    assert turns(queue, 3) == ["a", "b", "a"]
     put(queue, 100, "c")
-    assert [compute(queue).submitter for _ in range(4)] == ["b", "a", "c", "b"]
+    assert turns(queue, 4) == ["b", "a", "c", "b"]
 
 
 def test_a_submitter_that_comes_during_a_forward_is_served_next() -> None:
     queue = ValidationQueue(1000)
     put(queue, 100, "a")
-    job = queue.next()
+    forward = queue.next()
+    assert forward is not None
     put(queue, 100, "b")
-    queue.advance(job)
-    assert [compute(queue).submitter for _ in range(3)] == ["b", "a", "b"]
+    assert queue.computed(forward) == []
+    assert turns(queue, 3) == ["b", "a", "b"]
 
 
 def test_a_small_batch_does_not_wait_for_a_large_one() -> None:
@@ -110,17 +176,37 @@ def test_a_small_batch_does_not_wait_for_a_large_one() -> None:
 def test_the_bound_is_met_to_the_nonce() -> None:
     queue = ValidationQueue(20)
     put(queue, 15, "a")
-    put(queue, 4, "b")
-    put(queue, 0, "c")  # a batch of none takes a place
-    for nonces in (0, 1):
-        with pytest.raises(QueueFullError, match=f"at most 20 nonces can wait to be validated, 20 do, and {nonces} ca"):
-            put(queue, nonces, "d")
+    put(queue, 5, "b")
+    with pytest.raises(QueueFullError, match="at most 20 nonces can wait to be validated, 20 do, and 1 came"):
+        put(queue, 1, "d")
     compute(queue)
     with pytest.raises(QueueFullError, match="16 do, and 5 came"):
         put(queue, 5, "d")
     put(queue, 4, "d")
-    with pytest.raises(ValueError, match="a batch must have at most 20 nonces, got 21"):
-        put(queue, 21, "e")
+    for nonces in (0, 21):
+        with pytest.raises(ValueError, match=f"a batch must have at least 1 and at most 20 nonces, got {nonces}"):
+            put(queue, nonces, "e")
+
+
+def test_batches_are_bounded_as_nonces_are(clock: Clock) -> None:
+    """Each takes memory, however few nonces it has."""
+    queue = ValidationQueue(1000, max_batches=10)
+    for _ in range(5):
+        put(queue, 2, "greedy")
+    with pytest.raises(QueueFullError, match="a submitter with 5 batches waiting can add at most 0 now, and 1 came"):
+        put(queue, 2, "greedy")
+    for submitter in "abcde":
+        put(queue, 2, submitter)
+    with pytest.raises(QueueFullError, match="at most 10 batches can wait to be validated, 10 do, and 1 came"):
+        put(queue, 2, "f")
+    clock.now += 1.0
+    compute(queue)  # 4 a second, so that a batch of 2 takes half of one
+    put(queue, 2, "f")
+    put(queue, 2, "g")
+    with pytest.raises(QueueFullError) as full:
+        put(queue, 2, "h")
+    assert full.value.retry_seconds == 1
+    assert len(list(served(queue))) == 5
 
 
 def test_no_submitter_fills_the_queue_for_others() -> None:
@@ -226,24 +312,24 @@ def test_the_rate_follows_what_is_recent(clock: Clock) -> None:
 
 def test_progress_forward_by_forward(clock: Clock) -> None:
     queue = ValidationQueue(100)
-    job, other = put(queue, 10, "a"), put(queue, 3, "b")
+    job, other = put(queue, 10, "a"), put(queue, 4, "b")
     assert len({job.id, other.id}) == 2
     assert (job.state, job.submitted, job.started) == (JobState.QUEUED, 1000.0, None)
     empty = {"queued_batches": 0, "queued_nonces": 0, "submitters": 0, "running": None, "nonces_per_second": 4.0}
     status = queue.status()
-    assert status == {**empty, "queued_batches": 2, "queued_nonces": 13, "submitters": 2, "nonces_per_second": 0}
+    assert status == {**empty, "queued_batches": 2, "queued_nonces": 14, "submitters": 2, "nonces_per_second": 0}
     clock.now += 1.0
     compute(queue)
     assert (job.state, job.nonces_done, job.started) == (JobState.RUNNING, 4, 1001.0)
     assert queue.status()["running"] == {"id": job.id, "nonces_done": 4, "nonces": 10}
-    assert queue.status()["queued_nonces"] == 9
+    assert queue.status()["queued_nonces"] == 10
     compute(queue)
     assert queue.status()["running"] is None
-    assert (other.state, other.nonces_done, other.finished) == (JobState.DONE, 3, 1001.0)
+    assert (other.state, other.nonces_done, other.finished) == (JobState.DONE, 4, 1001.0)
     for _ in served(queue):
         clock.now += 1.5
     assert (job.state, job.nonces_done, job.started, job.finished) == (JobState.DONE, 10, 1001.0, 1002.5)
-    assert queue.status() == {**empty, "nonces_per_second": pytest.approx(13 / 2.5, rel=0.1)}
+    assert queue.status() == {**empty, "nonces_per_second": pytest.approx(14 / 2.5, rel=0.1)}
 
 
 @pytest.mark.parametrize(
@@ -253,12 +339,13 @@ def test_a_job_that_ends_with_an_error_leaves_the_others(error: Exception, state
     queue = ValidationQueue(100)
     job, next_one = put(queue, 10), put(queue, 4)
     compute(queue)
-    assert queue.next() is job
-    assert queue.finish(job, error)
+    forward = queue.next()
+    assert forward == [(job, 4)]
+    queue.failed(forward, error)
     assert job.state == state
     assert job.future.exception(0) is error
     assert (queue.batches, queue.nonces) == (1, 4)
-    assert compute(queue) is next_one
+    assert compute(queue) == [(next_one, 4)]
 
 
 def test_who_waits_cannot_cancel() -> None:
@@ -276,7 +363,9 @@ def test_cancel_ends_what_it_is_told_to_and_nothing_else() -> None:
     jobs = [put(queue, 10, submitter) for submitter in "abab"]
     left = put(queue, 6, "b", of=another)
     compute(queue)
-    running = queue.next()
+    forward = queue.next()
+    assert forward is not None
+    running = forward[0][0]
     assert running is jobs[1]
     queue.cancel(lambda job: job.round is ROUND, "the round ended")
     assert ended == [jobs[1], jobs[3], jobs[0], jobs[2]]
@@ -286,11 +375,11 @@ def test_cancel_ends_what_it_is_told_to_and_nothing_else() -> None:
         assert isinstance(job.future.exception(0), RoundEndedError)
     assert (queue.batches, queue.nonces, queue.status()["running"]) == (1, 6, None)
     # The forward that ran meanwhile ends: nobody is told.
-    queue.advance(running)
+    assert queue.computed(forward) == []
     assert not queue.finish(running, VERDICT)
-    assert not queue.finish(running, RuntimeError("late"))
+    queue.failed(forward, RuntimeError("late"))
     assert (running.state, running.nonces_done, running.verdict) == (JobState.CANCELLED, 0, None)
-    assert list(served(queue)) == [left, left]
+    assert list(served(queue)) == [[(left, 4)], [(left, 2)]]
     assert ended[4:] == [left]
 
 
@@ -353,7 +442,7 @@ def test_results_are_kept_for_a_time(clock: Clock) -> None:
     assert queue.get("nothing") is None
     clock.now += 1000.0  # what waits does not age
     assert queue.get(job.id) is job
-    assert len(list(served(queue))) == 6
+    assert len(list(served(queue))) == 5
     clock.now += 59.9
     kept = queue.get(job.id)
     assert kept is not None
@@ -365,7 +454,7 @@ def test_results_are_kept_for_a_time(clock: Clock) -> None:
 def test_no_more_results_are_kept_than_can_wait() -> None:
     queue = ValidationQueue(20)
     jobs = []
-    for nonces in (8, 0, 8, 3):
+    for nonces in (8, 1, 8, 3):
         jobs.append(put(queue, nonces, keep=True))
         assert list(served(queue))
     assert all(queue.get(job.id) is job for job in jobs)
@@ -375,12 +464,22 @@ def test_no_more_results_are_kept_than_can_wait() -> None:
     assert waiting.state == JobState.CANCELLED
 
 
+def test_no_more_results_are_kept_than_batches_can_wait() -> None:
+    queue = ValidationQueue(1000, max_batches=3)
+    jobs = []
+    for _ in range(5):
+        jobs.append(put(queue, 1, keep=True))
+        assert list(served(queue))
+    assert [queue.get(job.id) for job in jobs] == [None, None, *jobs[2:]]
+
+
 # ---- in any order ----
 
 MOST = 24
+MOST_BATCHES = 5
 OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.sampled_from("abc"), st.integers(0, MOST), st.booleans()),
+        st.tuples(st.just("put"), st.sampled_from("abc"), st.integers(1, MOST), st.booleans()),
         st.tuples(st.just("compute")),
         st.tuples(st.just("fail")),
         st.tuples(st.just("cancel"), st.sampled_from("abc")),
@@ -394,7 +493,7 @@ OPERATIONS = st.lists(
 def test_any_sequence_of_calls(operations: list[tuple[Any, ...]]) -> None:
     settled: Counter[str] = Counter()
     told: Counter[str] = Counter()
-    queue = ValidationQueue(MOST, ended=lambda job: told.update([job.id]))
+    queue = ValidationQueue(MOST, MOST_BATCHES, ended=lambda job: told.update([job.id]))
     waiting: dict[str, list[ValidationJob]] = {name: [] for name in "abc"}
     jobs: list[ValidationJob] = []
     turn: list[str] = []
@@ -408,9 +507,12 @@ def test_any_sequence_of_calls(operations: list[tuple[Any, ...]]) -> None:
         taken = {who: sum(job.left for job in of) for who, of in waiting.items()}
         if name == "put":
             who, nonces, keep = arguments
-            places = max(1, nonces)
-            room = MOST - sum(taken.values()) - places
-            if room < 0 or (taken[who] > 0 and taken[who] + places > room):
+            room = MOST - sum(taken.values()) - nonces
+            room_of_batches = MOST_BATCHES - queue.batches - 1
+            own = len(waiting[who])
+            if min(room, room_of_batches) < 0 or (
+                own > 0 and (taken[who] + nonces > room or own + 1 > room_of_batches)
+            ):
                 with pytest.raises(QueueFullError) as full:
                     put(queue, nonces, who, keep)
                 assert 1 <= full.value.retry_seconds <= 600
@@ -430,20 +532,38 @@ def test_any_sequence_of_calls(operations: list[tuple[Any, ...]]) -> None:
             assert queue.next() is None
         else:
             who = turn.pop(0)
-            turn.append(who)
             head = waiting[who][0]
+            sharing = [job for name in (who, *turn) for job in waiting[name] if job.alone == head.alone]
+            expected, rows = [], FORWARD
+            for job in [head] if head.alone else sharing:
+                if rows > 0:
+                    expected.append((job, min(rows, job.left)))
+                    rows -= expected[-1][1]
+            turn.append(who)
+            forward = queue.next()
+            assert forward == expected
             if name == "fail":
-                assert queue.next() is head
-                assert queue.finish(head, RuntimeError("no memory"))
+                queue.failed(forward, RuntimeError("no memory"))
+                assert [job.state for job, _ in forward] == [
+                    JobState.FAILED if len(forward) == 1 else JobState.RUNNING for _ in forward
+                ]
             else:
-                assert compute(queue) is head
-            if head.finished is not None:
-                forget(head)
+                done = [job.nonces_done for job, _ in forward]
+                for job in queue.computed(forward):
+                    assert queue.finish(job, VERDICT)
+                assert [job.nonces_done for job, _ in forward] == [
+                    before + nonces for before, (_, nonces) in zip(done, forward, strict=True)
+                ]
+            for job, _ in forward:
+                if job.finished is not None:
+                    forget(job)
         left = [job for of in waiting.values() for job in of]
         assert queue.batches == len(left)
         assert queue.nonces == sum(job.left for job in left) <= MOST
         assert queue.status()["submitters"] == len(turn)
-    assert sum(max(1, job.nonces) for job in jobs if job.finished is not None and queue.get(job.id) is job) <= MOST
+    kept = [job for job in jobs if job.finished is not None and queue.get(job.id) is job]
+    assert sum(job.nonces for job in kept) <= MOST
+    assert len(kept) <= MOST_BATCHES
     queue.close("the end")
     assert queue.nonces == queue.batches == 0
     assert settled == told == Counter(job.id for job in jobs)
@@ -466,7 +586,7 @@ def test_many_threads_at_once() -> None:
         start.wait(TIMEOUT)
         for number in range(300):
             try:
-                jobs.append(put(queue, number % 11, submitter, keep=True))
+                jobs.append(put(queue, number % 11 + 1, submitter, keep=True))
             except QueueFullError:
                 queue.cancel(lambda job: job.submitter == submitter, "over")
         return jobs
@@ -474,13 +594,10 @@ def test_many_threads_at_once() -> None:
     def work() -> None:
         start.wait(TIMEOUT)
         while queue.batches > 0 or not over.is_set():
-            job = queue.next()
-            if job is not None:
-                verdict = next(job.forwards)
-                if verdict is None:
-                    queue.advance(job)
-                else:
-                    queue.finish(job, verdict)
+            forward = queue.next()
+            if forward is not None:
+                for job in queue.computed(forward):
+                    queue.finish(job, VERDICT)
             assert queue.nonces <= 200
 
     with ThreadPoolExecutor(5) as pool:
@@ -499,7 +616,11 @@ def test_many_threads_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0,), "max_nonces must be positive, got 0"), ((1, 0.0), "result_seconds must be positive, got 0.0")],
+    [
+        ((0,), "max_nonces must be positive, got 0"),
+        ((1, 0), "max_batches must be positive, got 0"),
+        ((1, 1, 0.0), "result_seconds must be positive, got 0.0"),
+    ],
 )
 def test_bounds_that_make_no_sense(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):

@@ -601,5 +601,5 @@ print("done")
 
 def test_rounds_that_nobody_can_generate_are_refused(node: TinyNode) -> None:
     values = {**ROUND, "node_id": -1, "node_count": -1}
-    with pytest.raises(ValueError, match="node_id and node_count must be set"):
+    with pytest.raises(ValueError, match="Node ID and node count must be set"):
         node.service.begin(values, PoCState.GENERATING)

@@ -91,7 +91,7 @@ def test_a_validation_while_its_round_ends(
         manager = manager_in(world)
         manager.init_round(config())
         outcome: list[Any] = []
-        steps = manager.validation(claim(5, 1, 9), lambda: pause())
+        validation = manager.validation(claim(5, 1, 9))
         stopped = False
         pauses_after = 0
 
@@ -101,7 +101,9 @@ def test_a_validation_while_its_round_ends(
 
         def validate() -> None:
             try:
-                outcome.extend(each for each in steps if each is not None)
+                for count in (2, 1):
+                    manager.recompute([(validation, count)], pause)
+                outcome.append(manager.verdict(validation))
             except (RoundEndedError, IllegalTransitionError) as error:
                 outcome.append(error)
 
@@ -127,13 +129,13 @@ def test_a_validation_while_its_round_ends(
     record_property("interleavings", explore(rounds, scenario))
 
 
-@pytest.mark.parametrize("then", ["another phase", "another round"])
+@pytest.mark.parametrize("then", ["another phase", "another round", "another round without a stop"])
 def test_nonces_of_two_threads_through_phases(
     rounds: Instruments, record_property: Record, alone_distances: dict[int, float], then: str
 ) -> None:
     def scenario(world: World) -> Callable[[], None]:
         manager = manager_in(world)
-        first, second = config(), config()
+        first, second = config(), config(r_target=1.5)
         manager.start_round(first)
         computed: list[tuple[PoCConfig, ProofBatch]] = []
         given_up: list[Exception] = []
@@ -152,7 +154,8 @@ def test_nonces_of_two_threads_through_phases(
                 manager.set_phase(PoCState.VALIDATING)
                 manager.set_phase(PoCState.GENERATING)
             else:
-                manager.stop_round()
+                if then == "another round":
+                    manager.stop_round()
                 manager.start_round(second)
 
         for name in ("generate", "other generate"):
@@ -191,20 +194,19 @@ def test_a_queue_of_two_submitters(
         ended: list[ValidationJob] = []
         queue = ValidationQueue(20, ended=ended.append)
         verdict: Any = object()
+        of = Round(config())
         jobs: list[ValidationJob] = []
 
         def put(submitter: str) -> None:
             with contextlib.suppress(RoundEndedError):
-                jobs.append(queue.put(Validation(Round(config()), iter(())), nonces=3, submitter=submitter, keep=True))
+                jobs.append(queue.put(Validation(of, claim(0, 1, 2)), submitter=submitter, keep=True))
 
         for submitter in ("a", "b"):
             put(submitter)
 
         def compute() -> None:
-            while (job := queue.next()) is not None:
-                if job.nonces_done == 0:
-                    queue.advance(job)
-                else:
+            while (forward := queue.next()) is not None:
+                for job in queue.computed(forward):
                     queue.finish(job, verdict)
 
         def submit() -> None:

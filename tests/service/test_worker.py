@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from small_engine import SmallEngine
 from web import TIMEOUT, eventually
-from workers import BATCH, PATIENT, Parts, alone, blocked, proof, workers
+from workers import BATCH, PATIENT, Parts, alone, blocked, config, proof, workers
 
-from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
+from poc_kernels.protocol import DistanceProver, IllegalTransitionError, PoCManager, PoCState, RoundEndedError
 from poc_kernels.scheduling import Turns
 from poc_kernels.service import worker as worker_module
-from poc_kernels.service.queue import QueueFullError
+from poc_kernels.service.queue import JobState, QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -185,16 +186,15 @@ def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
         assert entered.wait(TIMEOUT)
         with pytest.raises(QueueFullError, match="at most 20 nonces can wait to be validated, 15 do, and 6 came"):
             parts.submit(proof(6), "another")
-        second = parts.submit(proof(4), "another")
-        empty = parts.submit(proof(0), "a third")  # takes a place too
-        for count in (0, 1):
-            with pytest.raises(QueueFullError):
-                parts.submit(proof(count), "a fourth")
+        second = parts.submit(proof(5), "another")
+        with pytest.raises(QueueFullError):
+            parts.submit(proof(1), "a third")
+        assert parts.submit(proof(0), "a third").result(0).dist == []  # takes no place
         assert parts.worker.queue.nonces == 20
-    assert [len(future.result(TIMEOUT)) for future in (first, second, empty)] == [15, 4, 0]
+    assert [len(future.result(TIMEOUT)) for future in (first, second)] == [15, 5]
     eventually(lambda: parts.worker.queue.nonces == 0)
     assert parts.submit(proof(20)).result(TIMEOUT).dist == alone(20)
-    with pytest.raises(ValueError, match="a batch must have at most 20 nonces, got 21"):
+    with pytest.raises(ValueError, match="a batch must have at least 1 and at most 20 nonces, got 21"):
         parts.submit(proof(21))
 
 
@@ -222,6 +222,86 @@ def test_forwards_are_given_out_in_turn(make: Callable[..., Parts]) -> None:
     assert small.result(TIMEOUT).dist == alone(2 * BATCH)
     eventually(lambda: len(order) == 2)  # waiters wake before callbacks are called
     assert order == ["small", "large"]
+
+
+def test_batches_of_many_submitters_and_keys_share_forwards(make: Callable[..., Parts]) -> None:
+    """Bit for bit each alone, and each with its own progress, verdict and callback."""
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts) as entered:
+        first = parts.submit(proof(1))
+        assert entered.wait(TIMEOUT)
+        jobs = [
+            parts.worker.enqueue(
+                proof(1, number / 10, nonces=[number], public_key=f"key {number}", node_id=number - 1),
+                f"submitter {number % 5}",
+                keep=True,
+            )
+            for number in range(3 * BATCH - 1)
+        ]
+    assert first.result(TIMEOUT).dist == alone(1)
+    verdicts = [job.future.result(TIMEOUT) for job in jobs]
+    assert len(parts.engine.shapes) == 1 + 3
+    manager = PoCManager(DistanceProver(SmallEngine()))
+    manager.init_round(config())
+    assert verdicts == [manager.validate(job.validation.proof) for job in jobs]
+    eventually(lambda: len(parts.callbacks.batches) == len(jobs))
+    posted = {batch["public_key"]: batch for _, _, batch in parts.callbacks.batches}
+    assert [posted[f"key {number}"]["node_id"] for number in range(3)] == [0, 0, 1]  # never below 0
+    assert {name: value for name, value in posted["key 7"].items() if name != "node_id"} == {
+        name: value for name, value in verdicts[7].to_dict().items() if name != "node_id"
+    }
+    assert b'poc_validations_total{outcome="done"} 12.0' in parts.metrics.text()
+
+
+def test_a_proof_without_nonces_is_judged_at_once_and_not_kept(make: Callable[..., Parts]) -> None:
+    parts = make()
+    with pytest.raises(IllegalTransitionError, match="No round configured"):
+        parts.submit(proof(0))
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts) as entered:
+        parts.submit(proof(1))
+        assert entered.wait(TIMEOUT)
+        job = parts.worker.enqueue(proof(0), "one", keep=True)
+        verdict = job.future.result(0)
+        assert (job.state, verdict.dist, verdict.fraud_detected, verdict.judged) == (JobState.DONE, [], False, False)
+        assert parts.worker.queue.get(job.id) is None
+        assert parts.worker.queue.batches == 1
+        with pytest.raises(ValueError, match="Block hash mismatch"):
+            parts.submit(proof(0, block_hash="other"))
+
+
+def test_proofs_are_validated_after_the_round_was_stopped(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin()
+    parts.checked(BATCH)
+    parts.stop()
+    assert parts.submit(proof(2 * BATCH, 0.5)).result(TIMEOUT).dist == alone(2 * BATCH)
+    eventually(lambda: [kind for kind, *_ in parts.callbacks.batches].count("validated") == 1)
+    eventually(lambda: parts.worker._idle)
+    assert not parts.turns.inference_paused
+    assert parts.manager.state == PoCState.STOPPED
+    assert parts.worker.trouble() is None
+
+
+def test_a_round_that_replaces_another_keeps_its_callbacks(make: Callable[..., Parts]) -> None:
+    """What was being computed is thrown away; what was found is not."""
+    parts = make()
+    parts.begin()
+    eventually(lambda: parts.callbacks.batches)
+    before = parts.manager.status()["valid_nonces"]
+    with blocked(parts) as entered:
+        assert entered.wait(TIMEOUT)
+        before = parts.manager.status()["valid_nonces"]
+        parts.begin(block_height=2, callback_url="http://another")
+    parts.checked(BATCH)
+    parts.stop()
+    first = [batch for _, url, batch in parts.callbacks.batches if url == "http://chain"]
+    assert [nonce for batch in first for nonce in batch["nonces"]] == before
+    assert {batch["block_height"] for batch in first} == {1}
+    second = [batch for _, url, batch in parts.callbacks.batches if url == "http://another"]
+    assert {batch["block_height"] for batch in second} <= {2}
+    assert {batch["r_target"] for batch in (*first, *second)} == {1.4}
 
 
 def test_a_kept_job_says_what_became_of_it(make: Callable[..., Parts]) -> None:

@@ -96,14 +96,14 @@ def test_validation_has_its_share_however_long_inference_is_busy(
 ) -> None:
     parts = make(turns=Turns(Pacing(share=share, max_wait_seconds=1e6, linger_seconds=1.0)))
     parts.begin(PoCState.VALIDATING)
-    sizes = {"one": [30, 8], "another": [17, 0, 5]}
+    sizes = {"one": [30, 8], "another": [17, 2, 5]}
     with Users(parts, monkeypatch) as users:
         results = [(count, parts.submit(proof(count), name)) for name, counts in sizes.items() for count in counts]
         assert [result.result(TIMEOUT).dist for _, result in results] == [alone(count) for count, _ in results]
         computed = users.slices * SLICE
         # What steps owed it, less what is cut off so that it is not paid at one go; and the last may owe it still.
         assert computed >= 0.9 * share / (1 - share) * (users.steps - 2) * STEP - SLICE
-    assert users.slices == sum(-(-count // BATCH) for counts in sizes.values() for count in counts)
+    assert users.slices == -(-sum(count for counts in sizes.values() for count in counts) // BATCH)  # none half empty
     assert parts.worker.queue.nonces == 0
     assert parts.worker.trouble() is None
 

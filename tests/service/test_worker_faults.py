@@ -63,6 +63,53 @@ def test_a_job_that_fails_fails_alone(make: Callable[..., Parts]) -> None:
     assert parts.worker.trouble() is None
 
 
+def test_a_forward_that_fails_costs_none_of_those_who_share_it(make: Callable[..., Parts]) -> None:
+    """Each is tried alone; one that fails again fails alone."""
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    prove = parts.manager.prover.prove
+
+    def poisoned(config: Any, rows: Any, pause: Any) -> Any:
+        if any(row.public_key == "poison" for row in rows):
+            raise RuntimeError("it cannot be computed")
+        return prove(config, rows, pause)
+
+    parts.manager.prover.prove = poisoned  # type: ignore[method-assign]
+    with blocked(parts) as entered:
+        parts.submit(proof(1))
+        assert entered.wait(TIMEOUT)
+        good = [parts.submit(proof(1, nonces=[number]), f"submitter {number}") for number in range(BATCH - 1)]
+        bad = parts.submit(proof(1, public_key="poison"), "another")
+    assert [result.result(TIMEOUT).dist for result in good] == [[distance] for distance in alone(BATCH - 1)]
+    with pytest.raises(RuntimeError, match="it cannot be computed"):
+        bad.result(TIMEOUT)
+    assert b"poc_batch_failures_total 2.0" in parts.metrics.text()
+    eventually(lambda: parts.worker._idle)
+    assert parts.worker.trouble() is None
+
+
+def test_a_verdict_that_fails_fails_alone(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    verdict = parts.manager.verdict
+
+    def failing_once(validation: Any) -> Any:
+        if validation.proof.public_key == "poison":
+            raise ArithmeticError("no verdict")
+        return verdict(validation)
+
+    monkeypatch.setattr(parts.manager, "verdict", failing_once)
+    with blocked(parts) as entered:
+        parts.submit(proof(1))
+        assert entered.wait(TIMEOUT)
+        bad, good = parts.submit(proof(1, public_key="poison")), parts.submit(proof(1))
+    with pytest.raises(ArithmeticError, match="no verdict"):
+        bad.result(TIMEOUT)
+    assert good.result(TIMEOUT).dist == alone(1)
+    assert len(parts.engine.shapes) == 2
+    assert b"poc_batch_failures_total 1.0" in parts.metrics.text()
+
+
 def test_a_failed_job_is_forgotten_when_there_is_nothing_to_do(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.engine.before_forward = failing(1)

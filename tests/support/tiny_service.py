@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from poc_kernels.protocol import Outcomes, PoCConfig, Prover
+from poc_kernels.protocol import Outcomes, PoCConfig, Prover, Row
 from poc_kernels.protocol.distances.form import DISTANCES
 from poc_kernels.protocol.engine import never
 from poc_kernels.scheduling import PriorityLanes, Turns, TurnsClosed
@@ -45,14 +45,12 @@ class TinyProver:
         if config.seq_len > 8:
             raise ValueError(f"seq_len must be at most 8, got {config.seq_len}")
 
-    def prove(
-        self, config: PoCConfig, public_key: str, nonces: Sequence[int], pause: Callable[[], None] = never
-    ) -> Outcomes:
+    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Callable[[], None] = never) -> Outcomes:
         self.before_forward()
-        self.forwards.append(len(nonces))
+        self.forwards.append(len(rows))
         threading.Event().wait(_FORWARD_SECONDS)
         pause()
-        values = [self.outcome(config, public_key, nonce) for nonce in nonces]
+        values = [self.outcome(config, *row) for row in rows]
         return Outcomes(values, dict.fromkeys(self.form.parts, 0.25))
 
     def outcome(self, config: PoCConfig, public_key: str, nonce: int) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import MAX_NONCE, check_distinct, check_float, check_int, check_ints, check_list, check_text
-from ..config import UNSET
+from ..config import MAX_NODE_ID, UNSET
 from ..honesty import probability_honest
 
 
@@ -37,7 +37,7 @@ class ProofBatch:
         check_text("public_key", self.public_key)
         check_text("block_hash", self.block_hash)
         check_int("block_height", self.block_height, 0, MAX_NONCE)
-        check_int("node_id", self.node_id, UNSET, 2**31)
+        check_int("node_id", self.node_id, UNSET, MAX_NODE_ID)
         check_list("nonces", self.nonces)
         check_list("dist", self.dist)
         check_ints("nonces", self.nonces, 0, MAX_NONCE)

@@ -17,8 +17,8 @@ from .. import inputs
 from ..config import PoCConfig
 from ..engine import Engine, never
 from ..pieces import Pieces
-from ..prover import Outcomes
-from .distance import distances, permutations, target
+from ..prover import Outcomes, Row
+from .distance import distances, permutation_seed, permutations_of, target
 from .form import DISTANCES
 
 # What a GPU computes between two pauses before it was timed.
@@ -33,8 +33,8 @@ _MIN_PROJECTED_ROWS = 256
 class DistanceProver:
     """Computes distances on an engine in this process: a `Prover`.
 
-    Every forward has the round's shape, [batch_size, seq_len]: fewer nonces are filled up with rows that are thrown
-    away. So a nonce's distance depends neither on its place in a batch nor on its neighbours.
+    Every forward has the round's shape, [batch_size, seq_len]: fewer rows are filled up with some that are thrown away.
+    So a nonce's distance depends neither on its place in a forward nor on its neighbours, whatever nodes they are of.
 
     Args:
         engine: the model that serves users.
@@ -76,15 +76,15 @@ class DistanceProver:
             raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")
 
     @torch.inference_mode()
-    def prove(self, config: PoCConfig, public_key: str, nonces: Sequence[int], pause: Pause = never) -> Outcomes:
-        """Compute the distances of 1 to batch_size nonces: see `Prover.prove`."""
+    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never) -> Outcomes:
+        """Compute the distances of 1 to batch_size rows: see `Prover.prove`."""
         engine = self.engine
         self._pieces.forget_unread()
         parts = _Parts(engine.device, pause)
-        rows = [*nonces] + [nonces[-1]] * (config.batch_size - len(nonces))
+        filled = [*rows] + [rows[-1]] * (config.batch_size - len(rows))
         with parts.part("inputs"):
             self._begin_round(config.block_hash)
-            x, permutation = self._draw(config, public_key, rows, parts.pause)
+            x, permutation = self._draw(config, filled, parts.pause)
         if config.use_random_projection:
             with parts.part("projection"):
                 self._project(x.view(-1, engine.hidden_size), self._projection.pre, parts.pause)
@@ -98,7 +98,7 @@ class DistanceProver:
             logits = engine.compute_logits(hidden)
             parts.pause()
         with parts.part("distance"):
-            computed: list[float] = distances(logits, permutation, self._target).tolist()[: len(nonces)]
+            computed: list[float] = distances(logits, permutation, self._target).tolist()[: len(rows)]
         self._pieces.read()
         return Outcomes(computed, parts.seconds())
 
@@ -109,18 +109,18 @@ class DistanceProver:
             self._projection.set_block_hash(block_hash)
             self._block_hash = block_hash
 
-    def _draw(self, config: PoCConfig, public_key: str, rows: list[int], pause: Pause) -> tuple[Tensor, Tensor]:
-        """Draw inputs and permutations of nonces, some rows at a time: no number depends on the others."""
+    def _draw(self, config: PoCConfig, rows: list[Row], pause: Pause) -> tuple[Tensor, Tensor]:
+        """Draw inputs and permutations, some rows at a time: no number depends on the others."""
         engine, block_hash = self.engine, config.block_hash
         length, vocab_size = config.seq_len * engine.hidden_size, engine.vocab_size
         x = torch.empty(len(rows), config.seq_len, engine.hidden_size, dtype=engine.dtype, device=engine.device)
         permutation = torch.empty(len(rows), vocab_size, dtype=torch.int64, device=engine.device)
+        seeds = [inputs.inputs_seed(block_hash, *row) for row in rows]
         for some in self._pieces.of("inputs", len(rows), length, pause, at_once=_DRAWN_AT_ONCE // length):
-            x[some] = inputs.nonce_inputs(
-                block_hash, public_key, rows[some], config.seq_len, engine.hidden_size, engine.device, engine.dtype
-            )
+            x[some] = inputs.normal(seeds[some], length, engine.device, engine.dtype).view_as(x[some])
+        seeds = [permutation_seed(block_hash, *row) for row in rows]
         for some in self._pieces.of("permutations", len(rows), vocab_size, pause, at_once=_DRAWN_AT_ONCE // vocab_size):
-            permutation[some] = permutations(block_hash, public_key, rows[some], vocab_size, engine.device)
+            permutation[some] = permutations_of(seeds[some], vocab_size, engine.device)
         return x, permutation
 
     def _project(self, states: Tensor, projection: Callable[[Tensor], Tensor], pause: Pause) -> None:
