@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..protocol import PoCConfig, PoCManager, PoCState, Prover
 from ..scheduling import AwakeClock
@@ -62,6 +63,7 @@ class RoundService:
         self._prover = prover
         self._device = device
         self._watches = (*troubles, self.worker.trouble)
+        self._ignored: list[str] = []
         self.stopping = False
         """Whether the service shuts down: it admits nothing more."""
         watch = self.metrics.watch
@@ -117,13 +119,19 @@ class RoundService:
             check_host("callback_url", config.callback_url, self._hosts)
         return config
 
-    def begin(self, values: dict[str, Any], state: PoCState) -> None:
-        """Begin a round in state IDLE, GENERATING or VALIDATING; errors as `config` and `PoCManager.start_round`."""
+    def begin(self, values: dict[str, Any], state: PoCState, ignored: Sequence[str] = ()) -> None:
+        """Begin a round in state IDLE, GENERATING or VALIDATING; errors as `config` and `PoCManager.start_round`.
+
+        Args:
+            values: as `config`.
+            ignored: what else the client said, for the status.
+        """
         config = self.config(values)
         if state == PoCState.IDLE:
             self.manager.init_round(config)
         else:
             self.manager.start_round(config, state)
+        self._ignored = list(ignored)
 
     def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
         """Queue a proof to be validated: see `ProofWorker.enqueue`."""
@@ -142,13 +150,15 @@ class RoundService:
 
     def status(self) -> dict[str, Any]:
         """Return state and progress of the round, of the validation queue and of the callbacks."""
-        config = self.manager.config
+        config, progress = self.manager.config, self.manager.status()
         slices, pacing = self._prover.slices, self._device.pacing
         return {
-            **self.manager.status(),
-            "config": None
-            if config is None
-            else {name: value for name, value in dataclasses.asdict(config).items() if name != "callback_url"},
+            **progress,
+            # As the network's clients read it; the model was loaded before the first request.
+            "status": progress["state"],
+            "is_model_initialized": True,
+            "config": None if config is None else _told(config),
+            "ignored": self._ignored,
             "queued_nonces": self.worker.queue.nonces,
             "validation": {
                 **self.worker.queue.status(),
@@ -173,3 +183,10 @@ class RoundService:
         self.metrics.state.state(progress["state"])
         self.metrics.rate.set(progress["rate_per_second"])
         return self.metrics.text()
+
+
+def _told(config: PoCConfig) -> dict[str, Any]:
+    """Return what anybody may know of a configuration: of the callback_url its host alone."""
+    told = dataclasses.asdict(config)
+    url = told.pop("callback_url")
+    return {**told, "callback_host": None if url is None else urlsplit(url).netloc.rpartition("@")[2]}

@@ -10,50 +10,33 @@ import email.message
 import json
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
-from ..protocol import UNSET, IllegalTransitionError, PoCState, RoundEndedError
+from ..protocol import IllegalTransitionError, PoCState, RoundEndedError
 from ..protocol.distances import wire as distances_wire
 from ..protocol.distances.form import DISTANCES
-from .gate import POC_PREFIX
+from .gate import POC_PREFIX, body_done
 from .queue import QueueFullError, ValidationJob
 from .receivers import masked_urls
+from .round_body import RoundBody
 from .round_service import RoundService
 
 WIRES = {DISTANCES.name: distances_wire}
 """How each proof form is told in HTTP: a module with ProofBody and ValidateAnswer."""
 
+_Result = TypeVar("_Result")
+
 _BUSY_SECONDS = 5
 _MAX_DETAILS = 20
 _MAX_SHOWN = 200
 _MAX_SHOWN_BODY = 65536
-
-
-class RoundBody(BaseModel):
-    """Body of /init, /init/generate and /init/validate: a `PoCConfig`; unknown keys are ignored."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    block_hash: str
-    block_height: int
-    public_key: str
-    r_target: float
-    fraud_threshold: float = 0.01
-    node_id: int = UNSET
-    node_count: int = UNSET
-    batch_size: int = 32
-    seq_len: int = 256
-    callback_url: str | None = None
-    use_random_projection: bool | None = None
-    group_id: int = 0
-    n_groups: int = 1
 
 
 class PhaseAnswer(BaseModel):
@@ -90,26 +73,31 @@ _WAITING: dict[int | str, dict[str, Any]] = {202: {"description": "No verdict ye
 # ---- bodies ----
 
 
-def _body(model: type[BaseModel], parsing: asyncio.Semaphore) -> Any:
-    """Return the dependency that reads a request's body into ``model``, in a thread; one at a time holds ``parsing``.
+class _Bodies:
+    """Reads requests' bodies, one at a time in a thread.
 
     Parsed, a body takes a hundred times its bytes; and the other threads are left to routes that have none.
     """
 
-    async def read(request: Request) -> Any:
-        body = await request.body()
-        async with parsing:
-            return await run_in_threadpool(_parse, model, body, request.headers.get("content-type", ""))
+    def __init__(self) -> None:
+        self._parsing = asyncio.Semaphore(1)
 
-    return Depends(read)
+    async def read(self, request: Request, model: type[BaseModel], then: Callable[[Any], _Result]) -> _Result:
+        """Return what ``then`` makes of the body as ``model``. The body is kept no longer than that takes."""
+        body = b"".join([part async for part in request.stream()])
+        content_type = request.headers.get("content-type", "")
+        async with self._parsing:
+            result = await run_in_threadpool(lambda: then(_parse(model, body, content_type)))
+        body_done(request.scope)
+        return result
 
 
 def _parse(model: type[BaseModel], body: bytes, content_type: str) -> BaseModel:
-    """Return the body as ``model``; what is taken, and errors, are those of FastAPI."""
+    """Return the body as ``model``. What is taken, and errors, are FastAPI's; JSON may lack its content type."""
     if not body:
         raise _invalid(("body",), "missing", "Field required", None)
     header = email.message.Message()
-    header["content-type"] = content_type
+    header["content-type"] = content_type.strip() or "application/json"
     is_json = header.get_content_maintype() == "application" and (
         header.get_content_subtype() == "json" or header.get_content_subtype().endswith("+json")
     )
@@ -173,7 +161,9 @@ def handle_invalid_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         documentation = make_openapi()
         for model in (RoundBody, *(wire.ProofBody for wire in WIRES.values())):
-            documentation["components"]["schemas"].setdefault(model.__name__, model.model_json_schema())
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            for name, part in {**schema.pop("$defs", {}), model.__name__: schema}.items():
+                documentation["components"]["schemas"].setdefault(name, part)
         return documentation
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -196,7 +186,7 @@ def poc_router(service: RoundService) -> APIRouter:
 
     def changed(change: Callable[[], None]) -> Response:
         if service.stopping:
-            raise HTTPException(503, "the server is shutting down")
+            raise _shutting_down()
         try:
             change()
         except (ValueError, TypeError) as error:
@@ -208,29 +198,31 @@ def poc_router(service: RoundService) -> APIRouter:
     def _not_allowed(error: Exception) -> HTTPException:
         return HTTPException(400 if manager.config is None else 409, str(error))
 
-    def begun(body: RoundBody, state: PoCState) -> Response:
-        return changed(lambda: service.begin(body.model_dump(), state))
+    bodies = _Bodies()
+
+    async def begun(request: Request, state: PoCState) -> Response:
+        def begin(body: RoundBody) -> Response:
+            return changed(lambda: service.begin(body.config(), state, body.ignored()))
+
+        return await bodies.read(request, RoundBody, begin)
 
     phase: dict[str, Any] = {"response_model": PhaseAnswer, "responses": _ERRORS}
     begin: dict[str, Any] = {**phase, "responses": _BODY_ERRORS, "openapi_extra": _takes(RoundBody)}
 
-    parsing = asyncio.Semaphore(1)
-    round_body, proof_body = _body(RoundBody, parsing), _body(wire.ProofBody, parsing)
-
     @router.post("/init", **begin)
-    def init(body: RoundBody = round_body) -> Response:
+    async def init(request: Request) -> Response:
         """Begin a round; no phase runs yet."""
-        return begun(body, PoCState.IDLE)
+        return await begun(request, PoCState.IDLE)
 
     @router.post("/init/generate", **begin)
-    def init_generate(body: RoundBody = round_body) -> Response:
+    async def init_generate(request: Request) -> Response:
         """Begin a round and look for nonces in the background. Users get 503 meanwhile."""
-        return begun(body, PoCState.GENERATING)
+        return await begun(request, PoCState.GENERATING)
 
     @router.post("/init/validate", **begin)
-    def init_validate(body: RoundBody = round_body) -> Response:
+    async def init_validate(request: Request) -> Response:
         """Begin a round and validate the proofs that come. Users are served meanwhile."""
-        return begun(body, PoCState.VALIDATING)
+        return await begun(request, PoCState.VALIDATING)
 
     @router.post("/phase/generate", **phase)
     def phase_generate() -> Response:
@@ -243,6 +235,8 @@ def poc_router(service: RoundService) -> APIRouter:
         return changed(lambda: manager.set_phase(PoCState.VALIDATING))
 
     def enqueued(body: Any, submitter: str, keep: bool) -> ValidationJob:
+        if service.stopping:
+            raise _shutting_down()
         try:
             return service.enqueue(body.proof(), submitter, keep)
         except (ValueError, TypeError) as error:
@@ -263,18 +257,19 @@ def poc_router(service: RoundService) -> APIRouter:
         responses={
             **_BODY_ERRORS,
             **_WAITING,
-            429: {"description": "Too many nonces wait to be validated, of all submitters or of this one"},
+            429: {"description": "Too many nonces or batches wait to be validated, of all submitters or of this one"},
         },
         openapi_extra=_takes(wire.ProofBody),
     )
-    async def validate(request: Request, body: Any = proof_body, wait: Literal["true", "false"] = "true") -> Response:
+    async def validate(request: Request, wait: Literal["true", "false"] = "true") -> Response:
         """Recompute the distances of a proof batch, and judge it if it has distances.
 
-        With wait=false the answer comes at once: its Location has the verdict later.
+        The batch is taken at once: who leaves before the answer gets the verdict at the callback_url. With wait=false
+        the answer comes at once: its Location has the verdict later. A batch without nonces is judged at once.
         """
         submitter = "" if request.client is None else request.client.host
-        job = await run_in_threadpool(enqueued, body, submitter, wait == "false")
-        if wait == "false":
+        job = await bodies.read(request, wire.ProofBody, lambda body: enqueued(body, submitter, wait == "false"))
+        if job.keep:
             return _waiting(job, {"Location": f"{POC_PREFIX}/validate/{job.id}"})
         try:
             # Shielded: the verdict goes to the callback even if this client does not wait for it.
@@ -337,6 +332,10 @@ def _bad_value(error: Exception) -> HTTPException:
     if type(error) not in (ValueError, TypeError):  # what libraries raise is often derived from them
         raise error
     return HTTPException(400, str(error))
+
+
+def _shutting_down() -> HTTPException:
+    return HTTPException(503, "the server is shutting down")
 
 
 def _refusal(error: Exception) -> HTTPException:

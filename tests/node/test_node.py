@@ -43,6 +43,9 @@ def test_before_any_round(model_dir: Path) -> None:
         assert status(http) == {
             **dict.fromkeys(STATUS_KEYS, 0),
             "state": "IDLE",
+            "status": "IDLE",
+            "is_model_initialized": True,
+            "ignored": [],
             "valid_nonces": [],
             "valid_distances": [],
             "r_target": None,

@@ -67,7 +67,9 @@ def blocked(http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_polled_verdict_is_the_one_that_is_waited_for(http: httpx2.Client, alone: Alone, receiver: Receiver) -> None:
     begin(http, "validate", callback_url=receiver.url)
-    for body in (claim(range(10), [1.2] * 10), claim(range(10)), claim([])):
+    empty = http.post(f"{POW}/validate?wait=false", json=claim([]))  # there is nothing to wait for
+    assert (empty.status_code, empty.json()) == (200, posted(http, "/validate", claim([])))
+    for body in (claim(range(10), [1.2] * 10), claim(range(10))):
         assert verdict(http, queued(http, body)) == posted(http, "/validate", body)
         assert posted(http, "/validate?wait=true", body)["distances"] == alone.distances(body["nonces"])
     location = queued(http, claim([3], [1.0]))

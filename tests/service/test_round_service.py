@@ -509,7 +509,9 @@ def test_no_call_of_json_has_a_long_text_or_list(
         (b"{%s", "application/problem+json", 200, None),
         (b"{%s", "text/x+json", 422, "model_attributes_type"),
         (b"{%s", "application/a/b+json", 422, "model_attributes_type"),
-        (b"{%s", "", 422, "model_attributes_type"),
+        (b"{%s", "", 200, None),
+        (b"{%s,", "", 422, "json_invalid"),
+        (b"{%s", "application/x-www-form-urlencoded", 422, "model_attributes_type"),
     ],
 )
 def test_what_bodies_are_taken(

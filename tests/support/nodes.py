@@ -41,7 +41,11 @@ STATUS_KEYS = {
     "elapsed_seconds",
     "rate_per_second",
     "r_target",
+    # As the network's clients read it:
+    "status",
+    "is_model_initialized",
     # Beyond the protocol's:
+    "ignored",
     "queued_nonces",
     "validation",
     "callbacks",
