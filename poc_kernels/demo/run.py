@@ -71,7 +71,7 @@ def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometr
         r_target=r_target,
         geometric=geometric,
         expected_share=theory.share_below(r_target, config.vocab_size),
-        retained_bytes=sum(buffer.nbytes for buffer in RandomProjection(0, config.hidden_size).buffers()),
+        retained_bytes=RandomProjection(0, config.hidden_size).seed.nbytes,
         stored_bytes=2 * config.hidden_size**2 * weights.itemsize,
     )
 
