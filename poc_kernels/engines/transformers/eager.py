@@ -81,6 +81,7 @@ class EagerGeneration:
         config = copy.deepcopy(config)
         config.use_cache = True
         config.num_beams = 1
+        config.cache_implementation = None  # one that grows: a static one would be made, and compiled for, per request
         self._router.register(request_id, on_output)
         self._waiting.put(_Request(request_id, list(prompt), config, streaming))
         return True
@@ -117,7 +118,8 @@ class EagerGeneration:
         try:
             with self._lanes.inference():
                 while (request := self._waiting.get()) is not None:
-                    self._serve(request)
+                    if self._router.knows(request.request_id):
+                        self._serve(request)
         except TurnsClosed:
             pass  # nothing computes any more
         except Exception as error:

@@ -148,8 +148,8 @@ def test_a_request_whose_client_is_gone_ends(model: Any, life: Life) -> None:
 
     gone, waiting, served = asyncio.run(ask())
     assert (gone, waiting) == ([], [])
+    assert len(life.computing) == 1 + 6  # one step of what was cancelled, none of what waited
     assert served[-1].generated_tokens == plain_tokens(model, PROMPT, 6)
-    assert len(life.computing) <= 2 + 2 * 6  # one step of what was cancelled, none of what waited
 
 
 def test_it_stops_amid_a_request_and_takes_none_afterwards(model: Any) -> None:
