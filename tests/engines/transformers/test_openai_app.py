@@ -152,7 +152,7 @@ def test_an_empty_prompt_is_refused(http: httpx2.Client) -> None:
 def test_token_ids_beyond_the_model_are_refused(
     http: httpx2.Client, inference: Inference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_vocabulary", 1)
+    monkeypatch.setattr(inference, "vocabulary", 1)
     answer = http.post("/v1/completions", json={"prompt": "hello"})
     assert (answer.status_code, "outside [0, 1)" in error_of(answer)["message"]) == (400, True)
 
