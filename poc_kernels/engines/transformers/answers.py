@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
+import anyio
 from pydantic_core import to_json
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
@@ -30,10 +31,10 @@ class TokenTexts:
     """The text of single tokens, as it is within a text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer.backend_tokenizer  # a quarter of the time of the tokenizer's own method
         # Alone, some tokenizers' tokens lose the space that they begin with.
         self._before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        self._skipped = len(tokenizer.decode(self._before))
+        self._skipped = len(self._tokenizer.decode(self._before))
         self.of = functools.lru_cache(maxsize=65536)(self._of)
 
     def _of(self, token: int) -> str:
@@ -42,7 +43,7 @@ class TokenTexts:
 
     def whole(self, tokens: Sequence[int]) -> str:
         """Return the text of ``tokens``."""
-        text: str = self._tokenizer.decode(tokens)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return text
 
     def entry(self, token: int, logprob: float) -> Event:
@@ -84,7 +85,7 @@ class Answer(ABC, Generic[_B]):
         async with contextlib.aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 _append(whole, piece)
-        return to_json(self.complete(whole))
+        return await anyio.to_thread.run_sync(lambda: to_json(self.complete(whole)))
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the answer as server-sent events. A failure is the last one, without internals."""
@@ -299,7 +300,7 @@ class CompletionAnswer(Answer[CompletionBody]):
 
 
 class ResponseAnswer(Answer[ResponseBody]):
-    """The answer of /v1/responses. What is whole is the last event's response."""
+    """The answer of /v1/responses. The whole one is the response of the last event."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -331,6 +332,7 @@ class ResponseAnswer(Answer[ResponseBody]):
                 yield from self._called(item)
             elif isinstance(item, ReasoningText):
                 yield from self._said(item, "reasoning", "reasoning_text")
+                self._untold = Piece()  # only messages tell log probabilities
             else:
                 yield from self._said(item, "message", "output_text")
 

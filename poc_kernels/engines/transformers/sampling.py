@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20
 """Likeliest tokens that a request may ask for at each position."""
 _KEY = "sampling"
 _MIN_TEMPERATURE = 1e-5  # below, the likeliest token is all that is left
+_CANDIDATES = 256  # tokens in which top_p is nearly always reached
 _LEAST_LOGPROB = -9999.0  # for a token that cannot come: JSON has no infinity
 
 
@@ -125,12 +126,10 @@ def choose(logits: Tensor, rows: Sequence[Row], chance: random.Random) -> tuple[
             if row.sampling.adjusts:
                 _adjust(scores, row)
     tokens = adjusted.argmax(-1)
-    # Apart, so that a seed draws the same token beside any others.
-    for truncated in (False, True):
-        drawn = [n for n, row in enumerate(rows) if not row.sampling.greedy and row.sampling.truncates == truncated]
-        if drawn:
-            index = torch.tensor(drawn, device=logits.device)
-            tokens[index] = _draw(adjusted[index], [rows[n] for n in drawn], truncated, chance)
+    drawn = [n for n, row in enumerate(rows) if not row.sampling.greedy]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        tokens[index] = _draw(adjusted[index], [rows[n] for n in drawn], chance)
     return tokens, _logprobs(logits, rows, tokens)
 
 
@@ -151,31 +150,46 @@ def _adjust(scores: Tensor, row: Row) -> None:
         scores[torch.tensor(list(changes), device=scores.device)] += scores.new_tensor(list(changes.values()))
 
 
-def _draw(logits: Tensor, rows: Sequence[Row], truncated: bool, chance: random.Random) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[Row], chance: random.Random) -> Tensor:
     """Draw a token for each row, by one uniform number per row and the inverse of the cumulated probabilities."""
-
-    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
-
     each = [row.sampling for row in rows]
-    scaled = logits / column([sampling.temperature for sampling in each])
-    order = None
-    if truncated:
-        scaled, order = scaled.sort(dim=-1, descending=True)
-        ranks = torch.arange(logits.shape[1], device=logits.device)
-        scaled = scaled.masked_fill(ranks >= column([s.top_k or logits.shape[1] for s in each]), -torch.inf)
-        probabilities = scaled.softmax(-1)
-        before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
-        left_out = before >= column([sampling.top_p for sampling in each], torch.float64)
-        left_out |= probabilities < probabilities[:, :1] * column([sampling.min_p for sampling in each])
-        left_out[:, 0] = False
-        scaled = scaled.masked_fill(left_out, -torch.inf)
-    cumulated = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
-    uniform = column([_uniform(row, chance) for row in rows], torch.float64)
+    scaled = logits / _column(logits, [sampling.temperature for sampling in each])
+    if any(sampling.truncates for sampling in each):
+        scaled = scaled.masked_fill(scaled < _least(scaled, each, _CANDIDATES), -torch.inf)
+    cumulated = scaled.softmax(-1).double().cumsum(-1)
+    uniform = _column(cumulated, [_uniform(row, chance) for row in rows])
     # The first token beyond: one of probability zero never is.
     places = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
-    places = places.clamp_(max=logits.shape[1] - 1)
-    return (places if order is None else order.gather(1, places)).squeeze(1)
+    return places.clamp_(max=logits.shape[1] - 1).squeeze(1)
+
+
+def _least(scaled: Tensor, each: Sequence[Sampling], candidates: int) -> Tensor:
+    """Return the least logit [rows, 1] that top_k, top_p and min_p leave in each row; of equal ones, they leave all.
+
+    To sort a whole vocabulary takes longer than the rest: the likeliest ``candidates`` are looked at first, and all
+    only where those are not enough.
+    """
+    vocabulary = scaled.shape[1]
+    top_k = [min(sampling.top_k or vocabulary, vocabulary) for sampling in each]
+    candidates = min(max(candidates, *(k for k in top_k if k < vocabulary), 1), vocabulary)
+    likeliest = scaled.topk(candidates, dim=-1).values  # the likeliest first
+    least = likeliest.gather(1, _column(scaled, [k - 1 for k in top_k], torch.int64).clamp(max=candidates - 1))
+    least = least.masked_fill(_column(scaled, [k == vocabulary for k in top_k], torch.bool), -torch.inf)
+    if any(sampling.top_p < 1 for sampling in each):
+        top_p = _column(scaled, [sampling.top_p for sampling in each], torch.float64)
+        whole = scaled.masked_fill(scaled < least, -torch.inf).logsumexp(-1, keepdim=True)
+        probabilities = (likeliest - whole).exp().masked_fill(likeliest < least, 0.0).double()
+        cumulated = probabilities.cumsum(-1)
+        short = (cumulated[:, -1:] < top_p) & (top_p < 1) & (likeliest[:, -1:] > least)
+        if candidates < vocabulary and short.any():
+            return _least(scaled, each, vocabulary)
+        kept = (cumulated - probabilities < top_p).sum(-1, keepdim=True).clamp(min=1)
+        least = torch.maximum(least, likeliest.gather(1, kept - 1).masked_fill(top_p == 1, -torch.inf))
+    return torch.maximum(least, likeliest[:, :1] + _column(scaled, [sampling.min_p for sampling in each]).log())
+
+
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device).unsqueeze(1)
 
 
 def _uniform(row: Row, chance: random.Random) -> float:

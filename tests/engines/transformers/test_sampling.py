@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 )
 from web import TIMEOUT
 
+from poc_kernels.engines.transformers import sampling
 from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.engines.transformers.sampling import (
     BatchSampler,
@@ -89,6 +90,27 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers_warpers(
     expected = LogitsProcessorList(warpers)(torch.tensor([PROMPT]), scores.clone()).softmax(-1)[0]
     # Each token has an interval of that length, of which a grid has as many points, give or take one at its ends.
     torch.testing.assert_close(frequencies(scores, **fields), expected, rtol=0, atol=1.5 / DRAWS)
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 300, "top_p": 0.8}, {"top_k": 900}])
+def test_a_vocabulary_larger_than_what_is_looked_at_first(fields: dict[str, Any]) -> None:
+    scores = torch.randn(2, 1000, generator=torch.Generator().manual_seed(3)) * torch.tensor([[0.1], [8.0]])
+    warpers = [TopKLogitsWarper(fields["top_k"])] if "top_k" in fields else []
+    warpers += [TopPLogitsWarper(fields["top_p"])] if "top_p" in fields else []
+    kept = LogitsProcessorList(warpers)(torch.tensor([PROMPT] * 2), scores.clone()) > -torch.inf
+    least = sampling._least(scores, [Sampling(temperature=1.0, **fields)] * 2, 256)
+    assert torch.equal(scores >= least, kept)
+    # A row has the same bound beside others, whatever these need.
+    others = [Sampling(temperature=1.0, **fields), Sampling(temperature=1.0, top_p=0.1), Sampling(temperature=1.0)]
+    three = torch.cat([scores[1:], scores[:1], scores[:1]])
+    assert sampling._least(three, others, 256)[0] == least[1]
+    assert sampling._least(three, others, 256)[2] == -torch.inf
+
+
+def test_of_equal_logits_none_is_left_out() -> None:
+    flat = torch.zeros(1, VOCABULARY)
+    for fields in ({"top_k": 3}, {"top_p": 0.1}, {"min_p": 1.0}):
+        assert frequencies(flat, temperature=1.0, **fields).count_nonzero() == VOCABULARY
 
 
 @pytest.mark.parametrize("fields", [{"top_p": 0.0}, {"top_k": 1}, {"min_p": 1.0}])
@@ -261,16 +283,16 @@ async def asked(inference: Inference, *samplings: Sampling | None) -> list[Any]:
     """The last outputs of requests that are in flight together."""
     loop = asyncio.get_running_loop()
     futures = []
-    for n, sampling in enumerate(samplings):
+    for n, how in enumerate(samplings):
         futures.append(loop.create_future())
         config = inference.generation_config(8)
         config.eos_token_id = []
         tell = futures[-1].set_result
-        inference.submit(f"{n} {id(futures)}", PROMPT, config, False, tell, "max_tokens", sampling)
+        inference.submit(f"{n} {id(futures)}", PROMPT, config, False, tell, "max_tokens", how)
     return await asyncio.wait_for(asyncio.gather(*futures), TIMEOUT)
 
 
-def test_requests_of_one_batch_are_sampled_each_as_it_asks(inference: Inference) -> None:
+def test_requests_of_one_batch_are_sampled_each_as_it_asks(inference: Inference, tiny_model_dir: Path) -> None:
     samplings = [
         None,
         Sampling(temperature=1.0, seed=1),
@@ -280,8 +302,8 @@ def test_requests_of_one_batch_are_sampled_each_as_it_asks(inference: Inference)
     ]
     together = asyncio.run(asked(inference, *samplings))
     assert [len(output.generated_tokens) for output in together] == [8] * 5
-    for output, sampling in zip(together, samplings, strict=True):
-        (alone,) = asyncio.run(asked(inference, sampling))
+    for output, how in zip(together, samplings, strict=True):
+        (alone,) = asyncio.run(asked(inference, how))
         assert alone.generated_tokens == output.generated_tokens
     greedy, seeded, top, biased, told = together
     assert greedy.generated_tokens == told.generated_tokens != seeded.generated_tokens
@@ -292,6 +314,6 @@ def test_requests_of_one_batch_are_sampled_each_as_it_asks(inference: Inference)
         assert logprob.top[0] == (token, logprob.logprob)
     with torch.no_grad():
         ids = torch.tensor([[*PROMPT, *told.generated_tokens]])
-        plain = inference.model(ids, use_cache=False).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        plain = load(tiny_model_dir)[0](ids, use_cache=False).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
     expected = plain.gather(1, torch.tensor(told.generated_tokens).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(torch.tensor([each.logprob for each in told.logprobs]), expected, rtol=1e-3, atol=1e-3)
