@@ -193,7 +193,7 @@ class _Progress(StoppingCriteria):
         self._request, self._router, self._turn, self._progressed = request, router, turn, progressed
         self._created = time.perf_counter()
         self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs: list[Any] = []  # each a TokenLogprob
         self._over = False
         self.choice = _Choice(request)
 

@@ -86,10 +86,9 @@ class Prompts:
                 messages, tools=tools, add_generation_prompt=True, tokenize=False, **arguments
             )
             return text
-        except RecursionError as error:
-            raise AdmissionError(400, "the body is nested too deeply for the chat template", field) from error
         except Exception as error:  # whatever a template raises, it raises at this body
-            words = f"{type(error).__name__}: {error}"[:_MAX_SHOWN]
+            deep = isinstance(error, RecursionError)
+            words = "the body is nested too deeply" if deep else f"{type(error).__name__}: {error}"[:_MAX_SHOWN]
             logger.info("the chat template refuses a request", extra={"error": words})
             raise AdmissionError(400, f"the chat template refuses the {field}: {words}", field) from error
 

@@ -227,7 +227,8 @@ def _compare(plain: _Plain, answers: Sequence[GenerationOutput], new_tokens: int
             changed = plain.log_probabilities(*sequence).gather(1, tokens).squeeze(1)
         likeliest, right = right.max(1).values, right.gather(1, tokens).squeeze(1)
         rounding = max(rounding, float((changed - right).abs().max()))
-        told = torch.tensor([each.logprob for each in answer.logprobs])
+        logprobs: Any = answer.logprobs  # each a TokenLogprob
+        told = torch.tensor([each.logprob for each in logprobs])
         off.append(float(torch.maximum((told - right).abs(), likeliest - right).max()))
     for number, worst in enumerate(off):
         if not worst <= _MARGIN * rounding:  # nor is NaN right
