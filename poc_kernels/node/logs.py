@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
@@ -23,6 +24,8 @@ _LAST_SECONDS = 2.0
 _SPARED = ("asyncio", "uvicorn", "poc_kernels.connections")
 """Loggers of what any client can cause as often as it likes."""
 _SPARED_SECONDS = 1.0
+_MAX_TRACEBACK = 8000
+"""Characters of a traceback that are logged: of longer ones, the beginning and the end."""
 
 
 class _Plain(logging.Formatter):
@@ -55,6 +58,18 @@ class _Sparing(logging.Filter):
         return True
 
 
+def _bound_tracebacks(formatter: logging.Formatter) -> None:
+    """Have a formatter shorten long tracebacks: a request can cause one of hundreds of kilobytes."""
+    whole = formatter.formatException
+
+    def bounded(info: Any) -> str:
+        text, half = whole(info), _MAX_TRACEBACK // 2
+        left_out = len(text) - 2 * half
+        return text if left_out <= 0 else f"{text[:half]}\n[{left_out} characters left out]\n{text[-half:]}"
+
+    formatter.formatException = bounded  # type: ignore[method-assign, assignment]
+
+
 def configure(level: str, style: str) -> None:
     """Send all records to standard error; warnings of libraries too, in the same form.
 
@@ -75,6 +90,8 @@ def configure(level: str, style: str) -> None:
         )
     else:
         handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    assert handler.formatter is not None
+    _bound_tracebacks(handler.formatter)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())

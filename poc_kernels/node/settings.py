@@ -47,7 +47,7 @@ class Settings(ServiceSettings):
     send_seconds: float = setting(60.0, "seconds without a byte taken until a connection is cut", POSITIVE)
     max_unread_bytes: int = setting(2**20, "maximum bytes of an answer that wait for a client; then it waits", POSITIVE)
     temperature: float | None = setting(
-        None, "sampling temperature of all requests; 0: greedy", NOT_NEGATIVE, unset="the model's"
+        None, "sampling temperature of requests that set none; 0: greedy", NOT_NEGATIVE, unset="the model's"
     )
     max_new_tokens: int = setting(1024, "maximum number of tokens per answer", POSITIVE)
     kv_blocks: int | None = setting(None, "number of blocks of the KV cache", POSITIVE, unset="automatic")

@@ -58,6 +58,20 @@ def test_json_has_the_traceback_in_its_line(capsys: pytest.CaptureFixture[str]) 
     assert "ValueError: no memory left" in json.loads(line)["exc_info"]
 
 
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_a_long_traceback_is_shortened_to_its_ends(capsys: pytest.CaptureFixture[str], style: str) -> None:
+    logs.configure("info", style)
+    try:
+        raise ValueError("x" * 10**6 + "its end")
+    except ValueError:
+        logger.exception("a proof batch failed")
+    line = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in line
+    assert "characters left out" in line
+    assert "its end" in line
+    assert len(line) < 10_000
+
+
 def test_text_has_the_fields_behind_the_message(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
     logger.info("node started", extra={"device": "cpu", "hidden_size": 64})

@@ -20,6 +20,12 @@ def no_such_model(name: str) -> AdmissionError:
     return AdmissionError(404, f"the model {name!r} does not exist here", "model", "model_not_found")
 
 
+def too_long(max_tokens: int, why: str, param: str | None = None) -> AdmissionError:
+    """Make the refusal of a request that has more tokens than one can have."""
+    message = f"a request can have {max_tokens} tokens here, prompt and completion together: {why}"
+    return AdmissionError(400, message, param, "context_length_exceeded")
+
+
 def admitted_new_tokens(
     prompt: Sequence[int], asked: Any, *, vocabulary: int, max_new_tokens: int, max_tokens: int, param: str
 ) -> int:
@@ -46,11 +52,6 @@ def admitted_new_tokens(
         raise AdmissionError(400, f"{param} must be at most {max_new_tokens}, got {asked}", param)
     room = max_tokens - len(prompt)
     if room < (asked or 1):
-        raise AdmissionError(
-            400,
-            f"a request can have {max_tokens} tokens here, prompt and completion together: "
-            f"the prompt has {len(prompt)}, and {asked or 1} more must fit",
-            param if asked is not None and room > 0 else None,
-            "context_length_exceeded",
-        )
+        why = f"the prompt has {len(prompt)}, and {asked or 1} more must fit"
+        raise too_long(max_tokens, why, param if asked is not None and room > 0 else None)
     return asked if asked is not None else min(max_new_tokens, room)

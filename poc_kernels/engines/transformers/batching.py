@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import dataclasses
 import logging
 import threading
@@ -22,6 +21,7 @@ from ...scheduling import PriorityLanes, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
 from .compat import cache_tokens
 from .config import max_positions
+from .sampling import BatchSampler, Sampling, sampling_of, without_warpers
 
 logger = logging.getLogger("poc_kernels")
 
@@ -123,7 +123,7 @@ class ContinuousBatching:
 
     Args:
         model: a causal LM in eval mode. The manager may switch its attention implementation; `stop` switches it back.
-        generation_config: how all requests are sampled.
+        generation_config: how requests are sampled that do not say.
         config: the manager's own settings.
         router: takes the outputs.
         turns: every step of the model takes its turn there.
@@ -155,7 +155,7 @@ class ContinuousBatching:
         self._stopping = False
         attention = model.config._attn_implementation
         self._manager: Any = model.init_continuous_batching(
-            generation_config=copy.deepcopy(generation_config), continuous_batching_config=config
+            generation_config=without_warpers(generation_config), continuous_batching_config=config
         )
         self._manager.output_router = router
         self._manager._generation_step = partial(self._step_in_turn, self._manager._generation_step)
@@ -165,6 +165,7 @@ class ContinuousBatching:
             # As its warmup() does it: its thread would make the cache some time after start() has returned.
             with torch.no_grad(), lanes.inference():
                 self._manager.batch_processor = self._manager._create_batch_processor()
+            BatchSampler(self._manager.batch_processor)
             raised = lanes.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
@@ -196,9 +197,18 @@ class ContinuousBatching:
             loop()
 
     def submit(
-        self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        streaming: bool,
+        on_output: OnOutput,
+        sampling: Sampling | None = None,
     ) -> bool:
         """Begin a request that was admitted; its outputs go to ``on_output`` on the running event loop.
+
+        It is sampled by ``sampling``, or else as ``config`` says. Where it asks for log probabilities, the ``logprobs``
+        of an output have a `TokenLogprob` per token.
 
         Returns:
             False if continuous batching takes no more requests.
@@ -213,6 +223,7 @@ class ContinuousBatching:
             max_new_tokens=config.max_new_tokens,
             streaming=streaming,
             eos_token_id=config.eos_token_id,
+            **BatchSampler.arguments(sampling or sampling_of(config)),
         )
         if taken is None:
             self._router.forget(request_id)

@@ -1,167 +1,626 @@
-"""Bodies of the OpenAI routes. Their types are checked here: transformers' handlers fail on wrong ones."""
+"""Bodies of the OpenAI routes: each field of OpenAI's is honoured, refused unless it is off, or without effect.
+
+``python -m poc_kernels.engines.transformers.bodies`` prints the tables of docs/operating.md from these declarations.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_plain_validator_function
 
 from ...service.errors import AdmissionError
+from .sampling import MAX_LOGPROBS, Sampling
 
 logger = logging.getLogger("poc_kernels")
 
-# Continuous batching samples all requests alike: these fields are checked, then dropped, with one warning each. (`seed`
-# would even seed the generators of the whole process.)
-IGNORED = ("seed", "temperature", "top_p", "logit_bias", "frequency_penalty", "presence_penalty", "stop")
+_MAX_STOPS = 16
+_MAX_BIASED_TOKENS = 1024
+_MAX_SHOWN = 300
+"""Characters of what a client sent that a refusal repeats at most."""
+
+# ---- what becomes of a field ----
+
+_UNSUPPORTED = "unsupported"
+
+
+class Refused:
+    """Marks a field that is refused unless it is null or has one of the values ``off``, which mean that it is off."""
+
+    def __init__(self, *off: Any) -> None:
+        self.off = off
+
+    def __get_pydantic_core_schema__(self, *_: Any) -> CoreSchema:
+        """Return how pydantic checks the field."""
+        return no_info_plain_validator_function(self._check)
+
+    def _check(self, value: Any) -> None:
+        if value is None or any(type(value) is type(off) and value == off for off in self.off):
+            return
+        others = "".join(f" or send {json.dumps(off)}" for off in self.off)
+        raise PydanticCustomError(_UNSUPPORTED, "is not supported here: leave it out{others}", {"others": others})
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Marks a field that is taken and changes nothing, and says why that does no harm."""
+
+    why: str
 
 
 _T = TypeVar("_T")
 # Checking ends at the first wrong item: a body can have a million, each with an error per member of a union.
 _List = Annotated[list[_T], Field(fail_fast=True)]
 _Items = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+_Hint = Annotated[Any, NoEffect("a hint for OpenAI's caches")]
+_Who = Annotated[Any, NoEffect("says who asks")]
+_History = Annotated[Any, NoEffect("part of an earlier answer that models are not shown")]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class _Item(BaseModel):
+    """A part of a body that clients send back as they got it: fields that nobody knows are left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _TextPart(_Model):
+class _Options(BaseModel):
+    """A part of a body that asks for something: fields that nobody knows are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def _one_of(kind: Callable[[Any], str]) -> Discriminator:
+    """Choose the member of a union, so that a refusal names what is wrong in the one that is meant."""
+    return Discriminator(kind)
+
+
+# ---- messages ----
+
+
+class _TextPart(_Item):
     type: Literal["text", "input_text", "output_text"]
     text: str
+    prompt_cache_breakpoint: _Hint = None
+    annotations: _History = None
+    logprobs: _History = None
 
 
-_Content = str | _List[_TextPart] | None
+class _RefusalPart(_Item):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
-def _json_object(text: str) -> str:
+def _is_refusal(value: Any) -> str:
+    refusal = isinstance(value, dict) and value.get("type") == "refusal"
+    return "_refusal" if refusal or isinstance(value, _RefusalPart) else "_text"
+
+
+_Part = Annotated[Annotated[_TextPart, Tag("_text")] | Annotated[_RefusalPart, Tag("_refusal")], _one_of(_is_refusal)]
+
+
+def _is_text(value: Any) -> str:
+    return "_str" if isinstance(value, str) else "_parts"
+
+
+_Content = Annotated[Annotated[str, Tag("_str")] | Annotated[_List[_Part], Tag("_parts")], _one_of(_is_text)]
+
+
+def _text(content: str | list[Any] | None) -> str:
+    return content if isinstance(content, str) else " ".join(part.text for part in content or ())
+
+
+def _json_object(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
     try:
-        value = json.loads(text)
+        value = json.loads(value) if value.strip() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError("must be JSON") from error
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
-    return text
+    return value
 
 
-_Arguments = Annotated[str, AfterValidator(_json_object)] | dict[str, Any]
+_Arguments = Annotated[dict[str, Any], BeforeValidator(_json_object)]
+_Name = Annotated[str, StringConstraints(min_length=1)]
 
 
-class _CalledFunction(_Model):
+class _CalledFunction(_Item):
     name: str
     arguments: _Arguments
 
 
-class _ToolCall(_Model):
+class _ToolCall(_Item):
+    type: Literal["function"] | None = None
+    id: str | None = None
     function: _CalledFunction
 
+    def as_template_takes_it(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": self.function.model_dump()}
 
-class _Message(_Model):
-    role: Annotated[str, Field(min_length=1)]
-    content: _Content = None
+
+class _Message(_Item):
+    role: _Name
+    content: _Content | None = None
+    name: str | None = None
     tool_calls: _List[_ToolCall] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    audio: Annotated[Any, Refused()] = None
+    function_call: Annotated[Any, Refused()] = None
+
+    def as_template_takes_it(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": self.role, "content": _text(self.content) or self.refusal or ""}
+        if self.tool_calls is not None:
+            message["tool_calls"] = [call.as_template_takes_it() for call in self.tool_calls]
+        kept = ("name", "tool_call_id", "reasoning_content")
+        message.update((key, getattr(self, key)) for key in kept if getattr(self, key) is not None)
+        return message
 
 
-class _Function(_Model):
+class _Function(_Item):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Annotated[Any, NoEffect("the model is shown the schema and not held to it")] = None
+
+    def as_template_takes_it(self) -> dict[str, Any]:
+        parameters = self.parameters if self.parameters is not None else {"type": "object", "properties": {}}
+        function: dict[str, Any] = {"name": self.name, "parameters": parameters}
+        if self.description is not None:
+            function["description"] = self.description
+        return {"type": "function", "function": function}
 
 
-class _Tool(_Model):
+class _Tool(_Item):
     type: Literal["function"]
     function: _Function
+
+    def as_template_takes_it(self) -> dict[str, Any]:
+        return self.function.as_template_takes_it()
 
 
 class _FlatTool(_Function):
     type: Literal["function"]
+    output_schema: Annotated[Any, NoEffect("the model is shown what a function takes")] = None
+    allowed_callers: Annotated[Any, Refused(["direct"])] = None
+    defer_loading: Annotated[Any, Refused(False)] = None
+    not_awaited: Annotated[Any, Refused(False)] = Field(None, alias="async")
 
 
-class _TemplateArguments(BaseModel):
+# ---- options ----
+
+
+class _TemplateArguments(_Options):
     """What a client may pass to the chat template; others would be arguments of the tokenizer's own method."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
 
 
-class _Body(_Model):
+class _TextFormat(_Options):
+    type: Literal["text"]
+
+
+class _StreamOptions(_Options):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, NoEffect("streams are never padded")] = None
+    continuous_usage_stats: Annotated[Any, Refused(False)] = None
+
+
+class _Text(_Options):
+    format: _TextFormat | None = None
+    verbosity: Annotated[Any, Refused("medium")] = None
+
+
+class _Reasoning(_Options):
+    effort: str | None = None
+    summary: Annotated[Any, Refused("auto")] = None
+    generate_summary: Annotated[Any, Refused("auto")] = None
+    context: Annotated[Any, Refused("auto")] = None
+    mode: Annotated[Any, Refused("standard")] = None
+
+
+class _CacheOptions(_Options):
+    mode: _Hint = None
+    ttl: _Hint = None
+    comparison_response_id: _Hint = None
+    prewarm: Annotated[Any, Refused(False)] = None
+
+
+# ---- bodies ----
+
+
+def _token_id(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
+
+
+_TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Body(_Options):
+    """What the bodies of all OpenAI routes have in common, with vLLM's extensions that choose tokens."""
+
+    max_tokens_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
+    """Fields that bound the number of new tokens."""
+
     model: str | None = None
     stream: bool | None = None
+    stream_options: _StreamOptions | None = None
     seed: int | None = None
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(None, ge=0, le=1)
-    logit_bias: dict[str, Any] | None = None
-    frequency_penalty: float | None = Field(None, allow_inf_nan=False)
-    presence_penalty: float | None = Field(None, allow_inf_nan=False)
-    stop: str | _List[str] | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=_MAX_BIASED_TOKENS)] | None = None
+    stop: Annotated[list[_Stop], Field(max_length=_MAX_STOPS, fail_fast=True), BeforeValidator(_listed)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    user: _Who = None
+    generation_config: Annotated[Any, Refused()] = None
+    include_stop_str_in_output: Annotated[Any, Refused(False)] = None
+    min_tokens: Annotated[Any, Refused(0)] = None
+    prompt_logprobs: Annotated[Any, Refused()] = None
+    use_beam_search: Annotated[Any, Refused(False)] = None
+
+    def new_tokens(self) -> tuple[int | None, str]:
+        """Return how many new tokens the client asks for, None if it does not say, and the field that says so."""
+        asked = [(getattr(self, field), field) for field in self.max_tokens_fields if getattr(self, field) is not None]
+        return min(asked, default=(None, self.max_tokens_fields[0]))
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """Return how the answer's tokens are chosen: as the body says, and by ``default`` where it does not."""
+        names = {each.name for each in dataclasses.fields(Sampling)} - {"logprobs"}
+        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "top_k" in asked:
+            asked["top_k"] = max(asked["top_k"], 0)  # -1: all
+        return dataclasses.replace(default, **asked, logprobs=self.asked_logprobs())
+
+    def asked_logprobs(self) -> int | None:
+        """Return how many log probabilities are told beside the chosen token's; None for none at all."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Check fields that depend on each other.
+
+        Raises:
+            AdmissionError: 400.
+        """
 
 
-class ChatBody(_Body):
+_TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+_ToolChoice = Literal["none", "auto"]
+_Prewarmed = NoEffect("at most it makes an answer quicker")
+_NotStored = NoEffect("nothing is stored")
+_Tier = NoEffect("there is one tier")
+
+
+class ChatBody(Body):
     """The body of POST /v1/chat/completions."""
+
+    max_tokens_fields = ("max_tokens", "max_completion_tokens")
 
     messages: _Items[_Message]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    n: Literal[1] | None = None
+    logprobs: bool | None = None
+    top_logprobs: _TopLogprobs | None = None
     tools: _List[_Tool] | None = None
+    tool_choice: _ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: _TextFormat | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: _TemplateArguments | None = None
+    metadata: _Who = None
+    safety_identifier: _Who = None
+    prompt_cache_key: _Hint = None
+    prompt_cache_retention: _Hint = None
+    prompt_cache_options: _CacheOptions | None = None
+    prediction: Annotated[Any, _Prewarmed] = None
+    service_tier: Annotated[Any, _Tier] = None
+    store: Annotated[Any, _NotStored] = None
+    audio: Annotated[Any, Refused()] = None
+    function_call: Annotated[Any, Refused("none", "auto")] = None
+    functions: Annotated[Any, Refused([])] = None
+    modalities: Annotated[Any, Refused(["text"])] = None
+    moderation: Annotated[Any, Refused()] = None
+    n: Annotated[Any, Refused(1)] = None
+    verbosity: Annotated[Any, Refused("medium")] = None
+    web_search_options: Annotated[Any, Refused()] = None
+
+    def asked_logprobs(self) -> int | None:
+        """See `Body`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        """See `Body`."""
+        if self.top_logprobs and not self.logprobs:
+            raise AdmissionError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Return the messages as chat templates take them."""
+        return [message.as_template_takes_it() for message in self.messages]
 
 
-class CompletionBody(_Body):
+class CompletionBody(Body):
     """The body of POST /v1/completions."""
 
-    prompt: str
+    prompt: Annotated[
+        Annotated[str, Tag("_str")]
+        | Annotated[Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)], Tag("_strs")]
+        | Annotated[_List[int], Tag("_ids")]
+        | Annotated[Annotated[list[_List[int]], Field(min_length=1, max_length=1, fail_fast=True)], Tag("_lists")],
+        _one_of(lambda value: _kind_of_prompt(value)),
+    ]
     max_tokens: int | None = None
-    n: Literal[1] | None = None
-    best_of: Literal[1] | None = None
-    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: _TopLogprobs | Literal[False] | None = None
+    n: Annotated[Any, Refused(1)] = None
+    best_of: Annotated[Any, Refused(1)] = None
+    suffix: Annotated[Any, Refused("")] = None
+
+    def asked_logprobs(self) -> int | None:
+        """See `Body`."""
+        return None if self.logprobs is False else self.logprobs
+
+    def check(self) -> None:
+        """See `Body`."""
+        if self.echo and self.asked_logprobs() is not None:
+            raise AdmissionError(400, "logprobs cannot be had with echo: a prompt has none here", "logprobs")
+
+    def the_prompt(self) -> str | list[int]:
+        """Return the one prompt: its text or its token ids."""
+        prompt: Any = self.prompt
+        the_prompt: str | list[int] = prompt[0] if _kind_of_prompt(prompt) in ("_strs", "_lists") else prompt
+        return the_prompt
 
 
-class _InputMessage(_Model):
+def _kind_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "_str"
+    first = value[0] if value else 0
+    return "_strs" if isinstance(first, str) else "_lists" if isinstance(first, list) else "_ids"
+
+
+class _InputMessage(_Message):
     type: Literal["message"] | None = None
-    role: Annotated[str, Field(min_length=1)]
-    content: _Content = None
+    id: _History = None
+    status: _History = None
+    phase: _History = None
 
 
-class _InputCall(_Model):
+class _FromCaller(_Item):
+    id: _History = None
+    status: _History = None
+    caller: Annotated[Any, Refused({"type": "direct"})] = None
+    namespace: Annotated[Any, Refused()] = None
+
+
+class _InputCall(_FromCaller):
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: _Arguments
+    not_awaited: Annotated[Any, Refused(False)] = Field(None, alias="async")
+
+    def as_template_takes_it(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.call_id, "type": "function", "function": function}
 
 
-class _InputCallOutput(_Model):
+class _InputCallOutput(_FromCaller):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | _List[_TextPart]
+    output: _Content
+    name: _History = None
 
 
-class _ReasoningText(_Model):
+class _ReasoningText(_Item):
+    type: Literal["reasoning_text"] | None = None
     text: str
 
 
-class _InputReasoning(_Model):
+class _InputReasoning(_Item):
     type: Literal["reasoning"]
     content: _List[_ReasoningText] | None = None
+    id: _History = None
+    status: _History = None
+    summary: _History = None
+    encrypted_content: Annotated[Any, Refused()] = None
 
 
-class ResponseBody(_Body):
+class _UnknownInput(_Item):
+    type: Literal["message", "function_call", "function_call_output", "reasoning"]
+
+
+_INPUTS = {
+    "message": "_message",
+    "function_call": "_call",
+    "function_call_output": "_output",
+    "reasoning": "_reasoning",
+}
+
+
+def _kind_of_item(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "_message"
+    kind = value.get("type")
+    kind = "message" if kind is None and "role" in value else kind
+    return _INPUTS.get(kind, "_unknown") if isinstance(kind, str) else "_unknown"
+
+
+def _kind_of_input(value: Any) -> str:
+    if not isinstance(value, list):
+        return "_str"
+    parts = bool(value) and isinstance(value[0], dict) and "role" not in value[0]
+    return "_parts" if parts and value[0].get("type") in ("text", "input_text") else "_items"
+
+
+_InputItem = Annotated[
+    Annotated[_InputMessage, Tag("_message")]
+    | Annotated[_InputCall, Tag("_call")]
+    | Annotated[_InputCallOutput, Tag("_output")]
+    | Annotated[_InputReasoning, Tag("_reasoning")]
+    | Annotated[_UnknownInput, Tag("_unknown")],
+    _one_of(_kind_of_item),
+]
+
+
+def _kind_of_tool(value: Any) -> str:
+    return "_nested" if isinstance(value, dict) and "function" in value else "_flat"
+
+
+_INCLUDED_LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponseBody(Body):
     """The body of POST /v1/responses."""
 
-    input: str | _Items[_TextPart] | _Items[_InputMessage | _InputCall | _InputCallOutput | _InputReasoning]
+    max_tokens_fields = ("max_output_tokens",)
+
+    input: Annotated[
+        Annotated[str, Tag("_str")]
+        | Annotated[_Items[_Part], Tag("_parts")]
+        | Annotated[_Items[_InputItem], Tag("_items")],
+        _one_of(_kind_of_input),
+    ]
     instructions: str | None = None
     max_output_tokens: int | None = None
+    include: _List[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    top_logprobs: _TopLogprobs | None = None
+    tools: (
+        _List[Annotated[Annotated[_FlatTool, Tag("_flat")] | Annotated[_Tool, Tag("_nested")], _one_of(_kind_of_tool)]]
+        | None
+    ) = None
+    tool_choice: _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    tools: _List[_FlatTool | _Tool] | None = None
+    reasoning: _Reasoning | None = None
+    text: _Text | None = None
+    chat_template_kwargs: _TemplateArguments | None = None
+    metadata: _Who = None
+    safety_identifier: _Who = None
+    prompt_cache_key: _Hint = None
+    prompt_cache_retention: _Hint = None
+    prompt_cache_options: _CacheOptions | None = None
+    service_tier: Annotated[Any, _Tier] = None
+    store: Annotated[Any, _NotStored] = None
+    image: Annotated[Any, NoEffect("there are no images")] = None
+    max_tool_calls: Annotated[Any, NoEffect("it bounds OpenAI's own tools, which are refused")] = None
+    access_programs: Annotated[Any, Refused()] = None
+    background: Annotated[Any, Refused(False)] = None
+    background_options: Annotated[Any, Refused()] = None
+    context_management: Annotated[Any, Refused([])] = None
+    conversation: Annotated[Any, Refused()] = None
+    moderation: Annotated[Any, Refused()] = None
+    previous_response_id: Annotated[Any, Refused()] = None
+    prompt: Annotated[Any, Refused()] = None
+    truncation: Annotated[Any, Refused("disabled")] = None
+
+    def asked_logprobs(self) -> int | None:
+        """See `Body`."""
+        asked = self.top_logprobs is not None or _INCLUDED_LOGPROBS in (self.include or ())
+        return (self.top_logprobs or 0) if asked else None
+
+    @property
+    def reasoning_effort(self) -> str | None:
+        """The effort, where chat completions have it."""
+        return None if self.reasoning is None else self.reasoning.effort
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Return instructions and input as the messages that chat templates take."""
+        messages: list[dict[str, Any]] = []
+        if isinstance(self.input, str):
+            messages.append({"role": "user", "content": self.input})
+        elif isinstance(self.input[0], (_TextPart, _RefusalPart)):
+            messages.append({"role": "user", "content": _text(self.input)})
+        else:
+            messages.extend(_messages_of(self.input))
+        if self.instructions:
+            if messages and messages[0]["role"] == "system":
+                messages[0]["content"] = self.instructions
+            else:
+                messages.insert(0, {"role": "system", "content": self.instructions})
+        return messages
 
 
-def _without_nones(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: entry for key, entry in value.items() if entry is not None}
+def _messages_of(items: list[Any]) -> Iterator[dict[str, Any]]:
+    """Join what an assistant thought, said and called, which are items of their own, into messages."""
+    open_message: dict[str, Any] | None = None  # an assistant's, which takes calls
+    reasoning = ""
+    for item in items:
+        if isinstance(item, _InputReasoning):
+            reasoning += "".join(part.text for part in item.content or ())
+            continue
+        if isinstance(item, _InputCall):
+            if open_message is None:
+                open_message = {"role": "assistant", "content": ""}
+                if reasoning:
+                    open_message["reasoning_content"], reasoning = reasoning, ""
+            open_message.setdefault("tool_calls", []).append(item.as_template_takes_it())
+            continue
+        if open_message is not None:
+            yield open_message
+            open_message = None
+        if isinstance(item, _InputCallOutput):
+            yield {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+            continue
+        message = item.as_template_takes_it()
+        if message["role"] != "assistant":
+            yield message
+            continue
+        if reasoning:
+            message["reasoning_content"], reasoning = reasoning, ""
+        open_message = message
+    if open_message is not None:
+        yield open_message
+
+
+ROUTES: Mapping[str, type[Body]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/responses": ResponseBody,
+}
+
+
+# ---- checking ----
+
+_B = TypeVar("_B", bound=Body)
 
 
 def check_encodable(body: Mapping[str, Any]) -> None:
@@ -176,48 +635,149 @@ def check_encodable(body: Mapping[str, Any]) -> None:
         raise AdmissionError(400, "the body has a lone surrogate, which is no character of UTF-8") from error
 
 
-def cleaned(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Check the types of ``body``, and drop nulls and fields that have no effect.
+def parse(content: bytes, model: type[_B]) -> _B:
+    """Read and check a body.
 
     Raises:
-        AdmissionError: 400, naming the field that is wrong.
+        AdmissionError: 400, naming the field that is wrong or unknown.
     """
-    if body.get("generation_config") is not None:
-        raise AdmissionError(
-            400, "generation_config is the server's and cannot be set by a request", "generation_config"
-        )
     try:
-        model.model_validate(dict(body))
+        body = json.loads(content, parse_constant=_no_constant)
+        if not isinstance(body, dict):
+            raise AdmissionError(400, "the body must be a JSON object")
+        check_encodable(body)
+        return checked(body, model)
+    except RecursionError as error:
+        raise AdmissionError(400, "the body is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise AdmissionError(400, f"the body must be JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise AdmissionError(400, f"the body must be UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        # The only other one of json: Python takes no longer integers from strangers.
+        raise AdmissionError(400, "the body must be JSON: a number in it has too many digits") from error
+
+
+def _no_constant(name: str) -> Any:
+    raise AdmissionError(400, f"the body must be JSON, which has no {name}")
+
+
+def checked(body: Mapping[str, Any], model: type[_B]) -> _B:
+    """Check the fields of ``body``. Fields without effect are said once per process.
+
+    Raises:
+        AdmissionError: 400, naming the field that is wrong or unknown.
+    """
+    unknown = sorted(body.keys() - {info.alias or name for name, info in model.model_fields.items()})
+    if unknown:
+        raise AdmissionError(400, _short(f"unknown fields in the body: {', '.join(unknown)}"), _short(unknown[0]))
+    try:
+        result = model.model_validate(dict(body))
     except ValidationError as error:
         raise _refusal(error) from error
-    result = _without_nones(dict(body))
-    for field in IGNORED:
-        if result.pop(field, None) is not None:
-            _warn_ignored(field)
-    if "messages" in result:
-        result["messages"] = [_without_nones(message) for message in result["messages"]]
+    result.check()
+    for name, info in model.model_fields.items():
+        if any(isinstance(mark, NoEffect) for mark in info.metadata) and getattr(result, name) is not None:
+            _say_no_effect(name)
     return result
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
 def _refusal(error: ValidationError) -> AdmissionError:
-    # Every member of a union reports errors: those of the member that is meant lie deepest in the value.
+    # Every member of a union reports errors: those of the member that is meant lie deepest in the value. Of several
+    # there, a wrong type is why others are missing.
     errors = error.errors(include_url=False, include_input=False)
     fields = [[part for part in entry["loc"] if not _names_a_type(part)] for entry in errors]
-    deepest = max(fields, key=lambda path: (len(path), [part for part in path if isinstance(part, int)]))
-    field = ".".join(map(str, deepest))
+    deepest = max(
+        fields, key=lambda path: (len(path), [part for part in path if isinstance(part, int)], path[-1:] == ["type"])
+    )
+    field = _short(".".join(map(str, deepest)))
     meant = [entry for entry, path in zip(errors, fields, strict=True) if path == deepest]
     if meant[0]["type"] == "missing":
         return AdmissionError(400, f"{field} is missing", field)
-    messages = dict.fromkeys(entry["msg"] for entry in meant)
+    if meant[0]["type"] == _UNSUPPORTED:
+        return AdmissionError(400, f"{field} {meant[0]['msg']}", field)
+    if meant[0]["type"] == "extra_forbidden":
+        return AdmissionError(400, f"{field} is unknown", field)
+    messages = dict.fromkeys(entry["msg"].removeprefix("Value error, ") for entry in meant)
     return AdmissionError(400, f"{field} is wrong: {'; or: '.join(messages)}", field)
+
+
+_TYPES = ("str", "dict", "int", "bool", "float", "[key]")
+_TYPE_BEGINS = ("_", "list[", "dict[", "function-", "constrained-", "literal[", "nullable", "fail-fast")
 
 
 def _names_a_type(part: int | str) -> bool:
     """Tell whether a part of pydantic's location is a member of a union (str, list[...], _Message), not a field."""
-    return isinstance(part, str) and (part in ("str", "dict") or part.startswith(("_", "list[", "dict[", "function-")))
+    return isinstance(part, str) and (part in _TYPES or part.startswith(_TYPE_BEGINS))
 
 
 @functools.cache
-def _warn_ignored(field: str) -> None:
-    """Warn of a field, once per process."""
-    logger.warning("requests set %s, which has no effect here: the server samples all requests alike", field)
+def _say_no_effect(field: str) -> None:
+    logger.info("requests set %s, which has no effect here: docs/operating.md lists such fields", field)
+
+
+# ---- documentation ----
+
+
+def _models_in(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The models that a field's annotation holds, with what stands between: "[]" for a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield "", annotation
+        return
+    listed = "[]" if typing.get_origin(annotation) is list else ""
+    for argument in typing.get_args(annotation):
+        if not isinstance(argument, str):
+            for between, model in _models_in(argument):
+                yield listed + between, model
+
+
+def declared(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Refused | NoEffect | None]]:
+    """List the fields of a body, those within its parts too, with what becomes of each: None where it is honoured."""
+    for name, info in model.model_fields.items():
+        path = prefix + (info.alias or name)
+        yield path, next((mark for mark in info.metadata if isinstance(mark, (Refused, NoEffect))), None)
+        for between, inner in _models_in(info.annotation):
+            yield from declared(inner, f"{path}{between}.")
+
+
+def tables() -> str:
+    """Make the lists of docs/operating.md: fields that are honoured, refused, and without effect."""
+    marks: dict[str, dict[str, Refused | NoEffect | None]] = {}
+    for route, model in ROUTES.items():
+        for path, mark in declared(model):
+            marks.setdefault(path, {})[route.removeprefix("/v1/")] = mark
+
+    def rows(kind: type, cell: Callable[[Any], str]) -> list[str]:
+        return [
+            f"| `{path}` | {', '.join(by_route)} | {cell(next(iter(by_route.values())))} |"
+            for path, by_route in sorted(marks.items())
+            if all(isinstance(mark, kind) for mark in by_route.values())
+        ]
+
+    def honoured(route: str) -> list[str]:
+        names = [
+            f"`{path}`" for path, by in sorted(marks.items()) if by.get(route, ...) is None and path.isidentifier()
+        ]
+        return textwrap.wrap(f"- {route}: {', '.join(names)}", 120, subsequent_indent="  ", break_long_words=False)
+
+    refused = rows(Refused, lambda mark: ", ".join(f"`{json.dumps(off)}`" for off in mark.off))
+    without = rows(NoEffect, lambda mark: mark.why)
+    head = "| -- | -- | -- |"
+    lines = [
+        *(
+            "Fields that are honoured:",
+            "",
+            *(line for route in ROUTES for line in honoured(route.removeprefix("/v1/"))),
+        ),
+        *("", "| field that is refused | of | unless it is null or |", head, *refused),
+        *("", "| field without effect | of | why that does no harm |", head, *without),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables())

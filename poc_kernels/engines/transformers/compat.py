@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import ContinuousBatchingConfig
+from transformers.cli.serving.utils import build_response_parser
 
 BLOCK_SIZE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 """Field of continuous batching's configuration for the tokens per block: ``block_size`` in 5.17, then ``page_size``."""
@@ -32,7 +33,7 @@ def cache_tokens(cache: Any, limit: int) -> int:
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda tokens: not fits(tokens))
 
 
-def required_arguments(build_server: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that ``build_server`` requires, None for those not given: 5.20 added one."""
-    parameters = inspect.signature(build_server).parameters.values()
-    return {each.name: given.get(each.name) for each in parameters if each.default is each.empty}
+def response_parser(tokenizer: Any, model: Any, prompt: Sequence[int], tools: Any) -> Any:
+    """Make what takes an answer of ``model`` apart; None if its form is not known."""
+    given = {"tools": tools} if "tools" in inspect.signature(build_response_parser).parameters else {}  # from 5.19 on
+    return build_response_parser(tokenizer, model, prompt, **given)

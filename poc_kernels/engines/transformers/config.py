@@ -12,8 +12,8 @@ from .compat import BLOCK_SIZE
 
 # A CPU's memory is not continuous batching's alone, and short prefill steps keep turns short.
 _CPU_DEFAULTS = {BLOCK_SIZE: 32, "num_blocks": 512, "max_batch_tokens": 1024, "max_memory_percent": 0.8}
-# Proofs need the rest of the free memory.
-_ACCELERATOR_DEFAULTS = {"max_memory_percent": 0.6}
+# Proofs need the rest of the free memory; and there are logits of that many requests in a buffer.
+_ACCELERATOR_DEFAULTS = {"max_memory_percent": 0.6, "max_requests_per_batch": 256}
 
 
 _MAX_LAYER_TYPES = 4  # each has blocks of its own
@@ -54,7 +54,7 @@ def max_positions(config: Any) -> int:
 
 
 def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:
-    """Make the sampling of all requests: as the model says, or with ``temperature``, greedy at 0.
+    """Make the sampling of requests that do not say: as the model does, or with ``temperature``, greedy at 0.
 
     Raises:
         ValueError: a negative temperature.
@@ -93,7 +93,7 @@ def batching_config(limits: InferenceLimits, device_type: str) -> ContinuousBatc
 def trial_batching_config(config: ContinuousBatchingConfig, *, tokens: int, requests: int) -> ContinuousBatchingConfig:
     """Change continuous batching's settings for a trial with that many tokens, in that many requests, at once.
 
-    The cache has room for them and little more, prompts are cut into several steps, log-probabilities are reported.
+    The cache has room for them and little more, and prompts are cut into several steps.
     """
     block_size = getattr(config, BLOCK_SIZE)
     blocks = tokens // block_size + 2 * requests
@@ -101,5 +101,4 @@ def trial_batching_config(config: ContinuousBatchingConfig, *, tokens: int, requ
         config,
         num_blocks=_MAX_LAYER_TYPES * blocks,
         max_batch_tokens=min(config.max_batch_tokens or _TRIAL_BATCH_TOKENS, _TRIAL_BATCH_TOKENS),
-        return_logprobs=True,
     )

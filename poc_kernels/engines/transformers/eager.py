@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...scheduling import PriorityLanes, Turn, Turns, TurnsClosed
 from .batching import OnOutput, Router
 from .config import max_positions
+from .sampling import Row, Sampling, TokenLogprob, choose, sampling_of, without_warpers
 
 logger = logging.getLogger("poc_kernels")
 
@@ -27,6 +29,7 @@ class _Request(NamedTuple):
     prompt: list[int]
     config: GenerationConfig
     streaming: bool
+    sampling: Sampling
 
 
 class EagerGeneration:
@@ -71,19 +74,28 @@ class EagerGeneration:
         self._thread.start()
 
     def submit(
-        self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        streaming: bool,
+        on_output: OnOutput,
+        sampling: Sampling | None = None,
     ) -> bool:
         """Begin a request: see `ContinuousBatching.submit`."""
         if self._stopping or not self._thread.is_alive():
             return False
         if self._router.in_flight() == 0:
             self._progress = self._clock()
-        config = copy.deepcopy(config)
+        sampling = sampling or sampling_of(config)
+        config = without_warpers(config)
+        config.do_sample = False  # the token was chosen before
+        config.eos_token_id = config.eos_token_id or None
         config.use_cache = True
         config.num_beams = 1
         config.cache_implementation = None  # one that grows: a static one would be made, and compiled for, per request
         self._router.register(request_id, on_output)
-        self._waiting.put(_Request(request_id, list(prompt), config, streaming))
+        self._waiting.put(_Request(request_id, list(prompt), config, streaming, sampling))
         return True
 
     def cancel(self, request_id: str) -> None:
@@ -136,7 +148,7 @@ class EagerGeneration:
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
                     generation_config=request.config,
-                    logits_processor=[progress.scores],
+                    logits_processor=[progress.choice],
                     stopping_criteria=[progress],
                 )
         except TurnsClosed:
@@ -152,12 +164,23 @@ class EagerGeneration:
         self._progress = self._clock()
 
 
-class _Scores(LogitsProcessor):
-    """Keeps the scores of the latest step, [1, vocabulary], before temperature, top-k and top-p."""
+class _Choice(LogitsProcessor):
+    """Chooses each token as the request asks: no other one keeps a chance.
+
+    Attributes:
+        logprob: of the latest token, if the request asks for it.
+    """
+
+    def __init__(self, request: _Request) -> None:
+        self._request = request
+        self._chance = random.Random()
+        self.logprob: TokenLogprob | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.latest = scores
-        return scores
+        prompt = self._request.prompt
+        row = Row(self._request.sampling, prompt, input_ids[0, len(prompt) :].tolist())
+        tokens, (self.logprob,) = choose(scores.float(), [row], self._chance)
+        return torch.full_like(scores, -torch.inf).index_fill_(1, tokens, 0.0)
 
 
 class _Progress(StoppingCriteria):
@@ -172,9 +195,9 @@ class _Progress(StoppingCriteria):
         self._request, self._router, self._turn, self._progressed = request, router, turn, progressed
         self._created = time.perf_counter()
         self._tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._logprobs: list[Any] = []  # each a TokenLogprob
         self._over = False
-        self.scores = _Scores()
+        self.choice = _Choice(request)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         if not self._over:
@@ -183,7 +206,8 @@ class _Progress(StoppingCriteria):
 
     def _take(self, token: int) -> None:
         self._tokens.append(token)
-        self._logprobs.append(float(self.scores.latest[0].log_softmax(-1)[token]))
+        if self.choice.logprob is not None:
+            self._logprobs.append(self.choice.logprob)
         self._progressed()
         if token in self._ends or len(self._tokens) >= self._request.config.max_new_tokens:
             self.deliver(RequestStatus.FINISHED)

@@ -17,6 +17,7 @@ from .admission import admitted_new_tokens, engine_unavailable
 from .batching import ContinuousBatching, OnOutput, Router
 from .config import InferenceLimits, batching_config, generation_config, trial_batching_config
 from .eager import EagerGeneration
+from .sampling import Sampling, sampling_of
 from .trial import Generation, Start, Trial, TrialFailedError
 
 logger = logging.getLogger("poc_kernels")
@@ -40,13 +41,15 @@ class Inference:
         name: the model's id for clients.
         turns: every step of the model takes its turn there; paused inference pauses what is in flight.
         limits: bounds of what is served.
-        temperature: of all requests. None samples as the model's generation config says, 0 takes the likeliest token,
-            more samples with that temperature.
+        temperature: of requests that set none. None samples as the model's generation config says, 0 takes the
+            likeliest token, more samples with that temperature.
         lanes: steps run on the stream of inference; by default, lanes of the model's device.
 
     Attributes:
         batched: whether requests are computed together, by continuous batching; decided by `start`.
         restarts: how many times the way of generation was rebuilt.
+        sampling: how requests are sampled that do not say.
+        vocabulary: token ids are in [0, vocabulary).
 
     Raises:
         ValueError: a negative temperature.
@@ -70,8 +73,9 @@ class Inference:
         self._turns = turns
         self._lanes = lanes or PriorityLanes(model.device)
         self._limits = limits
-        self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
+        self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self._generation_config = generation_config(self.model, self.tokenizer, temperature)
+        self.sampling = sampling_of(self._generation_config)
         self._config = batching_config(self._limits, self.model.device.type)
         self._start: Start = self._batching_with(self._config)
         self._clock = AwakeClock()
@@ -141,6 +145,17 @@ class Inference:
 
     # ---- for the app's handlers ----
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that one request can have, prompt and completion together.
+
+        Raises:
+            AdmissionError: 503; the engine was never built.
+        """
+        if self._max_tokens == 0:
+            raise engine_unavailable("the engine is not started")
+        return self._max_tokens
+
     def generation_config(self, new_tokens: int | None) -> GenerationConfig:
         """Copy the server's generation config for a request that asks for ``new_tokens``."""
         config = copy.deepcopy(self._generation_config)
@@ -155,6 +170,7 @@ class Inference:
         streaming: bool,
         on_output: OnOutput,
         param: str,
+        sampling: Sampling | None = None,
     ) -> None:
         """Admit a request and begin it; there is no other way in.
 
@@ -165,22 +181,22 @@ class Inference:
             streaming: whether there is an output per token, or only one at the end.
             on_output: takes the outputs, on the running event loop.
             param: the field of the body that asks for new tokens.
+            sampling: how its tokens are chosen; by default as those of requests that do not say.
 
         Raises:
             AdmissionError: the request is refused, or generation is being rebuilt.
         """
-        if self._max_tokens == 0:
-            raise engine_unavailable("the engine is not started")
         config.max_new_tokens = admitted_new_tokens(
             prompt,
             config.max_new_tokens,
-            vocabulary=self._vocabulary,
+            vocabulary=self.vocabulary,
             max_new_tokens=self._limits.max_new_tokens,
-            max_tokens=self._max_tokens,
+            max_tokens=self.max_tokens,
             param=param,
         )
         with self._lock:
-            if self._batching is None or not self._batching.submit(request_id, prompt, config, streaming, on_output):
+            batching = self._batching
+            if batching is None or not batching.submit(request_id, prompt, config, streaming, on_output, sampling):
                 raise engine_unavailable("the engine is being rebuilt")
 
     def cancel(self, request_id: str) -> None:

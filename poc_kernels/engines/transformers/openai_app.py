@@ -7,34 +7,47 @@ import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
-from fastapi.exceptions import RequestValidationError
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from transformers.cli.serving import server
 
 from ...service.errors import AdmissionError
 from .admission import no_such_model
-from .compat import required_arguments
-from .handlers import handlers
+from .handlers import Handler, handlers
 from .inference import Inference
 
 _REQUEST_ID = "x-request-id"
 _MAX_REQUEST_ID_LENGTH = 128
-_KEPT_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/openapi.json")
 
 
 def build(inference: Inference) -> FastAPI:
     """Build an app with POST /v1/chat/completions, /v1/completions, /v1/responses and GET /v1/models."""
-    app: FastAPI = server.build_server(**required_arguments(server.build_server, handlers(inference)))
-    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT_ROUTES]
-    app.user_middleware.clear()
+    app = FastAPI(docs_url=None, redoc_url=None)
     app.add_middleware(_RequestIds)
+    for path, handler in handlers(inference).items():
+        _add_route(app, path, handler)
     _add_models(app, inference.name)
     _add_error_handlers(app)
     return app
+
+
+def _add_route(app: FastAPI, path: str, handler: Handler[Any]) -> None:
+    name = path.removeprefix("/v1/").replace("/", "_")
+    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+
+    @app.post(path, name=name, operation_id=name, openapi_extra={"requestBody": body})
+    async def answer(request: Request) -> Response:
+        _check_content_type(request.headers.get("content-type", ""))
+        return await handler.handle(request)
+
+
+def _check_content_type(given: str) -> None:
+    """Refuse what a browser sends for any page without asking, as FastAPI does."""
+    kind = given.partition(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        raise AdmissionError(400, f"the body must be a JSON object, sent as application/json, got {kind[:100]!r}")
 
 
 class _RequestIds:
@@ -89,12 +102,3 @@ def _add_error_handlers(app: FastAPI) -> None:
             return await http_exception_handler(request, error)
         refusal = AdmissionError(error.status_code, str(error.detail), headers=error.headers)
         return await refused(request, refusal)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        if not request.url.path.startswith("/v1/"):
-            return await request_validation_exception_handler(request, error)
-        details = error.errors()[0]
-        return await refused(
-            request, AdmissionError(400, f"the body must be a JSON object, sent as application/json: {details['msg']}")
-        )

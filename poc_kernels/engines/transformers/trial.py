@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import gc
 import inspect
 import logging
@@ -20,6 +21,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...scheduling import Turns
 from .batching import OnOutput, Router
 from .config import max_positions
+from .sampling import Sampling, sampling_of
 
 _NEW_TOKENS = 8
 _PROMPT_LENGTHS = (17, 3, 40, 9)
@@ -56,7 +58,13 @@ class Generation(Protocol):
     max_tokens: int
 
     def submit(
-        self, request_id: str, prompt: Sequence[int], config: GenerationConfig, streaming: bool, on_output: OnOutput
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        streaming: bool,
+        on_output: OnOutput,
+        sampling: Sampling | None = None,
     ) -> bool:
         """Begin a request that was admitted; return False if no more are taken."""
 
@@ -74,7 +82,7 @@ class Generation(Protocol):
 
 
 Start = Callable[[Any, GenerationConfig, Router, Turns], Generation]
-"""Starts a way of generation that reports log-probabilities: of a model, with a sampling, for a router, in turns."""
+"""Starts a way of generation: of a model, with a sampling, for a router, in turns."""
 
 
 class TrialFailedError(Exception):
@@ -220,7 +228,9 @@ def _compare(plain: _Plain, answers: Sequence[GenerationOutput], new_tokens: int
             changed = plain.log_probabilities(*sequence).gather(1, tokens).squeeze(1)
         likeliest, right = right.max(1).values, right.gather(1, tokens).squeeze(1)
         rounding = max(rounding, float((changed - right).abs().max()))
-        off.append(float(torch.maximum((torch.tensor(answer.logprobs) - right).abs(), likeliest - right).max()))
+        logprobs: Any = answer.logprobs  # each a TokenLogprob
+        told = torch.tensor([each.logprob for each in logprobs])
+        off.append(float(torch.maximum((told - right).abs(), likeliest - right).max()))
     for number, worst in enumerate(off):
         if not worst <= _MARGIN * rounding:  # nor is NaN right
             where = "alone" if number == 0 else "beside others"
@@ -268,7 +278,8 @@ class _Asking:
 
     def _ask(self, request_id: str, prompt: list[int]) -> asyncio.Future[GenerationOutput]:
         answer: asyncio.Future[GenerationOutput] = asyncio.get_running_loop().create_future()
-        if not self._generation.submit(request_id, prompt, self._sampling, False, answer.set_result):
+        told = dataclasses.replace(sampling_of(self._sampling), logprobs=0)
+        if not self._generation.submit(request_id, prompt, self._sampling, False, answer.set_result, told):
             raise TrialFailedError(self._generation.died_of() or "it takes no requests")
         return answer
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from poc_kernels.engines.transformers import bodies
-from poc_kernels.engines.transformers.bodies import ChatBody, CompletionBody, ResponseBody, cleaned
+from poc_kernels.engines.transformers.bodies import Body, ChatBody, CompletionBody, ResponseBody, checked, parse
+from poc_kernels.engines.transformers.sampling import Sampling
 from poc_kernels.service.errors import AdmissionError
 
 USER = {"role": "user", "content": "hello"}
@@ -37,7 +38,11 @@ def with_message(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", **fields}]}
 
 
-WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
+def with_item(**fields: Any) -> dict[str, Any]:
+    return {"input": [USER, fields]}
+
+
+WRONG: list[tuple[type[Body], dict[str, Any], str]] = [
     (ChatBody, {}, "messages"),
     (ChatBody, {"messages": "hello"}, "messages"),
     (ChatBody, {"messages": []}, "messages"),
@@ -67,6 +72,25 @@ WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (ChatBody, chat(max_tokens=True), "max_tokens"),
     (ChatBody, chat(max_completion_tokens=[]), "max_completion_tokens"),
     (ChatBody, chat(n=2), "n"),
+    (ChatBody, chat(no_such_field=1), "no_such_field"),
+    (ChatBody, chat(top_logprobs=2), "top_logprobs"),
+    (ChatBody, chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (ChatBody, chat(logprobs=2), "logprobs"),
+    (ChatBody, chat(response_format={"type": "json_object"}), "response_format.type"),
+    (ChatBody, chat(tool_choice="required", tools=[TOOL]), "tool_choice"),
+    (ChatBody, chat(tool_choice={"type": "function", "function": {"name": "f"}}), "tool_choice"),
+    (ChatBody, chat(functions=[{"name": "f"}]), "functions"),
+    (ChatBody, chat(stream_options={"include_everything": True}), "stream_options.include_everything"),
+    (ChatBody, with_message(function_call={"name": "f", "arguments": "{}"}), "messages.0.function_call"),
+    (ChatBody, with_message(tool_calls=[{**CALL, "type": "custom"}]), "messages.0.tool_calls.0.type"),
+    (ChatBody, chat(presence_penalty=2.5), "presence_penalty"),
+    (ChatBody, chat(top_k=-2), "top_k"),
+    (ChatBody, chat(min_p=2), "min_p"),
+    (ChatBody, chat(repetition_penalty=0), "repetition_penalty"),
+    (ChatBody, chat(logit_bias={"a": 1}), "logit_bias.a"),
+    (ChatBody, chat(logit_bias={"5": 101}), "logit_bias.5"),
+    (ChatBody, chat(stop=[""]), "stop.0"),
+    (ChatBody, chat(stop=["a"] * 17), "stop"),
     (ChatBody, chat(tools={}), "tools"),
     (ChatBody, chat(tools=[{"type": "web_search"}]), "tools.0.type"),
     (ChatBody, chat(tools=[{"type": "function"}]), "tools.0.function"),
@@ -76,12 +100,18 @@ WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (ChatBody, chat(seed="x"), "seed"),
     (ChatBody, chat(logit_bias=[1]), "logit_bias"),
     (ChatBody, chat(stop=5), "stop"),
+    (ChatBody, chat(stop=["a", 5]), "stop.1"),
     (ChatBody, chat(generation_config="{}"), "generation_config"),
     (ChatBody, chat(chat_template_kwargs={"chat_template": "{{ 1 }}"}), "chat_template_kwargs.chat_template"),
     (ChatBody, chat(chat_template_kwargs={"tokenize": False}), "chat_template_kwargs.tokenize"),
     (CompletionBody, {}, "prompt"),
-    (CompletionBody, {"prompt": ["hello"]}, "prompt"),
-    (CompletionBody, prompt(suffix=5), "suffix"),
+    (CompletionBody, {"prompt": ["hello", "you"]}, "prompt"),
+    (CompletionBody, {"prompt": [[5], [6]]}, "prompt"),
+    (CompletionBody, {"prompt": [5, "a"]}, "prompt.1"),
+    (CompletionBody, {"prompt": 5}, "prompt"),
+    (CompletionBody, prompt(suffix="x"), "suffix"),
+    (CompletionBody, prompt(echo=True, logprobs=1), "logprobs"),
+    (CompletionBody, prompt(logprobs=True), "logprobs"),
     (CompletionBody, prompt(best_of=2), "best_of"),
     (ResponseBody, {}, "input"),
     (ResponseBody, {"input": 5}, "input"),
@@ -92,13 +122,26 @@ WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (ResponseBody, user_input(parallel_tool_calls="x"), "parallel_tool_calls"),
     (ResponseBody, user_input(max_output_tokens="5"), "max_output_tokens"),
     (ResponseBody, user_input(tools=[{"type": "function"}]), "tools.0.name"),
+    (ResponseBody, user_input(tools=[{"type": "web_search"}]), "tools.0.type"),
+    (ResponseBody, user_input(text={"format": {"type": "json_object"}}), "text.format.type"),
+    (ResponseBody, user_input(include=["web_search_call.results"]), "include.0"),
+    (ResponseBody, user_input(previous_response_id="resp_1"), "previous_response_id"),
+    (ResponseBody, user_input(truncation="auto"), "truncation"),
+    (ResponseBody, with_item(type="function_call", call_id="1", name="f", arguments="{"), "input.1.arguments"),
+    (ResponseBody, with_item(type="function_call", name="f", arguments="{}"), "input.1.call_id"),
+    (ResponseBody, with_item(type="function_call", call_id=5, name="f", arguments="{}"), "input.1.call_id"),
+    (ResponseBody, with_item(type="function_call_output", call_id="1", output=None), "input.1.output"),
+    (ResponseBody, with_item(type="function_call_output", output="x"), "input.1.call_id"),
+    (ResponseBody, with_item(type="item_reference", id="x"), "input.1.type"),
+    (ResponseBody, with_item(role="user", content=[{"type": "input_image"}]), "input.1.content.0.type"),
+    (ResponseBody, {"input": [USER, 5]}, "input.1"),
 ]
 
 
 @pytest.mark.parametrize(("model", "body", "param"), WRONG, ids=lambda value: str(value)[:60])
-def test_what_is_wrong_is_named(model: type[Any], body: dict[str, Any], param: str) -> None:
+def test_what_is_wrong_is_named(model: type[Body], body: dict[str, Any], param: str) -> None:
     with pytest.raises(AdmissionError) as caught:
-        cleaned(body, model)
+        checked(body, model)
     assert caught.value.status == 400
     assert caught.value.param == param
     assert param in caught.value.message
@@ -108,47 +151,129 @@ def test_what_is_wrong_is_named(model: type[Any], body: dict[str, Any], param: s
     ("model", "body"),
     [
         (ChatBody, chat(stream=True, max_tokens=5, n=1, tools=[TOOL], user="me", chat_template_kwargs={})),
-        (ChatBody, chat(chat_template_kwargs={"enable_thinking": False})),
-        (ChatBody, with_message(content=[{"type": "text", "text": "x"}])),
-        (ChatBody, {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "x"}]}),
-        (CompletionBody, prompt(suffix="x", stream=False)),
-        (ResponseBody, {"input": [USER]}),
-        (ResponseBody, {"input": [{"type": "input_text", "text": "x"}]}),
-        (ResponseBody, {"input": [USER, {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}]}),
-        (ResponseBody, {"input": [USER, {"type": "reasoning", "content": [{"text": "x"}]}]}),
-        (ResponseBody, user_input(tools=[{"type": "function", "name": "f"}, TOOL], instructions="x")),
+        (ChatBody, chat(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")),
+        (ChatBody, chat(tool_choice="auto", parallel_tool_calls=False, response_format={"type": "text"})),
+        (ChatBody, chat(logprobs=False, top_logprobs=0, functions=[], verbosity="medium", store=True)),
+        (CompletionBody, prompt(suffix="", stream=False, logprobs=False, echo=True, best_of=1)),
+        (ResponseBody, user_input(previous_response_id=None, store=False, background=False, truncation="disabled")),
+        (ResponseBody, user_input(text={"format": {"type": "text"}}, include=["message.output_text.logprobs"])),
+        (ResponseBody, user_input(tools=[{"type": "function", "name": "f", "strict": True}, TOOL], instructions="x")),
     ],
 )
-def test_what_is_right_stays(model: type[Any], body: dict[str, Any]) -> None:
-    assert cleaned(body, model) == body
+def test_what_is_right_is_taken(model: type[Body], body: dict[str, Any]) -> None:
+    checked(body, model)
 
 
-def test_nulls_go() -> None:
-    message = {**USER, "tool_calls": None, "name": None}
-    body = {"messages": [message], "max_tokens": None, "stream": None, "temperature": None}
-    assert cleaned(body, ChatBody) == {"messages": [USER]}
+def shown(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a chat template is shown of a body."""
+    return checked(body, ChatBody if "messages" in body else ResponseBody).template_messages()
 
 
-def test_fields_without_effect_go_and_are_said_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bodies._warn_ignored.cache_clear()
-    given_fields = {
-        "seed": 1,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "logit_bias": {"5": 1},
-        "frequency_penalty": 0.1,
-        "presence_penalty": 0.1,
-        "stop": ["x"],
-    }
-    assert set(given_fields) == set(bodies.IGNORED)
-    with caplog.at_level(logging.WARNING, "poc_kernels"):
-        assert cleaned(chat(**given_fields), ChatBody) == chat()
-        assert cleaned(chat(**given_fields), ChatBody) == chat()
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == len(given_fields)
-    assert all(any(f"set {field}," in message for message in said) for field in given_fields)
+def test_messages_as_templates_take_them() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]
+    assert shown(with_message(content=parts)) == [{"role": "user", "content": "a b"}]
+    assert shown({"messages": [{**USER, "name": "me", "tool_calls": None}]}) == [{**USER, "name": "me"}]
+    assert shown(with_message(refusal="no")) == [{"role": "user", "content": "no"}]
+    for arguments, value in (('{"a": 1}', {"a": 1}), ("", {}), (" ", {}), ({"b": 2}, {"b": 2})):
+        call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+        message = {"role": "assistant", "content": "so", "tool_calls": [call], "reasoning_content": "hm"}
+        expected = {**message, "tool_calls": [{**call, "function": {"name": "f", "arguments": value}}]}
+        assert shown({"messages": [message]}) == [expected]
+    tool = {"role": "tool", "tool_call_id": "1", "content": "x"}
+    assert shown({"messages": [tool]}) == [tool]
+
+
+def test_items_of_a_response_become_messages() -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": ""}
+    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    items = [
+        USER,
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "so", "annotations": []}]},
+        call,
+        {**call, "call_id": "2"},
+        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "x"}]},
+        {"type": "reasoning", "content": [{"text": "oh"}]},
+        call,
+    ]
+    assert shown({"input": items, "instructions": "Be brief."}) == [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        {
+            "role": "assistant",
+            "content": "so",
+            "reasoning_content": "hm",
+            "tool_calls": [called, {**called, "id": "2"}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "x"},
+        {"role": "assistant", "content": "", "reasoning_content": "oh", "tool_calls": [called]},
+    ]
+    assert shown({"input": [{"type": "input_text", "text": "a"}]}) == [{"role": "user", "content": "a"}]
+    assert shown({"input": [{"role": "system", "content": "old"}], "instructions": "new"})[0]["content"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("a", "a"), (["a"], "a"), ([5, 6], [5, 6]), ([[5, 6]], [5, 6]), ([[]], []), ("", "")]
+)
+def test_one_prompt_in_any_of_its_forms(given: Any, taken: Any) -> None:
+    assert checked({"prompt": given}, CompletionBody).the_prompt() == taken
+
+
+def test_sampling_is_the_bodys_and_else_the_servers() -> None:
+    server = Sampling(temperature=0.6, top_k=20, repetition_penalty=1.1)
+    assert checked(chat(), ChatBody).sampling(server) == server
+    asked = checked(
+        chat(temperature=0, top_k=-1, seed=3, logit_bias={"5": -2}, logprobs=True, top_logprobs=5, min_p=None), ChatBody
+    )
+    expected = Sampling(temperature=0, top_k=0, repetition_penalty=1.1, seed=3, logit_bias={5: -2}, logprobs=5)
+    assert asked.sampling(server) == expected
+    assert checked(prompt(logprobs=0), CompletionBody).asked_logprobs() == 0
+    assert checked(prompt(logprobs=False), CompletionBody).asked_logprobs() is None
+    assert checked(user_input(top_logprobs=2), ResponseBody).asked_logprobs() == 2
+    assert checked(user_input(include=["message.output_text.logprobs"]), ResponseBody).asked_logprobs() == 0
+    assert checked(user_input(), ResponseBody).asked_logprobs() is None
+
+
+def test_of_two_bounds_the_smaller_holds() -> None:
+    assert checked(chat(max_tokens=4, max_completion_tokens=4), ChatBody).new_tokens()[0] == 4
+    assert checked(chat(max_tokens=5, max_completion_tokens=4), ChatBody).new_tokens() == (4, "max_completion_tokens")
+    assert checked(chat(max_completion_tokens=None), ChatBody).new_tokens() == (None, "max_tokens")
+
+
+def test_fields_without_effect_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    bodies._say_no_effect.cache_clear()
+    with caplog.at_level(logging.INFO, "poc_kernels"):
+        checked(chat(user="me", store=None), ChatBody)
+        checked(chat(user="you", service_tier="auto"), ChatBody)
+    said = [record.getMessage().split()[2] for record in caplog.records]
+    assert said == ["user,", "service_tier,"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"seed": %s}' % (b"1" * 5000), "too many digits"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"top_p": NaN}', "no NaN"),
+        (b'{"top_p": -Infinity}', "no -Infinity"),
+        (b'{"a": 1', "line 1 column"),
+        (b"\xff", "UTF-8"),
+        (b"[1]", "must be a JSON object"),
+        (b'{"messages": [{"role": "\\ud800"}]}', "surrogate"),
+    ],
+)
+def test_a_body_that_is_no_json_says_why(content: bytes, words: str) -> None:
+    with pytest.raises(AdmissionError, match=words) as refused:
+        parse(content, ChatBody)
+    assert refused.value.status == 400
+    assert len(refused.value.message) < 300
+
+
+def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
+    for body in ({"a" * 10**6: 1}, chat(logit_bias={"b" * 10**6: 1})):
+        with pytest.raises(AdmissionError) as refused:
+            checked(body, ChatBody)
+        assert len(refused.value.message) + len(refused.value.param or "") < 1500
 
 
 @pytest.mark.parametrize("text", [r'{"a": "\ud800"}', r'{"\udfff": 1}', r'{"a": [{"b": ["\ud83d"]}]}'])
@@ -183,9 +308,9 @@ FIELDS = [
     model=st.sampled_from([ChatBody, CompletionBody, ResponseBody]),
     body=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=6),
 )
-def test_any_body_is_cleaned_or_refused(model: type[Any], body: dict[str, Any]) -> None:
+def test_any_body_is_taken_or_refused(model: type[Body], body: dict[str, Any]) -> None:
     with contextlib.suppress(AdmissionError):
-        assert cleaned(body, model).keys() <= body.keys()
+        checked(body, model)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +325,9 @@ def test_any_body_is_cleaned_or_refused(model: type[Any], body: dict[str, Any]) 
         (ResponseBody, {"input": "hello", "tools": [0] * 200_000}),
     ],
 )
-def test_a_body_of_wrong_items_is_refused_at_the_first(model: type[BaseModel], body: dict[str, Any]) -> None:
+def test_a_body_of_wrong_items_is_refused_at_the_first(model: type[Body], body: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as refused:
         model.model_validate(body)
     assert refused.value.error_count() < 20
     with pytest.raises(AdmissionError):
-        cleaned(body, model)
+        checked(body, model)

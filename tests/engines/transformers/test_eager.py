@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from poc_kernels.engines.transformers.admission import ENGINE_FAILED
 from poc_kernels.engines.transformers.batching import Router
 from poc_kernels.engines.transformers.eager import EagerGeneration
 from poc_kernels.engines.transformers.inference import Inference
+from poc_kernels.engines.transformers.sampling import sampling_of
 from poc_kernels.scheduling import PriorityLanes, Turns
 
 PROMPT = [5, 6, 7]
@@ -49,7 +51,8 @@ class Life:
         """Begin a request on the running loop; its outputs as they come."""
         told: list[Any] = []
         config = GenerationConfig(**{"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, **sampling})
-        assert self.generation.submit(request_id, prompt, config, streaming, told.append)
+        how = dataclasses.replace(sampling_of(config), logprobs=1)
+        assert self.generation.submit(request_id, prompt, config, streaming, told.append, how)
         return told
 
     async def finished(self, *requests: list[Any]) -> None:
@@ -83,7 +86,10 @@ def test_a_token_at_a_time_each_in_its_turn(model: Any, life: Life) -> None:
     assert [output.generated_tokens for output in streamed] == [expected[: n + 1] for n in range(6)]
     assert [output.is_finished() for output in streamed] == [False] * 5 + [True]
     assert [output.generated_tokens for output in whole] == [expected]
-    assert all(len(output.logprobs) == len(output.generated_tokens) for output in streamed + whole)
+    for output in streamed + whole:
+        assert [each.top for each in output.logprobs] == [
+            ((token, each.logprob),) for token, each in zip(output.generated_tokens, output.logprobs, strict=True)
+        ]
     assert life.computing[:12] == [True] * 12
     assert life.router.in_flight() == 0
     assert life.generation.stalled_for() == 0.0

@@ -17,10 +17,11 @@ import pytest
 import torch
 from fastapi import FastAPI
 from served import NAME, load, started
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
 
-from poc_kernels.engines.transformers import handlers, openai_app
+from poc_kernels.engines.transformers import openai_app
+from poc_kernels.engines.transformers.answers import ChatAnswer
+from poc_kernels.engines.transformers.generation import Generation
 from poc_kernels.engines.transformers.inference import Inference
 
 MAX_NEW = 64
@@ -66,23 +67,25 @@ def test_chat(http: httpx2.Client) -> None:
 
 
 def test_completions(http: httpx2.Client) -> None:
-    body = {"prompt": "A proof is", "max_tokens": 8, "model": NAME, "suffix": "!"}
+    body = {"prompt": "A proof is", "max_tokens": 8, "model": NAME}
     answer = http.post("/v1/completions", json=body).json()
     with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
         streamed = "".join(event["choices"][0]["text"] for event in events(stream.iter_lines()))
     assert streamed == answer["choices"][0]["text"]
-    assert streamed.endswith("!")
 
 
 def test_responses(http: httpx2.Client) -> None:
     body = {"input": "What is a proof?", "instructions": "Be brief.", "max_output_tokens": 8}
     answer = http.post("/v1/responses", json=body).json()
-    assert answer["status"] == "completed"
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert answer["output"][-1]["status"] == "incomplete"
     assert answer["usage"]["output_tokens"] == 8
     assert (answer["model"], answer["object"]) == (NAME, "response")
     with http.stream("POST", "/v1/responses", json={**body, "stream": True}) as stream:
         told = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
-    assert told[-1]["type"] == "response.completed"
+    assert told[-1]["type"] == "response.incomplete"
+    assert told[-1]["response"]["incomplete_details"] == answer["incomplete_details"]
+    assert [event["sequence_number"] for event in told] == list(range(len(told)))
     streamed = "".join(event["delta"] for event in told if event["type"] == "response.output_text.delta")
     assert streamed == answer["output"][0]["content"][0]["text"]
 
@@ -126,7 +129,7 @@ def test_no_number_of_tokens_means_as_many_as_may_be(http: httpx2.Client) -> Non
     [
         (chat(max_tokens=0), "max_tokens", None),
         (chat(max_tokens=MAX_NEW + 1), "max_tokens", None),
-        (chat(max_completion_tokens=MAX_NEW + 1), "max_tokens", None),
+        (chat(max_completion_tokens=MAX_NEW + 1), "max_completion_tokens", None),
         (chat("a " * 5000), None, "context_length_exceeded"),
         (chat(" a" * 4040, max_tokens=MAX_NEW), "max_tokens", "context_length_exceeded"),
         (chat(no_such_field=1), "no_such_field", None),
@@ -152,7 +155,7 @@ def test_an_empty_prompt_is_refused(http: httpx2.Client) -> None:
 def test_token_ids_beyond_the_model_are_refused(
     http: httpx2.Client, inference: Inference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_vocabulary", 1)
+    monkeypatch.setattr(inference, "vocabulary", 1)
     answer = http.post("/v1/completions", json={"prompt": "hello"})
     assert (answer.status_code, "outside [0, 1)" in error_of(answer)["message"]) == (400, True)
 
@@ -339,7 +342,7 @@ def test_a_fault_of_the_server_is_an_error_object_without_internals(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(inference.tokenizer, "apply_chat_template", fail)
+    monkeypatch.setattr(inference, "submit", fail)
     answer = http.post(CHAT, json=chat())
     assert answer.status_code == 500
     assert error_of(answer)["type"] == "server_error"
@@ -360,7 +363,7 @@ def test_an_output_that_cannot_be_told_ends_its_stream_and_its_request(
     def fail(*_: Any) -> None:
         raise ValueError('it says "no"\n\n')
 
-    monkeypatch.setattr(handlers.CBStreamer, "put", fail)
+    monkeypatch.setattr(Generation, "_decoded", fail)
     with http.stream("POST", CHAT, json=chat(stream=True)) as stream:
         chunks = list(events(stream.iter_lines()))
     assert chunks[-1]["error"]["type"] == "server_error"
@@ -371,15 +374,10 @@ def test_an_output_that_cannot_be_told_ends_its_stream_and_its_request(
 def test_a_stream_that_fails_in_its_handler_ends_with_an_error_object(
     http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = ChatCompletionHandler._build_chunk_sse
+    def fail(_: Any) -> None:
+        raise ValueError("a secret")
 
-    def fail_at_the_end(self: Any, *args: Any, **fields: Any) -> str:
-        if fields.get("finish_reason") is not None:
-            raise ValueError("a secret")
-        chunk: str = build(self, *args, **fields)
-        return chunk
-
-    monkeypatch.setattr(ChatCompletionHandler, "_build_chunk_sse", fail_at_the_end)
+    monkeypatch.setattr(ChatAnswer, "last", fail)
     with http.stream("POST", CHAT, json=chat(max_tokens=2, stream=True)) as stream:
         chunks = list(events(stream.iter_lines()))
     assert chunks[-1]["error"]["type"] == "server_error"

@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from poc_kernels.engines.transformers.batching import Router
 from poc_kernels.engines.transformers.eager import EagerGeneration
 from poc_kernels.engines.transformers.inference import Inference
+from poc_kernels.engines.transformers.sampling import TokenLogprob
 from poc_kernels.engines.transformers.trial import Trial, TrialFailedError
 from poc_kernels.scheduling import PriorityLanes, Turns
 
@@ -128,7 +129,7 @@ class Changed(Router):
 
 
 def misreported(output: GenerationOutput) -> None:
-    output.logprobs[-1] += 0.001
+    output.logprobs[-1] = TokenLogprob(output.logprobs[-1].logprob + 0.001, ())
 
 
 def unlikely(output: GenerationOutput) -> None:
@@ -141,7 +142,7 @@ def neighbours(output: GenerationOutput) -> None:
 
 
 def not_a_number(output: GenerationOutput) -> None:
-    output.logprobs[2] = float("nan")
+    output.logprobs[2] = TokenLogprob(float("nan"), ())
 
 
 def short(output: GenerationOutput) -> None:
