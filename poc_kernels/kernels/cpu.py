@@ -24,6 +24,8 @@ class Tiling(NamedTuple):
     """Columns of P that are drawn at a time."""
     panel_k: int = 0
     """Rows of P that are drawn at a time."""
+    form: int = 0
+    """Which of the `forms` of the instruction set, counted from 1."""
 
 
 _CHOSEN = Tiling()
@@ -33,6 +35,13 @@ def instruction_sets() -> list[tuple[str, bool]]:
     """Return the names of the instruction sets in this build, best first, each with whether this CPU has it."""
     core = native.load()
     return [] if core is None else list(core.instruction_sets())
+
+
+def forms(instruction_set: str) -> list[str]:
+    """Return the names of the ways to multiply that an instruction set has, each meant for another number of rows."""
+    core = native.load()
+    assert core is not None
+    return list(core.forms(instruction_set))
 
 
 def backends() -> list[Backend]:
@@ -88,6 +97,7 @@ def project(
         block_rows=tiling.block_rows,
         panel_columns=tiling.panel_columns,
         panel_k=tiling.panel_k,
+        form=tiling.form,
     )
     workspace = torch.empty(projection.workspace_bytes(instruction_set), dtype=torch.uint8, device=x.device)
     projection.run(instruction_set, workspace.data_ptr())

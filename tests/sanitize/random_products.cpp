@@ -202,12 +202,7 @@ void check_product(const Case& c, const std::string& fault) {
 
   for (const cpu::Kernels* kernels : kernels_of_this_cpu()) {
     cpu::Projection p;
-    p.x = {fault == "short_x" ? short_x.as<void>() : x.as<void>(),
-           c.dtype,
-           c.row_stride,
-           c.k,
-           (c.k + 15) / 16 * 16,
-           c.activation_bits};
+    p.x = {fault == "short_x" ? short_x.as<void>() : x.as<void>(), c.dtype, c.row_stride, c.k, c.activation_bits};
     p.rows = c.rows;
     p.row_mask = c.masked ? mask.as<uint8_t>() : nullptr;
     p.residual = c.residual;
@@ -218,7 +213,7 @@ void check_product(const Case& c, const std::string& fault) {
     p.coefficient = c.coefficient;
     p.threads = one_of({1, 2, 3, 7});
     p.tiling = {one_of<int64_t>({0, between(1, 40)}), one_of<int64_t>({0, between(1, 80)}),
-                one_of<int64_t>({0, between(1, c.k + 16)})};
+                one_of<int64_t>({0, between(1, c.k + 16)}), static_cast<int>(between(0, kernels->form_count))};
     const int fill = one_of({0x00, 0xA5, 0xFF});
     // Several calls at once: nothing may be shared by their threads except what they read.
     std::vector<Buffer> results;
