@@ -102,7 +102,8 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
   }
 }
 
-void quantise(const Activations& x, int64_t k_padded, RowState* states, int rows, int16_t* scratch, void* tile) {
+void quantise(const Activations& x, int64_t k_padded, RowState* states, int rows, int /*room*/, int16_t* scratch,
+              void* tile) {
   quantise_rows(x, k_padded, states, rows, scratch);
   for (int r = 0; r < rows; ++r) {
     const int16_t* q = scratch + r * k_padded;
@@ -207,8 +208,9 @@ struct Panels {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kMaxRows, kMaxRows, kMaxGroups,
-                                    /*panel_budget=*/256 << 10, panels_memory_bytes<Panels>, run_panels<Panels>}};
+  static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kMaxRows, kMaxRows, /*whole_tiles=*/false,
+                                    kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10, /*task_rows=*/0,
+                                    panels_memory_bytes<Panels>, run_panels<Panels>}};
   static constexpr Kernels kernels = {"avx2",
                                       [] { return __builtin_cpu_supports("avx2") != 0; },
                                       kColumns,

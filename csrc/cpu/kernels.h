@@ -74,8 +74,11 @@ struct Form {
   int max_limb_rows;  // it is meant for at most this many limb rows (a row at 16 activation_bits has two); 0: for all
   int rows_per_tile_16;  // rows of a tile at 16 activation_bits
   int rows_per_tile_8;   // the same at 8
+  bool whole_tiles;      // limbs lie as if every tile had all its rows; otherwise the last tile is as small as its rows
   int max_groups;        // of a panel
+  int min_whole_groups;  // a panel is narrowed, down to this many groups, if it then holds all k; 0: it is not
   int64_t panel_budget;  // bytes of a panel that stay close to the core; 0: it keeps no panel, and a task has all k
+  int64_t task_rows;     // rows of a task whose limbs stay close to the core; 0: as many as there are
 
   // Bytes that run takes for each thread, a multiple of kAlignment.
   int64_t (*memory_bytes)(const Job&);
@@ -91,8 +94,10 @@ struct Kernels {
   int entry_bytes;    // bytes of an entry in a panel
   bool byte_limbs;    // q is kept as bytes, two with 16 activation_bits; otherwise as int16
 
-  // Quantises the rows states[i].row of x into a tile of limbs; scratch holds rows * k_padded int16 unless byte_limbs.
-  void (*quantise)(const Activations&, int64_t k_padded, RowState* states, int rows, int16_t* scratch, void* tile);
+  // Quantises the rows states[i].row of x into a tile of limbs that has room for `room` rows; scratch holds
+  // rows * k_padded int16 unless byte_limbs.
+  void (*quantise)(const Activations&, int64_t k_padded, RowState* states, int rows, int room, int16_t* scratch,
+                   void* tile);
   void (*draw)(const EntryKey&, const PanelShape&, void* panel);
   // Writes e of [k_begin, k_end) of the panel's k, counted from its first, and of its columns [0, columns), row-major.
   void (*unpack)(const void* panel, const PanelShape&, int k_begin, int k_end, int columns, int16_t* entries,
@@ -106,6 +111,9 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vbmi_kernels();
+#endif
+#if defined(POC_KERNELS_AMX)
+const Kernels& amx_kernels();
 #endif
 
 }  // namespace poc::cpu

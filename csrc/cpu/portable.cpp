@@ -23,7 +23,8 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
     }
 }
 
-void quantise(const Activations& x, int64_t k_padded, RowState* states, int rows, int16_t* /*scratch*/, void* tile) {
+void quantise(const Activations& x, int64_t k_padded, RowState* states, int rows, int /*room*/, int16_t* /*scratch*/,
+              void* tile) {
   quantise_rows(x, k_padded, states, rows, static_cast<int16_t*>(tile));
 }
 
@@ -73,8 +74,9 @@ struct Panels {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kRowsPerTile, kRowsPerTile, /*max_groups=*/4,
-                                    /*panel_budget=*/256 << 10, panels_memory_bytes<Panels>, run_panels<Panels>}};
+  static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kRowsPerTile, kRowsPerTile, /*whole_tiles=*/false,
+                                    /*max_groups=*/4, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10,
+                                    /*task_rows=*/0, panels_memory_bytes<Panels>, run_panels<Panels>}};
   static constexpr Kernels kernels = {"portable",
                                       [] { return true; },
                                       kColumns,

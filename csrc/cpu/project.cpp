@@ -54,7 +54,14 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   job.tile_bytes = job.tile_rows * k * q_bytes;
 
   const int64_t fitting_rows = std::max(kMinBlockRows, kLimbBudget / (k * q_bytes));
-  const int64_t block_rows = std::min(p.rows, p.tiling.block_rows > 0 ? p.tiling.block_rows : fitting_rows);
+  int64_t block_rows = fitting_rows;
+  if (p.tiling.block_rows > 0) {
+    block_rows = p.tiling.block_rows;
+  } else if (p.threads == 1 && form.task_rows > 0) {
+    block_rows =
+        form.task_rows;  // limbs are multiplied while they are close; several threads would wait block by block
+  }
+  block_rows = std::min(p.rows, block_rows);
   job.rows = block_rows;
 
   int64_t groups = form.max_groups;
@@ -65,6 +72,8 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
     while (groups > 1 && divide_up(p.columns, groups * group) < 2 * p.threads) --groups;
   }
   groups = std::min(groups, divide_up(p.columns, group));
+  const int64_t whole_groups = form.panel_budget / (k * group * kernels.entry_bytes);
+  if (form.min_whole_groups > 0 && whole_groups >= form.min_whole_groups) groups = std::min(groups, whole_groups);
   job.panel_columns = groups * group;
   job.panel_k = k;
   if (form.panel_budget > 0) {
@@ -74,6 +83,7 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   // Few columns and many rows: each part of the rows draws the same panels again.
   const int64_t wanted_tasks = p.threads > 1 ? kTasksPerThread * p.threads : 1;
   job.parts = std::clamp<int64_t>(wanted_tasks / column_tasks(job), 1, divide_up(block_rows, kMinBlockRows));
+  if (form.task_rows > 0) job.parts = std::max(job.parts, divide_up(block_rows, form.task_rows));
 
   Plan plan{kernels, form, block_rows, job, 0, 0, 0, 0};
   plan.states_bytes = round_up(block_rows * static_cast<int64_t>(sizeof(RowState)), kAlignment);
@@ -111,8 +121,9 @@ void project_block(const Plan& plan, const Projection& p, const EntryKey& key, c
       [&](int64_t task, int slot) {
         if (task < tiles_of(job)) {
           auto* scratch = reinterpret_cast<int16_t*>(slots + slot * plan.thread_bytes() + plan.memory_bytes);
-          return plan.kernels.quantise(p.x, job.k_padded, block.states + task * job.tile_rows, rows_of(job, task),
-                                       scratch, block.limbs + task * job.tile_bytes);
+          const int rows = rows_of(job, task), room = plan.form.whole_tiles ? static_cast<int>(job.tile_rows) : rows;
+          return plan.kernels.quantise(p.x, job.k_padded, block.states + task * job.tile_rows, rows, room, scratch,
+                                       block.limbs + task * job.tile_bytes);
         }
         const int64_t row = block.first_row + (task - tiles_of(job)) * kCopyRows;
         copy_masked_rows(p, row, std::min(row + kCopyRows, block.last_row));
@@ -125,6 +136,9 @@ void project_block(const Plan& plan, const Projection& p, const EntryKey& key, c
 
 KernelList all_kernels() {
   static const Kernels* const list[] = {
+#if defined(POC_KERNELS_AMX)
+      &amx_kernels(),
+#endif
 #if defined(POC_KERNELS_X86)
       &avx512_vbmi_kernels(), &avx512_kernels(), &avx2_kernels(),
 #endif

@@ -39,7 +39,9 @@ THREADS = (1, 2, 3, 7)
 
 each_instruction_set = pytest.mark.parametrize("name", NAMES)
 each_form = pytest.mark.parametrize(
-    ("name", "form"), FORMS, ids=[f"{name}-{cpu.forms(name)[form - 1].replace(' ', '-')}" for name, form in FORMS]
+    ("name", "form"),
+    FORMS,
+    ids=[f"{name}-{cpu.forms(name)[form - 1].replace(',', '').replace(' ', '-')}" for name, form in FORMS],
 )
 
 
@@ -77,6 +79,33 @@ def test_plain_code_is_always_there():
 def test_a_backend_says_whether_this_cpu_runs_it(name):
     reason = backend_named(f"native-{name}").unavailable(CPU)
     assert reason == ("this CPU lacks the instructions" if name in MISSING else None)
+
+
+@each_form
+@pytest.mark.parametrize("many", [False, True])
+def test_a_form_that_is_wrong_is_found_by_the_self_test(monkeypatch, name, form, many):
+    """One bit of the last row, of few rows or only of many, and in one form alone."""
+    right = cpu.project
+
+    def wrong(x, seed, request, *, tiling=Tiling(), **options):  # noqa: B008 (immutable)
+        y = right(x, seed, request, tiling=tiling, **options)
+        if tiling.form == form and (not many or len(x) > 9):
+            bits = y.view(torch.int32 if y.dtype == torch.float32 else torch.int16)
+            bits[-1, -1] ^= 1
+        return y
+
+    backend = backend_named(f"native-{name}")
+    assert backend.wrong(CPU) == []
+    monkeypatch.setattr(cpu, "project", wrong)
+    found = backend.wrong(CPU)
+    assert found
+    assert all(answer.endswith(f"by {cpu.forms(name)[form - 1]}") for answer in found)
+
+
+def test_which_instruction_sets_are_tested(record_property):
+    assert {*NAMES, *MISSING} == {name for name, _ in cpu.instruction_sets()}
+    untested = f"; this CPU lacks {', '.join(MISSING)}" if MISSING else ""
+    record_property("summary", f"native kernels tested: {', '.join(NAMES)}{untested}")
 
 
 def test_torchs_own_threads_are_borrowed():

@@ -1,5 +1,6 @@
-// Random products and entries of every instruction set of this CPU against plain loops, bit for bit; to be built with
-// sanitizers (CMakeLists.txt). Every buffer is an allocation of its own, of exactly the size that kernels may touch.
+// Random products and entries of every instruction set of this CPU against plain loops, bit for bit, in every form; to
+// be built with sanitizers, and with a model of AMX's tiles (CMakeLists.txt). Every buffer is an allocation of its own,
+// of exactly the size that kernels may touch.
 //
 // random_products [FAULT]: with a fault, every product has it, and the sanitizer, or the comparison of bits, must find
 // it.
@@ -69,7 +70,7 @@ Case random_case() {
   Case c;
   c.dtype = one_of({DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   c.activation_bits = one_of({16, 8});
-  c.rows = between(1, one_of({3, 14, 40}));
+  c.rows = between(1, one_of({3, 14, 40, 70}));
   c.k = one_of<int64_t>({1, 15, 16, 17, 32, 33, 255, 1000, 1030, between(1, 300)});
   c.row_stride = c.k + one_of<int64_t>({0, 0, 7, 64});
   c.residual = one_of({true, false});
