@@ -36,15 +36,33 @@ py::list instruction_sets() {
   return names;
 }
 
+// The names of the forms of an instruction set; Projection takes their numbers, from 1 on.
+py::list forms(const std::string& instruction_set) {
+  py::list names;
+  const cpu::Kernels& kernels = kernels_named(instruction_set);
+  for (int i = 0; i < kernels.form_count; ++i) names.append(kernels.forms[i].name);
+  return names;
+}
+
+void check_form(const cpu::Projection& p, const cpu::Kernels& kernels) {
+  const std::string count = std::to_string(kernels.form_count), form = std::to_string(p.tiling.form);
+  if (p.tiling.form < 0 || p.tiling.form > kernels.form_count)
+    throw py::value_error("form must be in [0, " + count + "], got " + form);
+}
+void check_form(const cpu::Entries&, const cpu::Kernels&) {}
+
 // Binds what the driver makes of a Call: the bytes of workspace that it needs, and its run.
 template <class Call>
 void bind_run(py::class_<Call>& bound, int64_t (*workspace_bytes)(const cpu::Kernels&, const Call&),
               void (*run)(const cpu::Kernels&, const Call&, void* workspace)) {
   bound.def("workspace_bytes", [workspace_bytes](const Call& call, const std::string& instruction_set) {
-    return workspace_bytes(kernels_named(instruction_set), call);
+    const cpu::Kernels& chosen = kernels_named(instruction_set);
+    check_form(call, chosen);
+    return workspace_bytes(chosen, call);
   });
   bound.def("run", [run](const Call& call, const std::string& instruction_set, uintptr_t workspace) {
     const cpu::Kernels& chosen = kernels_named(instruction_set);
+    check_form(call, chosen);
     py::gil_scoped_release release;
     run(chosen, call, pointer<void>(workspace));
   });
@@ -61,34 +79,35 @@ PYBIND11_MODULE(_native, m) {
   m.attr("DEFINITION") = kDefinition;
   m.attr("CUDA_COMPILER") = POC_KERNELS_CUDA_COMPILER;
   m.def("instruction_sets", &instruction_sets);
+  m.def("forms", &forms);
   m.def("team_runtime", [] { return std::string(cpu::team_runtime()); });
   m.def("philox4x32_10", &philox);
 
   py::class_<cpu::Projection> projection(m, "Projection");
-  projection.def(
-      py::init([](uintptr_t x, int dtype, int64_t rows, int64_t k, int64_t row_stride, uintptr_t row_mask, uintptr_t y,
-                  int64_t columns, int64_t column_start, bool residual, uintptr_t seed, uint32_t domain,
-                  double coefficient, int activation_bits, int threads, int64_t block_rows, int64_t panel_columns,
-                  int64_t panel_k) {
-        cpu::Projection p;
-        p.x = {pointer<const void>(x), static_cast<DType>(dtype), row_stride, k, (k + 15) / 16 * 16, activation_bits};
-        p.rows = rows;
-        p.row_mask = pointer<const uint8_t>(row_mask);
-        p.residual = residual;
-        p.y = pointer<void>(y);
-        p.columns = columns;
-        p.column_start = column_start;
-        p.seed = pointer<const uint64_t>(seed);
-        p.domain = domain;
-        p.coefficient = coefficient;
-        p.threads = threads;
-        p.tiling = {block_rows, panel_columns, panel_k};
-        return p;
-      }),
-      py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("row_stride"),
-      py::arg("row_mask"), py::arg("y"), py::arg("columns"), py::arg("column_start"), py::arg("residual"),
-      py::arg("seed"), py::arg("domain"), py::arg("coefficient"), py::arg("activation_bits"), py::arg("threads"),
-      py::arg("block_rows"), py::arg("panel_columns"), py::arg("panel_k"));
+  projection.def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t k, int64_t row_stride, uintptr_t row_mask,
+                             uintptr_t y, int64_t columns, int64_t column_start, bool residual, uintptr_t seed,
+                             uint32_t domain, double coefficient, int activation_bits, int threads, int64_t block_rows,
+                             int64_t panel_columns, int64_t panel_k, int form) {
+                   cpu::Projection p;
+                   p.x = {pointer<const void>(x), static_cast<DType>(dtype), row_stride, k, activation_bits};
+                   p.rows = rows;
+                   p.row_mask = pointer<const uint8_t>(row_mask);
+                   p.residual = residual;
+                   p.y = pointer<void>(y);
+                   p.columns = columns;
+                   p.column_start = column_start;
+                   p.seed = pointer<const uint64_t>(seed);
+                   p.domain = domain;
+                   p.coefficient = coefficient;
+                   p.threads = threads;
+                   p.tiling = {block_rows, panel_columns, panel_k, form};
+                   return p;
+                 }),
+                 py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("row_stride"),
+                 py::arg("row_mask"), py::arg("y"), py::arg("columns"), py::arg("column_start"), py::arg("residual"),
+                 py::arg("seed"), py::arg("domain"), py::arg("coefficient"), py::arg("activation_bits"),
+                 py::arg("threads"), py::arg("block_rows"), py::arg("panel_columns"), py::arg("panel_k"),
+                 py::arg("form"));
   bind_run(projection, &cpu::project_workspace, &cpu::project);
 
   py::class_<cpu::Entries> entries(m, "Entries");

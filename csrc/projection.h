@@ -13,7 +13,6 @@ struct Activations {
   DType dtype;
   int64_t row_stride;  // in elements
   int64_t k;
-  int64_t k_padded;  // k rounded up to whole Philox calls; limbs from k on are zero
   int activation_bits;
 };
 

@@ -10,6 +10,15 @@ MIB = 1 << 20
 
 NATIVE = [backend for backend in backends.backends() if backend.name.startswith("native-")]
 RUNNABLE = [backend for backend in NATIVE if backend.unavailable(CPU) is None]
+each_native_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(
+            backend, id=backend.name, marks=pytest.mark.skipif(backend not in RUNNABLE, reason="this CPU lacks it")
+        )
+        for backend in NATIVE
+    ],
+)
 
 
 class AllocationsNotedError(Exception):
@@ -30,7 +39,7 @@ def sizes(monkeypatch):
     return noted
 
 
-@pytest.mark.parametrize("backend", NATIVE, ids=lambda backend: backend.name)
+@each_native_backend
 @pytest.mark.parametrize("k", [1, 16, 4096, 8192, 65536])
 @pytest.mark.parametrize("rows", [1, 300, 20000])
 @pytest.mark.parametrize("activation_bits", [16, 8])
@@ -57,7 +66,7 @@ def test_a_product_allocates_its_result_and_a_small_workspace(backend, k, rows, 
     assert workspace <= (rows + 6) * one_row + for_threads
 
 
-@pytest.mark.parametrize("backend", NATIVE, ids=lambda backend: backend.name)
+@each_native_backend
 def test_entries_take_their_result_and_a_small_workspace(backend, sizes):
     torch.set_num_threads(4)
     backend.entries(definition.seed_tensor(1), 0, 0, 600, 0, 700)
@@ -113,7 +122,7 @@ def test_the_reference_draws_p_in_panels(monkeypatch):
     assert widths == [(7, 16), (23, 16), (39, 8)]
 
 
-@pytest.mark.parametrize("backend", NATIVE, ids=lambda backend: backend.name)
+@each_native_backend
 def test_the_workspace_is_for_as_many_threads_as_torch_has(backend, sizes):
     workspaces = []
     for threads in (1, 2, 3):

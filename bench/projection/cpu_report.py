@@ -26,7 +26,7 @@ class Case:
     variant: tuple[str, int]
     op: float
     stored: dict[str, float]
-    """By the form of P: bfloat16, bfloat16_transposed, float32."""
+    """By the form of P: bfloat16, bfloat16_transposed, bfloat16_prepacked, float32, float32_prepacked."""
     best: str
     ratios: dict[str, dict[str, float]]
     """Op / stored, the median, p10 and p90 of the rounds, by "bfloat16" (if x is) and "best"."""
@@ -34,14 +34,19 @@ class Case:
     stored_bytes: dict[str, int]
     held_bytes: int
     rounds: int
+    threads: int
+    cpu: float | None
+    """CPU time of the op, which older results do not have."""
+    cpu_ratios: dict[str, dict[str, float]]
+    """As ``ratios``, of CPU times and with the form that takes least of it; empty in older results."""
 
     @property
     def best_dtype(self) -> str:
         """The dtype of the best stored form, bfloat16 or float32."""
-        return self.best.removesuffix("_transposed")
+        return self.best.split("_")[0]
 
     def stored_in(self, dtype: str) -> float | None:
-        """Return the seconds of the faster product with P in ``dtype``, row-major or transposed; None if not a peer."""
+        """Return the seconds of the fastest product with P in ``dtype``, in any form; None if not a peer."""
         return min((time for form, time in self.stored.items() if form.startswith(dtype)), default=None)
 
 
@@ -59,7 +64,7 @@ class Bounds:
 
 
 def read_cases(results: dict[str, Any]) -> list[Case]:
-    """Read the cases of a pytest-benchmark result, ordered by D, variant and M."""
+    """Read the cases of a pytest-benchmark result, ordered by D, threads, variant and M."""
     cases = [
         Case(
             size=info["D"],
@@ -73,12 +78,15 @@ def read_cases(results: dict[str, Any]) -> list[Case]:
             stored_bytes=info["stored_bytes"],
             held_bytes=info["held_bytes"],
             rounds=bench["stats"]["rounds"],
+            threads=info["threads"],
+            cpu=info.get("cpu_seconds"),
+            cpu_ratios=info.get("cpu_ratios", {}),
         )
         for bench in results["benchmarks"]
         if bench["group"] == "projection"
         for info in [bench["extra_info"]]
     ]
-    return sorted(cases, key=lambda case: (case.size, list(_VARIANTS).index(case.variant), case.rows))
+    return sorted(cases, key=lambda case: (case.size, case.threads, list(_VARIANTS).index(case.variant), case.rows))
 
 
 def read_bounds(results: dict[str, Any]) -> list[Bounds]:
@@ -112,12 +120,16 @@ def _case_row(case: Case) -> list[str]:
     return [
         str(case.size),
         str(case.rows),
+        str(case.threads),
         _VARIANTS[case.variant][0],
         milliseconds(case.op),
         times["bfloat16"],
         times["float32"],
         ratio(case.ratios.get("bfloat16")),
         ratio(case.ratios["best"]),
+        milliseconds(case.cpu),
+        ratio(case.cpu_ratios.get("bfloat16")),
+        ratio(case.cpu_ratios.get("best")),
         f"{case.generation_share:.2f}",
         ", ".join(sizes),
         figures(case.held_bytes / 2**20),
@@ -128,12 +140,16 @@ def _case_row(case: Case) -> list[str]:
 _CASE_COLUMNS = (
     "D",
     "M",
+    "threads",
     "x",
     "op, ms",
     "stored bf16, ms",
     "stored f32, ms",
     "op / stored bf16 (p10-p90)",
     "op / best stored (p10-p90)",
+    "CPU: op, ms",
+    "CPU: op / stored bf16 (p10-p90)",
+    "CPU: op / best stored (p10-p90)",
     "generation / op",
     "P stored, MiB",
     "P held by the op, MiB",
@@ -141,9 +157,10 @@ _CASE_COLUMNS = (
 )
 
 _CASE_NOTE = """\
-Times are medians. Stored bf16 is the faster of P row-major and P transposed; the best stored form is bold. A ratio
-is the median over rounds, with its 10th and 90th percentile; under 1 the op is faster. Generation is the op on one
-row at 8 bits, as a stand-in for drawing P once."""
+Times are medians. Stored bf16 and stored f32 are the fastest of P row-major, P transposed (bfloat16) and P in oneDNN's
+own layout; the best stored form is bold. A ratio is the median over rounds, with its 10th and 90th percentile; under 1
+the op is faster. CPU times are those of the calling thread with one thread, and of the process with more, where waiting
+threads of OpenMP may count. Generation is the op on one row at 8 bits, as a stand-in for drawing P once."""
 
 _BOUND_NOTE = """\
 Generation: entries of P drawn by the op on one row at 8 bits, its one row of products included. Products: multiply-adds
@@ -152,11 +169,15 @@ bytes of the stored P. Stored: the bytes of P over the time of addmm with one ro
 rates of the caches. A stored product near the read rate is bound by reading P; far under it, by something else."""
 
 
+def _most_threads(cases: list[Case]) -> int:
+    return max(case.threads for case in cases)
+
+
 def _stored_rate(cases: list[Case], size: int, dtype: str) -> str:
     """Format the G bytes of stored P per second in a product with one row; empty if the run has none."""
     for case in cases:
         seconds = case.stored_in(dtype)
-        if (case.size, case.rows) == (size, 1) and seconds is not None:
+        if (case.size, case.rows, case.threads) == (size, 1, _most_threads(cases)) and seconds is not None:
             return figures(case.stored_bytes[dtype] / seconds / 1e9)
     return ""
 
@@ -209,6 +230,7 @@ def markdown(results: dict[str, Any], plot: str) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Write op / best stored by M to ``path``."""
     cases, machine = read_cases(results), results["machine_info"]
+    cases = [case for case in cases if case.threads == _most_threads(cases)]
 
     def line(size: int, variant: tuple[str, int]) -> Line:
         chosen = [case for case in cases if (case.size, case.variant) == (size, variant)]

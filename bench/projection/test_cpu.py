@@ -1,7 +1,8 @@
-"""x + x @ P on a CPU, with all threads of torch: the op against torch.addmm with a stored P, and what bounds either.
+"""x + x @ P on a CPU, with one thread and with all of torch's: the op against a stored P, and what bounds either.
 
-One round runs every callable once, one after another, so that a machine that slows down slows them all. A case is
-timed only after its results have been checked. POC_BENCH_QUICK=1 runs a small subset, to try the suite itself.
+One round runs every callable once, one after another, so that a machine that slows down slows them all. Each call is
+timed by the clock on the wall and by the CPU time that it takes. A case is timed only after its results have been
+checked. POC_BENCH_QUICK=1 runs a small subset, to try the suite itself.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from poc_kernels import backends
 
 QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
 SIZES = (1024,) if QUICK else (1024, 4096, 8192)
-ROWS = (1, 32) if QUICK else (1, 32, 256, 2048)
+ROWS = (1, 32) if QUICK else (1, 8, 32, 64, 256, 1024, 2048)
 MANY_ROWS = ROWS[-1]
 VARIANTS = (("bfloat16", 16), ("bfloat16", 8), ("float32", 16))
 """The dtype of x, and activation_bits."""
 
+THREADS = tuple(sorted({1, torch.get_num_threads()}))
+
 CASE_WORK = 1.3e11
-"""Multiply-adds of one callable in all rounds of a case; keeps the suite under 8 minutes on 2 slow cores."""
+"""Multiply-adds of one callable in all rounds of a case; bounds the time of the suite."""
 MIN_ROUNDS, MAX_ROUNDS, BOUND_ROUNDS = 3, 40, 10
 
 ROUNDING_ERROR = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
@@ -55,13 +58,32 @@ class Stored(NamedTuple):
         return len(self.float32)
 
 
+class CpuTimed:
+    """A call that notes the CPU seconds of each time it runs, in ``seconds``.
+
+    With one thread they are those of the calling thread; with more those of the process, in which threads of OpenMP
+    that wait may be counted too.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.seconds: list[float] = []
+        self._call = call
+        self._clock = time.thread_time if torch.get_num_threads() == 1 else time.process_time
+
+    def __call__(self) -> Tensor:
+        start = self._clock()
+        result = self._call()
+        self.seconds.append(self._clock() - start)
+        return result
+
+
 class Interleaved:
     """Runs and times every call once when it is called itself, each time beginning with the next one.
 
     ``seconds`` has the times of each call, by name and in the order of the rounds.
     """
 
-    def __init__(self, calls: dict[str, Call]) -> None:
+    def __init__(self, calls: dict[str, CpuTimed]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
         self._calls = calls
         self._first = itertools.count()
@@ -79,7 +101,7 @@ class Interleaved:
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"D{size}")
 def stored(request: pytest.FixtureRequest) -> Stored:
     size = request.param
-    needed = 14 * size**2 + 2**29  # three stored forms, two more while they are made; x and results
+    needed = 24 * size**2 + 2**29  # three stored forms, two prepacked, others while they are made; x and results
     available = memory.available(torch.device("cpu"))
     if available < needed:
         pytest.skip(f"P stored at D = {size} needs {needed >> 20} MiB of memory, {available >> 20} are available")
@@ -100,13 +122,25 @@ def _generation(stored: Stored) -> Call:
     return op(_activations(1, stored, torch.bfloat16), stored.seed, 8)
 
 
+def _prepacked(x: Tensor, transposed: Tensor) -> Call:
+    """Return x + x @ P with P [N, K], transposed, in oneDNN's own layout: what torch.compile makes with freezing."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(transposed, len(x))
+    return lambda: torch.ops.mkldnn._linear_pointwise.binary(x, x, packed, None, "add")
+
+
 def _peers(x: Tensor, stored: Stored) -> dict[str, Call]:
     """Return the products with a stored P that serve x. Float32 serves bfloat16 x too; the conversion is not timed."""
     wide = x.float()
+    onednn = torch.backends.mkldnn.is_available()
     peers: dict[str, Call] = {"float32": lambda: torch.addmm(wide, wide, stored.float32)}
+    if onednn:
+        peers["float32_prepacked"] = _prepacked(wide, stored.float32.t().contiguous())
     if x.dtype == torch.bfloat16:
         peers["bfloat16"] = lambda: torch.addmm(x, x, stored.bfloat16)
+        # The product of F.linear, with x added in the same call.
         peers["bfloat16_transposed"] = lambda: torch.addmm(x, x, stored.bfloat16_transposed)
+        if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            peers["bfloat16_prepacked"] = _prepacked(x, stored.bfloat16_transposed.t())
     return peers
 
 
@@ -129,14 +163,25 @@ def _check(call: Call, peers: dict[str, Call], x: Tensor, stored: Stored, activa
         assert_near(name, result[0], exact, 2 * ROUNDING_ERROR[result.dtype])
 
 
-def _measure(benchmark: BenchmarkFixture, call: Call, others: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each round, by name: of ``call`` as "benchmarked", and of the others, which ran first."""
+class Measured(NamedTuple):
+    """Seconds of each round, by name; the benchmarked call is "benchmarked"."""
+
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+
+
+def _measure(benchmark: BenchmarkFixture, call: Call, others: dict[str, Call], rounds: int) -> Measured:
+    """Measure ``call``, and in each round before it the others."""
     if not benchmark.enabled:
         pytest.skip("--benchmark-disable: checked, not timed")
-    interleaved = Interleaved(others)
-    benchmark.pedantic(call, setup=interleaved, rounds=rounds, iterations=1, warmup_rounds=1)
-    seconds = {name: samples[1:] for name, samples in interleaved.seconds.items()}  # without the warm-up
-    return {"benchmarked": list(benchmark.stats.stats.data), **seconds}
+    timed = {name: CpuTimed(each) for name, each in {"benchmarked": call, **others}.items()}
+    interleaved = Interleaved({name: timed[name] for name in others})
+    benchmark.pedantic(timed["benchmarked"], setup=interleaved, rounds=rounds, iterations=1, warmup_rounds=1)
+    wall = {name: samples[1:] for name, samples in interleaved.seconds.items()}  # without the warm-up
+    return Measured(
+        {"benchmarked": list(benchmark.stats.stats.data), **wall},
+        {name: each.seconds[1:] for name, each in timed.items()},
+    )
 
 
 def _setting(stored: Stored) -> dict[str, Any]:
@@ -144,23 +189,39 @@ def _setting(stored: Stored) -> dict[str, Any]:
     return {"D": stored.size, "backend": backend, "threads": torch.get_num_threads()}
 
 
+def _bests(medians: dict[str, float]) -> dict[str, str]:
+    """Return the fastest peer, and the fastest of those with P in bfloat16 if there are any."""
+    bests = {"best": min(medians, key=medians.__getitem__)}
+    halves = [name for name in medians if name.startswith("bfloat16")]
+    if halves:
+        bests["bfloat16"] = min(halves, key=medians.__getitem__)
+    return bests
+
+
+def _ratios(seconds: dict[str, list[float]], bests: dict[str, str]) -> dict[str, dict[str, float]]:
+    return {name: ratio_spread(seconds["benchmarked"], seconds[form]) for name, form in bests.items()}
+
+
 @pytest.mark.benchmark(group="projection")
 @pytest.mark.parametrize("rows", ROWS, ids=lambda rows: f"M{rows}")
 @pytest.mark.parametrize(("dtype", "activation_bits"), VARIANTS)
+@pytest.mark.parametrize("threads", THREADS, ids=lambda threads: f"t{threads}")
 @torch.inference_mode()
-def test_projection(benchmark: BenchmarkFixture, stored: Stored, dtype: str, activation_bits: int, rows: int) -> None:
+def test_projection(
+    benchmark: BenchmarkFixture, stored: Stored, threads: int, dtype: str, activation_bits: int, rows: int
+) -> None:
+    torch.set_num_threads(threads)
     x = _activations(rows, stored, getattr(torch, dtype))
     call, peers = op(x, stored.seed, activation_bits), _peers(x, stored)
     _check(call, peers, x, stored, activation_bits)
 
     rounds = int(CASE_WORK / (rows * stored.size**2))
     rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
-    seconds = _measure(benchmark, call, {**peers, "generation": _generation(stored)}, rounds)
+    measured = _measure(benchmark, call, {**peers, "generation": _generation(stored)}, rounds)
 
-    medians = {name: statistics.median(seconds[name]) for name in peers}
-    bests = {"best": min(medians, key=medians.__getitem__)}
-    if x.dtype == torch.bfloat16:
-        bests["bfloat16"] = min(("bfloat16", "bfloat16_transposed"), key=medians.__getitem__)
+    medians = {name: statistics.median(measured.wall[name]) for name in peers}
+    cpu_medians = {name: statistics.median(measured.cpu[name]) for name in peers}
+    bests = _bests(medians)
     benchmark.extra_info.update(
         **_setting(stored),
         M=rows,
@@ -168,9 +229,12 @@ def test_projection(benchmark: BenchmarkFixture, stored: Stored, dtype: str, act
         activation_bits=activation_bits,
         stored_seconds=medians,
         best_stored=bests["best"],
-        ratios={name: ratio_spread(seconds["benchmarked"], seconds[form]) for name, form in bests.items()},
-        generation_share=ratio_spread(seconds["generation"], seconds["benchmarked"])["median"],
-        stored_bytes={name: getattr(stored, name).nbytes for name in peers},
+        ratios=_ratios(measured.wall, bests),
+        cpu_seconds=statistics.median(measured.cpu["benchmarked"]),
+        stored_cpu_seconds=cpu_medians,
+        cpu_ratios=_ratios(measured.cpu, _bests(cpu_medians)),
+        generation_share=ratio_spread(measured.wall["generation"], measured.wall["benchmarked"])["median"],
+        stored_bytes={name: getattr(stored, name.split("_")[0]).nbytes for name in peers},
         held_bytes=0,
     )
 
@@ -179,6 +243,7 @@ def test_projection(benchmark: BenchmarkFixture, stored: Stored, dtype: str, act
 @torch.inference_mode()
 def test_bounds(benchmark: BenchmarkFixture, stored: Stored) -> None:
     """Measure the rates of drawing P, of multiplying and of reading memory; the benchmarked call draws P."""
+    torch.set_num_threads(THREADS[-1])
     x = _activations(MANY_ROWS, stored, torch.bfloat16)
     calls = {
         "product_16": op(x, stored.seed, 16),
@@ -189,9 +254,9 @@ def test_bounds(benchmark: BenchmarkFixture, stored: Stored) -> None:
     for activation_bits in (16, 8):
         _check(calls[f"product_{activation_bits}"], {}, x, stored, activation_bits)
 
-    seconds = _measure(benchmark, _generation(stored), calls, BOUND_ROUNDS)
+    measured = _measure(benchmark, _generation(stored), calls, BOUND_ROUNDS)
 
-    medians = {name: statistics.median(samples) for name, samples in seconds.items()}
+    medians = {name: statistics.median(samples) for name, samples in measured.wall.items()}
     multiply_adds = MANY_ROWS * stored.size**2
     benchmark.extra_info.update(
         **_setting(stored),

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "panels.h"
 #include "philox_lanes.h"
 #include "rows.h"
 
@@ -14,6 +15,7 @@ namespace {
 constexpr int kColumns = 8;
 constexpr int kMaxGroups = 4;
 constexpr int kMaxRows = 6;
+constexpr int kCalls = 64;            // whose scalars are made at once
 constexpr int kVectors = 2;           // groups that a block multiplies at once
 constexpr int64_t kFlushSteps = 512;  // of 2 k: 2 * 16384 * 124 * 512 = 2,080,374,784 stays below 2^31
 
@@ -66,10 +68,10 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
   const RoundKeys keys(key);
   const __m256i m0 = Lanes::set1(kPhiloxM0), m1 = Lanes::set1(kPhiloxM1);
   const int64_t stride = static_cast<int64_t>(shape.groups) * 16;  // int16 from one k / 2 to the next
-  for (int begin = 0; begin < shape.calls; begin += CallScalars::kCalls) {
-    const int count = shape.calls - begin < CallScalars::kCalls ? shape.calls - begin : CallScalars::kCalls;
-    CallScalars scalars;
-    scalars.fill(keys, shape.call + static_cast<uint32_t>(begin), count);
+  for (int begin = 0; begin < shape.calls; begin += kCalls) {
+    const int count = shape.calls - begin < kCalls ? shape.calls - begin : kCalls;
+    CallScalars scalars[kCalls];
+    fill_scalars(keys, shape.call + static_cast<uint32_t>(begin), count, scalars);
     for (int g = 0; g < shape.groups; ++g) {
       const __m256i n = _mm256_add_epi64(Lanes::set1(shape.column + static_cast<uint32_t>(g * kColumns)),
                                          _mm256_setr_epi64x(0, 2, 4, 6));
@@ -77,8 +79,8 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
       Counters<Lanes> even, odd;
       auto* out = static_cast<int16_t*>(panel) + (static_cast<int64_t>(begin) * 8 * shape.groups + g) * 16;
       for (int i = 0; i < count; ++i) {
-        even.round2(even_columns, scalars, i);
-        odd.round2(odd_columns, scalars, i);
+        even.round2(even_columns, scalars[i]);
+        odd.round2(odd_columns, scalars[i]);
 #pragma GCC unroll 8
         for (int r = 3; r < kPhiloxRounds - 1; ++r) {
           even.round(keys.a[r], keys.b[r]);
@@ -100,12 +102,13 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
   }
 }
 
-void quantise(const Activations& x, RowState* states, int rows, int16_t* scratch, void* tile) {
-  quantise_rows(x, states, rows, scratch);
+void quantise(const Activations& x, int64_t k_padded, RowState* states, int rows, int /*room*/, int16_t* scratch,
+              void* tile) {
+  quantise_rows(x, k_padded, states, rows, scratch);
   for (int r = 0; r < rows; ++r) {
-    const int16_t* q = scratch + r * x.k_padded;
+    const int16_t* q = scratch + r * k_padded;
     auto* out = static_cast<int16_t*>(tile) + 2 * r;
-    for (int64_t k = 0; k < x.k_padded; k += 2) {
+    for (int64_t k = 0; k < k_padded; k += 2) {
       memcpy(out, q + k, 2 * sizeof(int16_t));
       out += 2 * rows;
     }
@@ -168,39 +171,57 @@ constexpr MultiplyBlock kBlocks[kMaxRows][kVectors] = {
     {multiply_block<5, 1>, multiply_block<5, 2>}, {multiply_block<6, 1>, multiply_block<6, 2>},
 };
 
-void multiply(const void* tile, int rows, int /*activation_bits*/, const void* panel, const PanelShape& shape,
-              double* sums, int64_t sums_stride, bool accumulate) {
-  const auto* q = static_cast<const int16_t*>(tile) + static_cast<int64_t>(shape.call) * 16 * rows;
-  for (int g = 0; g < shape.groups; g += kVectors) {
-    const int width = shape.groups - g < kVectors ? shape.groups - g : kVectors;
-    kBlocks[rows - 1][width - 1](q, static_cast<const int16_t*>(panel) + g * 16,
-                                 static_cast<int64_t>(shape.groups) * 16, static_cast<int64_t>(shape.calls) * 8,
-                                 sums + g * kColumns, sums_stride, accumulate);
-  }
-}
-
 int half_entry_at(const void* panel, const PanelShape& shape, int k, int column) {
   const int64_t vector = static_cast<int64_t>(k / 2) * shape.groups + column / kColumns;
   return static_cast<const int16_t*>(panel)[vector * 16 + column % kColumns * 2 + k % 2];
 }
 
+struct Panels {
+  static constexpr int kGroupColumns = kColumns;
+  static constexpr int kEntryBytes = 2;
+  using Sum = double;
+
+  struct Drawer {
+    const EntryKey key;
+    Drawer(const Job& job, void* /*memory*/) : key(job.key) {}
+    void draw(const PanelShape& shape, void* panel) const { cpu::draw(key, shape, panel); }
+  };
+  static int64_t drawer_bytes(const Job&) { return 0; }
+  static int64_t sums_per_entry(const Job&) { return 1; }
+
+  static void multiply(const Job& job, int64_t tile, const PanelShape& shape, const void* panel, double* sums,
+                       bool accumulate) {
+    const int rows = rows_of(job, tile);
+    const auto* q = reinterpret_cast<const int16_t*>(tile_at(job, tile)) + static_cast<int64_t>(shape.call) * 16 * rows;
+    for (int g = 0; g < shape.groups; g += kVectors) {
+      const int width = shape.groups - g < kVectors ? shape.groups - g : kVectors;
+      kBlocks[rows - 1][width - 1](q, static_cast<const int16_t*>(panel) + g * 16,
+                                   static_cast<int64_t>(shape.groups) * 16, static_cast<int64_t>(shape.calls) * 8,
+                                   sums + g * kColumns, job.panel_columns, accumulate);
+    }
+  }
+  static void finish(const Job& job, const Results& to, int64_t tile, const double* sums) {
+    finish_rows(to, states_at(job, tile), rows_of(job, tile), sums, job.panel_columns);
+  }
+};
+
 }  // namespace
 
 const Kernels& avx2_kernels() {
+  static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kMaxRows, kMaxRows, /*whole_tiles=*/false,
+                                    kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10, /*task_rows=*/0,
+                                    panels_memory_bytes<Panels>, run_panels<Panels>}};
   static constexpr Kernels kernels = {"avx2",
                                       [] { return __builtin_cpu_supports("avx2") != 0; },
                                       kColumns,
-                                      kMaxGroups,
-                                      /*entry_bytes=*/2,
-                                      /*rows_per_tile_16=*/kMaxRows,
-                                      /*rows_per_tile_8=*/kMaxRows,
-                                      /*sum_weight=*/1,
-                                      /*panel_budget=*/256 << 10,
+                                      /*k_unit=*/16,
+                                      Panels::kEntryBytes,
+                                      /*byte_limbs=*/false,
                                       quantise,
                                       draw,
-                                      multiply,
-                                      finish_rows<1>,
-                                      unpack<half_entry_at>};
+                                      unpack<half_entry_at>,
+                                      forms,
+                                      sizeof forms / sizeof forms[0]};
   return kernels;
 }
 

@@ -34,25 +34,24 @@ struct RoundKeys {
   }
 };
 
-// s0 .. s3 of some consecutive calls, in 64-bit lanes.
+// s0 .. s3 of a call, in 64-bit lanes.
 struct CallScalars {
-  static constexpr int kCalls = 64;
-  uint64_t s0[kCalls], s1[kCalls], s2[kCalls], s3[kCalls];
-
-  void fill(const RoundKeys& keys, uint32_t first_call, int count) {
-    for (int i = 0; i < count; ++i) {
-      const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * (first_call + static_cast<uint32_t>(i));
-      const uint32_t c2 = static_cast<uint32_t>(first >> 32) ^ static_cast<uint32_t>(keys.b[0]);
-      const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
-      const uint32_t c0 = static_cast<uint32_t>(second >> 32) ^ keys.c1 ^ static_cast<uint32_t>(keys.a[1]);
-      const uint64_t third = static_cast<uint64_t>(kPhiloxM0) * c0;
-      s0[i] = static_cast<uint32_t>(first) ^ keys.b[1];
-      s1[i] = static_cast<uint32_t>(second) ^ keys.a[2];
-      s2[i] = (third >> 32) ^ keys.b[2];
-      s3[i] = static_cast<uint32_t>(third);
-    }
-  }
+  uint64_t s0, s1, s2, s3;
 };
+
+inline void fill_scalars(const RoundKeys& keys, uint32_t first_call, int64_t count, CallScalars* scalars) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * (first_call + static_cast<uint32_t>(i));
+    const uint32_t c2 = static_cast<uint32_t>(first >> 32) ^ static_cast<uint32_t>(keys.b[0]);
+    const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
+    const uint32_t c0 = static_cast<uint32_t>(second >> 32) ^ keys.c1 ^ static_cast<uint32_t>(keys.a[1]);
+    const uint64_t third = static_cast<uint64_t>(kPhiloxM0) * c0;
+    scalars[i].s0 = static_cast<uint32_t>(first) ^ keys.b[1];
+    scalars[i].s1 = static_cast<uint32_t>(second) ^ keys.a[2];
+    scalars[i].s2 = (third >> 32) ^ keys.b[2];
+    scalars[i].s3 = static_cast<uint32_t>(third);
+  }
+}
 
 // Half of the columns of a group after rounds 0 and 1. Lanes are the vectors of an instruction set, of 64-bit lanes; of
 // counters and columns the upper halves of lanes are not used.
@@ -71,12 +70,12 @@ template <class Lanes>
 struct Counters {
   typename Lanes::Vector c0, c1, c2, c3;
 
-  inline void round2(const Columns<Lanes>& columns, const CallScalars& s, int i) {
-    const auto p1 = Lanes::multiply(Lanes::set1(kPhiloxM1), Lanes::exclusive_or(columns.h, Lanes::set1(s.s0[i])));
-    c0 = Lanes::exclusive_or(Lanes::high_half(p1), Lanes::set1(s.s1[i]));
+  inline void round2(const Columns<Lanes>& columns, const CallScalars& s) {
+    const auto p1 = Lanes::multiply(Lanes::set1(kPhiloxM1), Lanes::exclusive_or(columns.h, Lanes::set1(s.s0)));
+    c0 = Lanes::exclusive_or(Lanes::high_half(p1), Lanes::set1(s.s1));
     c1 = p1;
-    c2 = Lanes::exclusive_or(columns.l, Lanes::set1(s.s2[i]));
-    c3 = Lanes::set1(s.s3[i]);
+    c2 = Lanes::exclusive_or(columns.l, Lanes::set1(s.s2));
+    c3 = Lanes::set1(s.s3);
   }
   inline void round(uint64_t a, uint64_t b) {
     const auto p0 = Lanes::multiply(Lanes::set1(kPhiloxM0), c0);

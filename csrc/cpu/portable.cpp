@@ -3,6 +3,7 @@
 // A panel is [column][k] int16, a tile [row][k] int16. T = 2 * S + sum(q).
 #include <cstdint>
 
+#include "panels.h"
 #include "rows.h"
 
 namespace poc::cpu {
@@ -22,8 +23,9 @@ void draw(const EntryKey& key, const PanelShape& shape, void* panel) {
     }
 }
 
-void quantise(const Activations& x, RowState* states, int rows, int16_t* /*scratch*/, void* tile) {
-  quantise_rows(x, states, rows, static_cast<int16_t*>(tile));
+void quantise(const Activations& x, int64_t k_padded, RowState* states, int rows, int /*room*/, int16_t* /*scratch*/,
+              void* tile) {
+  quantise_rows(x, k_padded, states, rows, static_cast<int16_t*>(tile));
 }
 
 int32_t dot(const int16_t* a, const int16_t* b, int64_t length) {
@@ -32,42 +34,60 @@ int32_t dot(const int16_t* a, const int16_t* b, int64_t length) {
   return sum;
 }
 
-void multiply(const void* tile, int rows, int /*activation_bits*/, const void* panel, const PanelShape& shape,
-              double* sums, int64_t sums_stride, bool accumulate) {
-  const int64_t length = static_cast<int64_t>(shape.calls) * kEntriesPerCall;
-  for (int column = 0; column < shape.groups * kColumns; ++column) {
-    const int16_t* entries = static_cast<const int16_t*>(panel) + column * length;
-    for (int r = 0; r < rows; ++r) {
-      const int16_t* q = static_cast<const int16_t*>(tile) + r * shape.k_padded + shape.call * kEntriesPerCall;
-      double sum = accumulate ? sums[r * sums_stride + column] : 0.0;
-      for (int64_t k = 0; k < length; k += kFlush)
-        sum += dot(q + k, entries + k, length - k < kFlush ? length - k : kFlush);
-      sums[r * sums_stride + column] = sum;
-    }
-  }
-}
-
 int half_entry_at(const void* panel, const PanelShape& shape, int k, int column) {
   return static_cast<const int16_t*>(panel)[column * shape.calls * kEntriesPerCall + k];
 }
 
+struct Panels {
+  static constexpr int kGroupColumns = kColumns;
+  static constexpr int kEntryBytes = 2;
+  using Sum = double;
+
+  struct Drawer {
+    const EntryKey key;
+    Drawer(const Job& job, void* /*memory*/) : key(job.key) {}
+    void draw(const PanelShape& shape, void* panel) const { cpu::draw(key, shape, panel); }
+  };
+  static int64_t drawer_bytes(const Job&) { return 0; }
+  static int64_t sums_per_entry(const Job&) { return 1; }
+
+  static void multiply(const Job& job, int64_t tile, const PanelShape& shape, const void* panel, double* sums,
+                       bool accumulate) {
+    const int64_t length = static_cast<int64_t>(shape.calls) * kEntriesPerCall;
+    const int16_t* rows = reinterpret_cast<const int16_t*>(tile_at(job, tile)) + shape.call * kEntriesPerCall;
+    for (int column = 0; column < shape.groups * kColumns; ++column) {
+      const int16_t* entries = static_cast<const int16_t*>(panel) + column * length;
+      for (int r = 0; r < rows_of(job, tile); ++r) {
+        const int16_t* q = rows + r * job.k_padded;
+        double sum = accumulate ? sums[r * job.panel_columns + column] : 0.0;
+        for (int64_t k = 0; k < length; k += kFlush)
+          sum += dot(q + k, entries + k, length - k < kFlush ? length - k : kFlush);
+        sums[r * job.panel_columns + column] = sum;
+      }
+    }
+  }
+  static void finish(const Job& job, const Results& to, int64_t tile, const double* sums) {
+    finish_rows(to, states_at(job, tile), rows_of(job, tile), sums, job.panel_columns);
+  }
+};
+
 }  // namespace
 
 const Kernels& portable_kernels() {
+  static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kRowsPerTile, kRowsPerTile, /*whole_tiles=*/false,
+                                    /*max_groups=*/4, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10,
+                                    /*task_rows=*/0, panels_memory_bytes<Panels>, run_panels<Panels>}};
   static constexpr Kernels kernels = {"portable",
                                       [] { return true; },
                                       kColumns,
-                                      /*max_groups=*/4,
-                                      /*entry_bytes=*/2,
-                                      kRowsPerTile,
-                                      kRowsPerTile,
-                                      /*sum_weight=*/1,
-                                      /*panel_budget=*/256 << 10,
+                                      /*k_unit=*/16,
+                                      Panels::kEntryBytes,
+                                      /*byte_limbs=*/false,
                                       quantise,
                                       draw,
-                                      multiply,
-                                      finish_rows<1>,
-                                      unpack<half_entry_at>};
+                                      unpack<half_entry_at>,
+                                      forms,
+                                      sizeof forms / sizeof forms[0]};
   return kernels;
 }
 

@@ -11,7 +11,8 @@ namespace poc::cpu {
 struct Tiling {
   int64_t block_rows;     // rows that are quantised at a time
   int64_t panel_columns;  // rounded up to a group of columns
-  int64_t panel_k;        // rounded up to 16
+  int64_t panel_k;        // rounded up to the instruction set's k_unit
+  int form;               // which of the instruction set's forms, from 1 on
 };
 
 struct Projection {

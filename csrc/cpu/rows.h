@@ -18,7 +18,7 @@ inline void with_type(DType dtype, const Body& body) {
 }
 
 template <class Type>
-void quantise_row(const Activations& x, RowState& state, int16_t* q) {
+void quantise_row(const Activations& x, int64_t k_padded, RowState& state, int16_t* q) {
   const auto* row = static_cast<const typename Type::Storage*>(x.data) + state.row * x.row_stride;
   uint32_t largest = 0;
   for (int64_t k = 0; k < x.k; ++k) {
@@ -37,17 +37,18 @@ void quantise_row(const Activations& x, RowState& state, int16_t* q) {
     q[k] = static_cast<int16_t>(rounded);
     sum += rounded;
   }
-  for (int64_t k = k_end; k < x.k_padded; ++k) q[k] = 0;
+  for (int64_t k = k_end; k < k_padded; ++k) q[k] = 0;
   state.sum = sum;
 }
 
 // Writes the q of rows to scratch, k_padded apart.
-void quantise_rows(const Activations& x, RowState* states, int rows, int16_t* scratch) {
+inline void quantise_rows(const Activations& x, int64_t k_padded, RowState* states, int rows, int16_t* scratch) {
   for (int r = 0; r < rows; ++r)
-    with_type(x.dtype, [&](auto type) { quantise_row<decltype(type)>(x, states[r], scratch + r * x.k_padded); });
+    with_type(x.dtype,
+              [&](auto type) { quantise_row<decltype(type)>(x, k_padded, states[r], scratch + r * k_padded); });
 }
 
-template <class Type, int kSumWeight>
+template <class Type>
 void finish_row(const Results& to, const RowState& state, const double* sums) {
   using Storage = typename Type::Storage;
   Storage* y = static_cast<Storage*>(to.y) + state.row * to.y_row_stride + to.y_column;
@@ -56,7 +57,7 @@ void finish_row(const Results& to, const RowState& state, const double* sums) {
     return;
   }
   const float scale = power_of_two(state.exponent - activation_shift(to.x.activation_bits));
-  const double offset = static_cast<double>(kSumWeight) * state.sum;
+  const double offset = state.sum;
   const float coefficient = to.coefficient;
   if (to.residual == nullptr) {
     for (int j = 0; j < to.columns; ++j) y[j] = Type::round(projected(2.0 * sums[j] + offset, coefficient, scale));
@@ -67,11 +68,10 @@ void finish_row(const Results& to, const RowState& state, const double* sums) {
     y[j] = Type::round(Type::widen(x[j]) + projected(2.0 * sums[j] + offset, coefficient, scale));
 }
 
-template <int kSumWeight>
-void finish_rows(const Results& to, const RowState* states, int rows, const double* sums, int64_t sums_stride) {
+// From sums of q * v: T = 2 * sum + (sum of q).
+inline void finish_rows(const Results& to, const RowState* states, int rows, const double* sums, int64_t sums_stride) {
   for (int r = 0; r < rows; ++r)
-    with_type(to.x.dtype,
-              [&](auto type) { finish_row<decltype(type), kSumWeight>(to, states[r], sums + r * sums_stride); });
+    with_type(to.x.dtype, [&](auto type) { finish_row<decltype(type)>(to, states[r], sums + r * sums_stride); });
 }
 
 // unpack of Kernels; half_entry_at returns v of a panel at k and a column, both counted from its first.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..definition import Request
-from . import native
+from . import native, self_test
 from .backend import Backend
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,6 +24,8 @@ class Tiling(NamedTuple):
     """Columns of P that are drawn at a time."""
     panel_k: int = 0
     """Rows of P that are drawn at a time."""
+    form: int = 0
+    """Which of the `forms` of the instruction set, counted from 1."""
 
 
 _CHOSEN = Tiling()
@@ -35,6 +37,13 @@ def instruction_sets() -> list[tuple[str, bool]]:
     return [] if core is None else list(core.instruction_sets())
 
 
+def forms(instruction_set: str) -> list[str]:
+    """Return the names of the ways to multiply that an instruction set has, each meant for another number of rows."""
+    core = native.load()
+    assert core is not None
+    return list(core.forms(instruction_set))
+
+
 def backends() -> list[Backend]:
     """Return a backend for each instruction set in this build, best first."""
     return [
@@ -43,6 +52,7 @@ def backends() -> list[Backend]:
             project=functools.partial(project, instruction_set=name),
             entries=functools.partial(entries, instruction_set=name),
             unavailable=functools.partial(_unavailable, supported),
+            wrong=functools.partial(_wrong_forms, name),
         )
         for name, supported in instruction_sets()
     ]
@@ -52,6 +62,32 @@ def _unavailable(supported: bool, device: torch.device) -> str | None:
     if device.type != "cpu":
         return "runs on the CPU only"
     return None if supported else "this CPU lacks the instructions"
+
+
+def _wrong_forms(instruction_set: str, device: torch.device) -> list[str]:
+    """Return which known answers a form gets wrong: for their few rows alone, and as the last of many rows."""
+    wrong = []
+    for number, form in enumerate(forms(instruction_set), 1):
+        for repeats in (1, 9):
+            backend = Backend(
+                name=f"native-{instruction_set}",
+                project=functools.partial(
+                    _last_of_many, instruction_set=instruction_set, tiling=Tiling(form=number), repeats=repeats
+                ),
+                entries=functools.partial(entries, instruction_set=instruction_set),
+                unavailable=functools.partial(_unavailable, True),
+            )
+            wrong += [f"{answer}, {repeats} times, by {form}" for answer in self_test.wrong_answers(backend, device)]
+    return wrong
+
+
+def _last_of_many(
+    x: Tensor, seed: Tensor, request: Request, *, instruction_set: str, tiling: Tiling, repeats: int
+) -> Tensor:
+    """Compute the product of the rows of ``x``, over and over as rows of one product, and return those of the last."""
+    mask = None if request.row_mask is None else request.row_mask.repeat(repeats)
+    many = request._replace(row_mask=mask)
+    return project(x.repeat(repeats, 1), seed, many, instruction_set=instruction_set, tiling=tiling)[-len(x) :]
 
 
 def project(
@@ -88,6 +124,7 @@ def project(
         block_rows=tiling.block_rows,
         panel_columns=tiling.panel_columns,
         panel_k=tiling.panel_k,
+        form=tiling.form,
     )
     workspace = torch.empty(projection.workspace_bytes(instruction_set), dtype=torch.uint8, device=x.device)
     projection.run(instruction_set, workspace.data_ptr())

@@ -33,10 +33,16 @@ if native.load() is None:
     pytest.skip("this installation has no native core", allow_module_level=True)
 
 NAMES = [name for name, supported in cpu.instruction_sets() if supported]
+FORMS = [(name, form) for name in NAMES for form in range(1, 1 + len(cpu.forms(name)))]
 MISSING = [name for name, supported in cpu.instruction_sets() if not supported]
 THREADS = (1, 2, 3, 7)
 
 each_instruction_set = pytest.mark.parametrize("name", NAMES)
+each_form = pytest.mark.parametrize(
+    ("name", "form"),
+    FORMS,
+    ids=[f"{name}-{cpu.forms(name)[form - 1].replace(',', '').replace(' ', '-')}" for name, form in FORMS],
+)
 
 
 def native_project(x, name, *, threads=0, tiling=Tiling(), **options):  # noqa: B008 (immutable)
@@ -75,6 +81,33 @@ def test_a_backend_says_whether_this_cpu_runs_it(name):
     assert reason == ("this CPU lacks the instructions" if name in MISSING else None)
 
 
+@each_form
+@pytest.mark.parametrize("many", [False, True])
+def test_a_form_that_is_wrong_is_found_by_the_self_test(monkeypatch, name, form, many):
+    """One bit of the last row, of few rows or only of many, and in one form alone."""
+    right = cpu.project
+
+    def wrong(x, seed, request, *, tiling=Tiling(), **options):  # noqa: B008 (immutable)
+        y = right(x, seed, request, tiling=tiling, **options)
+        if tiling.form == form and (not many or len(x) > 9):
+            bits = y.view(torch.int32 if y.dtype == torch.float32 else torch.int16)
+            bits[-1, -1] ^= 1
+        return y
+
+    backend = backend_named(f"native-{name}")
+    assert backend.wrong(CPU) == []
+    monkeypatch.setattr(cpu, "project", wrong)
+    found = backend.wrong(CPU)
+    assert found
+    assert all(answer.endswith(f"by {cpu.forms(name)[form - 1]}") for answer in found)
+
+
+def test_which_instruction_sets_are_tested(record_property):
+    assert {*NAMES, *MISSING} == {name for name, _ in cpu.instruction_sets()}
+    untested = f"; this CPU lacks {', '.join(MISSING)}" if MISSING else ""
+    record_property("summary", f"native kernels tested: {', '.join(NAMES)}{untested}")
+
+
 def test_torchs_own_threads_are_borrowed():
     if not torch.backends.openmp.is_available():
         pytest.skip("this torch has no OpenMP")
@@ -101,7 +134,10 @@ class Case:
 
     x: torch.Tensor
     options: dict
-    cuts: dict
+    threads: int
+    tiling: Tiling
+    forced: bool
+    """Each form in turn, or the one that the driver takes for the number of rows."""
     fill: int
 
 
@@ -137,11 +173,14 @@ def cases(draw):
         "residual": residual,
     }
     tile = st.just(0) | st.integers(1, 80)
-    cuts = {
-        "threads": draw(st.sampled_from(THREADS)),
-        "tiling": Tiling(draw(tile), draw(tile), draw(tile | st.integers(1, k + 16))),
-    }
-    return Case(laid_out(x, draw(st.sampled_from(LAYOUTS))), options, cuts, draw(st.sampled_from([0xA5, 0xFF, 0])))
+    return Case(
+        x=laid_out(x, draw(st.sampled_from(LAYOUTS))),
+        options=options,
+        threads=draw(st.sampled_from(THREADS)),
+        tiling=Tiling(draw(tile), draw(tile), draw(tile | st.integers(1, k + 16))),
+        forced=draw(st.integers(0, 3)) > 0,
+        fill=draw(st.sampled_from([0xA5, 0xFF, 0])),
+    )
 
 
 @settings(max_examples=150)
@@ -149,10 +188,11 @@ def cases(draw):
 def test_any_product_has_the_bits_of_the_reference(case):
     y = expected(case.x, **case.options)
     before = case.x.clone()
-    for name in NAMES:
+    for name, form in FORMS:
+        tiling = case.tiling._replace(form=form * case.forced)
         with dirty_memory(case.fill):
-            result = native_project(case.x, name, **case.cuts, **case.options)
-        assert_same_bits(result, y, name)
+            result = native_project(case.x, name, threads=case.threads, tiling=tiling, **case.options)
+        assert_same_bits(result, y, f"{name}, form {tiling.form}")
         assert result.is_contiguous()
     assert_same_bits(case.x, before, "x afterwards")
 
@@ -179,13 +219,13 @@ def test_any_entries_have_the_bits_of_the_reference(seed, domain, k_start, k, n_
 # ---- the same, one thing at a time ---------------------------------------------------------------------------------
 
 
-@each_instruction_set
+@each_form
 @pytest.mark.parametrize("bits", [16, 8])
-def test_every_tile_of_rows_columns_and_k_gives_the_same_bits(name, bits):
-    x = rows_of_every_kind(29, 130, torch.float32, 11)
+def test_every_tile_of_rows_columns_and_k_gives_the_same_bits(name, form, bits):
+    x = rows_of_every_kind(29, 230, torch.float32, 11)
     y = expected(x, activation_bits=bits)
-    for rows, columns, k in itertools.product([0, 1, 2, 7, 16], [0, 1, 9, 40, 64], [0, 1, 16, 33, 128]):
-        tiling = Tiling(rows, columns, k)
+    for rows, columns, k in itertools.product([0, 1, 2, 7, 16], [0, 1, 9, 40, 64], [0, 1, 16, 65, 128]):
+        tiling = Tiling(rows, columns, k, form)
         assert_same_bits(native_project(x, name, tiling=tiling, activation_bits=bits), y, f"{name} {tiling}")
 
 
@@ -199,13 +239,15 @@ def test_every_number_of_threads_gives_the_same_bits(name, threads):
     assert_same_bits(native_project(x, name, columns=40), y)
 
 
-@each_instruction_set
+@each_form
 @pytest.mark.parametrize("bits", [16, 8])
-def test_every_number_of_rows_and_columns_near_a_tile_gives_the_same_bits(name, bits):
-    x = rows_of_every_kind(14, 70, torch.float16, 13)
+def test_every_number_of_rows_and_columns_near_a_tile_gives_the_same_bits(name, form, bits):
+    x = rows_of_every_kind(34, 70, torch.float16, 13)
     y = expected(x, activation_bits=bits)
-    for rows, columns in itertools.product(range(1, 15), [*range(1, 19), *range(29, 36), *range(60, 70)]):
-        result = native_project(x[:rows], name, activation_bits=bits, columns=columns, threads=1)
+    near = [*range(1, 19), *range(29, 36), *range(60, 70)]
+    for rows, columns in itertools.product([*range(1, 18), *range(31, 35)], near):
+        tiling = Tiling(form=form)
+        result = native_project(x[:rows], name, tiling=tiling, activation_bits=bits, columns=columns, threads=1)
         assert_same_bits(result, y[:rows, :columns], f"{rows} rows, {columns} columns")
 
 
@@ -218,27 +260,42 @@ def test_rows_beyond_one_block_give_the_same_bits(name):
     assert_same_bits(native_project(x, name, **options), expected(x, **options))
 
 
-@each_instruction_set
+@each_form
 @pytest.mark.parametrize("bits", [16, 8])
-def test_the_largest_sums_are_exact(name, bits):
+@pytest.mark.parametrize("k", [32768, 32784, definition.MAX_FEATURES])
+def test_the_largest_sums_are_exact(name, form, bits, k):
     """Every product of a column has the same sign: sums far beyond 32 bits, near the limit of each accumulator."""
-    k, columns = definition.MAX_FEATURES, 3
+    columns = 3
     seed = definition.seed_tensor(7)
     signs = reference.entries(seed, 0, 0, k, 0, columns).sign().float().t()
     x = torch.cat([signs, -signs, torch.ones(1, k), -torch.ones(1, k)])
     x *= torch.tensor([1 - 2.0**-20, 1.0, 0.51]).repeat(3)[: len(x), None]
     options = {"residual": False, "columns": columns, "activation_bits": bits}
     y = expected(x, **options)
-    assert y.abs().max() > 400
+    assert y.abs().max() > 400 * k / definition.MAX_FEATURES
     for tile_k in (0, 4096, 65536):
-        assert_same_bits(native_project(x, name, tiling=Tiling(panel_k=tile_k), **options), y, f"tiles of {tile_k}")
+        tiling = Tiling(panel_k=tile_k, form=form)
+        assert_same_bits(native_project(x, name, tiling=tiling, **options), y, f"tiles of {tile_k}")
+
+
+@pytest.fixture(scope="module")
+def near_roundings():
+    return rows_of_sums(NEAR_ROUNDINGS, 4096, seed=7)
+
+
+@each_form
+def test_sums_beyond_32_bits_are_rounded_once(near_roundings, name, form):
+    options = {"residual": False, "columns": 2, "seed": 7}
+    y = native_project(near_roundings, name, tiling=Tiling(form=form), **options)
+    assert_same_bits(y, expected(near_roundings, **options))
 
 
 @each_instruction_set
-def test_sums_beyond_32_bits_are_rounded_once(name):
-    x = rows_of_sums(NEAR_ROUNDINGS, 4096, seed=7)
-    options = {"residual": False, "columns": 2, "seed": 7}
-    assert_same_bits(native_project(x, name, **options), expected(x, **options))
+def test_a_form_that_the_instruction_set_lacks_is_refused(name):
+    forms = len(cpu.forms(name))
+    for form in (-1, forms + 1):
+        with pytest.raises(ValueError, match=f"form must be in \\[0, {forms}\\], got {form}"):
+            native_project(torch.ones(1, 16), name, tiling=Tiling(form=form))
 
 
 @each_instruction_set

@@ -1,5 +1,6 @@
-// Random products and entries of every instruction set of this CPU against plain loops, bit for bit; to be built with
-// sanitizers (CMakeLists.txt). Every buffer is an allocation of its own, of exactly the size that kernels may touch.
+// Random products and entries of every instruction set of this CPU against plain loops, bit for bit, in every form; to
+// be built with sanitizers, and with a model of AMX's tiles (CMakeLists.txt). Every buffer is an allocation of its own,
+// of exactly the size that kernels may touch.
 //
 // random_products [FAULT]: with a fault, every product has it, and the sanitizer, or the comparison of bits, must find
 // it.
@@ -69,7 +70,7 @@ Case random_case() {
   Case c;
   c.dtype = one_of({DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   c.activation_bits = one_of({16, 8});
-  c.rows = between(1, one_of({3, 14, 40}));
+  c.rows = between(1, one_of({3, 14, 40, 70}));
   c.k = one_of<int64_t>({1, 15, 16, 17, 32, 33, 255, 1000, 1030, between(1, 300)});
   c.row_stride = c.k + one_of<int64_t>({0, 0, 7, 64});
   c.residual = one_of({true, false});
@@ -202,12 +203,7 @@ void check_product(const Case& c, const std::string& fault) {
 
   for (const cpu::Kernels* kernels : kernels_of_this_cpu()) {
     cpu::Projection p;
-    p.x = {fault == "short_x" ? short_x.as<void>() : x.as<void>(),
-           c.dtype,
-           c.row_stride,
-           c.k,
-           (c.k + 15) / 16 * 16,
-           c.activation_bits};
+    p.x = {fault == "short_x" ? short_x.as<void>() : x.as<void>(), c.dtype, c.row_stride, c.k, c.activation_bits};
     p.rows = c.rows;
     p.row_mask = c.masked ? mask.as<uint8_t>() : nullptr;
     p.residual = c.residual;
@@ -218,7 +214,7 @@ void check_product(const Case& c, const std::string& fault) {
     p.coefficient = c.coefficient;
     p.threads = one_of({1, 2, 3, 7});
     p.tiling = {one_of<int64_t>({0, between(1, 40)}), one_of<int64_t>({0, between(1, 80)}),
-                one_of<int64_t>({0, between(1, c.k + 16)})};
+                one_of<int64_t>({0, between(1, c.k + 16)}), static_cast<int>(between(0, kernels->form_count))};
     const int fill = one_of({0x00, 0xA5, 0xFF});
     // Several calls at once: nothing may be shared by their threads except what they read.
     std::vector<Buffer> results;
