@@ -32,7 +32,7 @@ class PoCConfig:
         seq_len: positions of every input.
         callback_url: where proofs and verdicts are posted, http or https, without a fragment. ``/generated`` and
             ``/validated`` are added to its path, before its query.
-        use_random_projection: the projections before and after the model; off, results are those of phases 1 to 5.
+        use_random_projection: the projections before and after the model; off, neither is computed.
         group_id, n_groups: the node's group, where a network numbers nodes by group.
 
     Raises:
