@@ -8,10 +8,12 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from callback_receivers import Receiver
+from starlette.testclient import TestClient
 from tiny_service import TinyNode, TinyProver, distance, tiny_node
 from web import TIMEOUT, eventually, serving
 
@@ -420,3 +422,24 @@ def test_who_waits_keeps_no_room_for_bodies(monkeypatch: pytest.MonkeyPatch) -> 
                 connection = connections.enter_context(chain.connected())
                 connection.sendall(chain.request("POST", "/validate", body + b" " * (size - len(body))))
                 eventually(lambda taken=number + 1: node.service.worker.queue.batches == taken)
+
+
+def test_requests_of_several_event_loops_are_served_side_by_side(
+    node: TinyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As starlette's TestClient sends them: each in a loop of its own."""
+    begun, release, begin = threading.Event(), threading.Event(), node.service.begin
+
+    def slowly(*arguments: Any) -> None:
+        begun.set()
+        assert release.wait(TIMEOUT)
+        begin(*arguments)
+
+    monkeypatch.setattr(node.service, "begin", slowly)
+    body, client = json.dumps(INIT), TestClient(node.app)
+    with ThreadPoolExecutor(4) as threads:
+        posts = [threads.submit(client.post, f"{POW}/init/validate", content=body) for _ in range(4)]
+        assert begun.wait(TIMEOUT)
+        eventually(lambda: node.app._bodies.total == 4 * len(body))
+        release.set()
+        assert [post.result(TIMEOUT).status_code for post in posts] == [200] * 4

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Generic, TypeVar
 
-import anyio
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -30,13 +31,14 @@ class Preparation:
     """Runs what a request takes before it is generated in worker threads, a bounded number at once."""
 
     def __init__(self) -> None:
-        self._large = anyio.CapacityLimiter(_LARGE_AT_ONCE)
-        self._others = anyio.CapacityLimiter(_OTHERS_AT_ONCE)
+        # Not a limiter of asyncio: an app may be called in several event loops, and a limiter wakes only its own.
+        self._large = ThreadPoolExecutor(_LARGE_AT_ONCE, "large-body")
+        self._others = ThreadPoolExecutor(_OTHERS_AT_ONCE, "body")
 
     async def run(self, function: Any, content: bytes) -> Any:
         """Return what ``function`` gives for the body ``content``."""
-        limiter = self._large if len(content) >= _LARGE_BODY else self._others
-        return await anyio.to_thread.run_sync(function, content, limiter=limiter)
+        threads = self._large if len(content) >= _LARGE_BODY else self._others
+        return await asyncio.get_running_loop().run_in_executor(threads, function, content)
 
 
 _B = TypeVar("_B", bound=Body)

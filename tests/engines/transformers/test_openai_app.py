@@ -17,9 +17,10 @@ import pytest
 import torch
 from fastapi import FastAPI
 from served import NAME, load, started
+from starlette.testclient import TestClient
 from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
 
-from poc_kernels.engines.transformers import openai_app
+from poc_kernels.engines.transformers import handlers, openai_app
 from poc_kernels.engines.transformers.answers import ChatAnswer
 from poc_kernels.engines.transformers.generation import Generation
 from poc_kernels.engines.transformers.inference import Inference
@@ -382,3 +383,21 @@ def test_a_stream_that_fails_in_its_handler_ends_with_an_error_object(
         chunks = list(events(stream.iter_lines()))
     assert chunks[-1]["error"]["type"] == "server_error"
     assert "secret" not in str(chunks[-1])
+
+
+def test_requests_of_several_event_loops_are_served_side_by_side(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As starlette's TestClient sends them, each in a loop of its own: also more than are prepared at once."""
+    client, count = TestClient(app), 2 * handlers._OTHERS_AT_ONCE
+    begun, release, parse = threading.Semaphore(0), threading.Event(), handlers.parse
+
+    def slowly(*arguments: Any) -> Any:
+        begun.release()
+        assert release.wait(TIMEOUT)
+        return parse(*arguments)
+
+    monkeypatch.setattr(handlers, "parse", slowly)
+    with ThreadPoolExecutor(count) as threads:
+        posts = [threads.submit(client.post, CHAT, json=chat(max_tokens=1)) for _ in range(count)]
+        assert all(begun.acquire(timeout=TIMEOUT) for _ in range(handlers._OTHERS_AT_ONCE))
+        release.set()
+        assert [post.result(TIMEOUT).status_code for post in posts] == [200] * count
