@@ -16,6 +16,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..service.clients import client_at
+
 logger = logging.getLogger("poc_kernels.connections")
 
 _MAX_MILLISECONDS = 2**31 - 1
@@ -59,7 +61,9 @@ class Connections:
     """The open connections of a server: at most a maximum.
 
     One more ends one of those that wait for their client: for a request, for the rest of one, or for an answer to be
-    taken. It is that of the client with most of them that has waited longest.
+    taken. It is that of the client with most of them that has waited longest. A client with more than half of all
+    connections gives up one of its own, even if none of them waits; so does the one with most where nothing waits
+    except for a newcomer of a client with fewer.
 
     Args:
         maximum: number of connections.
@@ -69,40 +73,58 @@ class Connections:
     def __init__(self, maximum: int, ended: Callable[[], None] = lambda: None) -> None:
         self._maximum = maximum
         self._ended = ended
-        self._open: set[Connection] = set()
-        self._waiting: dict[str, dict[Connection, None]] = {}  # by client; in the order in which they began to wait
+        # By client, in the order in which they came; and those that wait, in the order in which they began to.
+        self._open: dict[str, dict[Connection, None]] = {}
+        self._waiting: dict[str, dict[Connection, None]] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._open)
+        return self._count
 
     def add(self, connection: Connection) -> None:
         """Add a connection, which waits; end one if there are too many."""
-        self._open.add(connection)
+        self._open.setdefault(connection.of, {})[connection] = None
+        self._count += 1
         self.waits(connection, True)
-        if len(self._open) > self._maximum:
-            most = max(self._waiting, key=lambda address: len(self._waiting[address]))
-            one = next(iter(self._waiting[most]))
+        if self._count > self._maximum:
+            one = self._to_end(connection)
             self.remove(one)
             one.transport.abort()
             self._ended()
-            logger.warning("too many connections: one that waited for its client was ended")
+            logger.warning("too many connections: one was ended")
+
+    def _to_end(self, newcomer: Connection) -> Connection:
+        most = max(self._open, key=lambda client: len(self._open[client]))
+        count = len(self._open[most])
+        others_wait = len(self._waiting) > 1 or len(self._waiting[newcomer.of]) > 1
+        if 2 * count <= self._maximum and (others_wait or count <= len(self._open[newcomer.of])):
+            most = max(self._waiting, key=lambda client: len(self._waiting[client]))
+        return next(iter(self._waiting.get(most) or self._open[most]))
 
     def waits(self, connection: Connection, waiting: bool) -> None:
         """Say whether an open connection waits for its client."""
-        if connection not in self._open:
+        if connection not in self._open.get(connection.of, ()):
             return
-        of_client = self._waiting.setdefault(connection.address, {})
         if waiting:
-            of_client.setdefault(connection)
+            self._waiting.setdefault(connection.of, {}).setdefault(connection)
         else:
-            of_client.pop(connection, None)
-        if not of_client:
-            del self._waiting[connection.address]
+            _discard(self._waiting, connection)
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that is no more. Idempotent."""
-        self.waits(connection, False)
-        self._open.discard(connection)
+        _discard(self._waiting, connection)
+        self._count -= _discard(self._open, connection)
+
+
+def _discard(connections: dict[str, dict[Connection, None]], connection: Connection) -> bool:
+    """Take a connection out of those of its client; return whether it was there."""
+    of_client = connections.get(connection.of, {})
+    if connection not in of_client:
+        return False
+    del of_client[connection]
+    if not of_client:
+        del connections[connection.of]
+    return True
 
 
 class Connection(H11Protocol):
@@ -113,6 +135,9 @@ class Connection(H11Protocol):
         head_seconds: the time for the head of a request, from its first byte; of the first one, from the beginning.
         max_unread_bytes: how much of an answer may wait for the client before the app has to wait.
         arguments, named: uvicorn's.
+
+    Attributes:
+        of: whose it is: the client at the other end, whatever a proxy says.
     """
 
     def __init__(
@@ -122,14 +147,11 @@ class Connection(H11Protocol):
         self._connections = connections
         self._head_seconds, self._max_unread_bytes = head_seconds, max_unread_bytes
         self._head_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def address(self) -> str:
-        """The client's address: that of the connection, whatever a proxy says."""
-        return self.client[0] if self.client else ""
+        self.of = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.of = client_at(self.client[0]) if self.client else ""
         transport.set_write_buffer_limits(self._max_unread_bytes)
         self._connections.add(self)
         self._look()

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .clients import client_at
 from .errors import AdmissionError
 from .settings import ServiceSettings
 
@@ -404,7 +405,7 @@ def _play_back(body: bytes, then: Receive) -> Receive:
 
 
 def _client(scope: Scope) -> str:
-    return (scope.get("client") or ("",))[0]
+    return client_at((scope.get("client") or ("",))[0])
 
 
 def _overloaded(message: str, **headers: str) -> RefusedError:

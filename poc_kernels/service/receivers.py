@@ -124,7 +124,7 @@ class CallbackHosts:
 
     def allows(self, host: str, address: Address) -> bool:
         """Return whether a connection may be made to this address of a host."""
-        address = _meant(address)
+        address = meant(address)
         if any(address in network for network in self._networks):
             return True
         return self._lists(host.lower().removesuffix(".")) and not self._is_near(address)
@@ -157,7 +157,7 @@ def literal_address(host: str) -> Address | None:
         return None
 
 
-def _meant(address: Address) -> Address:
+def meant(address: Address) -> Address:
     """Return the IPv4 address that an IPv6 address stands for, if it does."""
     if isinstance(address, IPv6Address):
         if address in _NAT64:

@@ -23,6 +23,7 @@ from pydantic_core import from_json, to_json
 from ..protocol import IllegalTransitionError, PoCState, RoundEndedError
 from ..protocol.distances import wire as distances_wire
 from ..protocol.distances.form import DISTANCES
+from .clients import client_at
 from .gate import POC_PREFIX, body_done
 from .queue import QueueFullError, ValidationJob
 from .receivers import masked_urls
@@ -268,7 +269,7 @@ def poc_router(service: RoundService) -> APIRouter:
         The batch is taken at once: who leaves before the answer gets the verdict at the callback_url. With wait=false
         the answer comes at once: its Location has the verdict later. A batch without nonces is judged at once.
         """
-        submitter = "" if request.client is None else request.client.host
+        submitter = "" if request.client is None else client_at(request.client.host)
         job = await bodies.read(request, wire.ProofBody, lambda body: enqueued(body, submitter, wait == "false"))
         if job.keep:
             return _waiting(job, {"Location": f"{POC_PREFIX}/validate/{job.id}"})

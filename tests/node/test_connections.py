@@ -75,7 +75,7 @@ class Served:
 
     def open(self) -> list[Connection]:
         """The server's connections."""
-        return list(self.connections._open)
+        return [each for of_client in list(self.connections._open.values()) for each in list(of_client)]
 
     def close(self) -> None:
         """Close all clients."""
@@ -113,7 +113,7 @@ def served(
         thread.join(TIMEOUT)
         assert not thread.is_alive()
     eventually(lambda: len(connections) == 0)
-    assert connections._waiting == {}
+    assert (connections._open, connections._waiting) == ({}, {})
 
 
 def answer(client: socket.socket) -> bytes:
@@ -262,6 +262,34 @@ def test_where_all_are_served_one_more_is_refused() -> None:
             assert is_cut(refused)
         app.release.set()
         assert all(answer(each).startswith(b"HTTP/1.1 200") for each in busy)
+
+
+def test_a_client_with_more_than_half_of_them_gives_up_one_that_is_served() -> None:
+    app = App()
+    waits = GET.replace(b"/ ", b"/waits ")
+    with served(app, maximum=4) as here:
+        other = here.connect(GET, of="127.0.0.2")
+        assert answer(other).startswith(b"HTTP/1.1 200")
+        many = [here.connect(waits) for _ in range(3)]
+        late = here.connect(waits, of="127.0.0.2")
+        assert is_cut(many[0])
+        fair = here.connect(waits, of="127.0.0.3")  # half of them is not too much: one that waits ends
+        assert is_cut(other)
+        app.release.set()
+        assert all(answer(each).startswith(b"HTTP/1.1 200") for each in [*many[1:], late, fair])
+
+
+def test_where_all_are_served_a_client_with_most_gives_one_up_for_one_with_fewer() -> None:
+    app = App()
+    waits = GET.replace(b"/ ", b"/waits ")
+    with served(app, maximum=4) as here:
+        busy = [here.connect(waits, of=f"127.0.0.{number}") for number in (2, 2, 3, 3)]
+        late = here.connect(waits, of="127.0.0.4")
+        assert is_cut(busy[0])
+        most = here.connect(seen=False, of="127.0.0.3")
+        assert is_cut(most)
+        app.release.set()
+        assert all(answer(each).startswith(b"HTTP/1.1 200") for each in [*busy[1:], late])
 
 
 def test_a_client_is_served_beside_hundreds_that_say_nothing() -> None:

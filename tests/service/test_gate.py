@@ -456,6 +456,27 @@ def test_no_user_takes_the_places_of_others() -> None:
     asyncio.run(asyncio.wait_for(run(), TIMEOUT))
 
 
+def test_addresses_of_one_network_share_their_places() -> None:
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def wait(body: bytes) -> bytes:
+            await release.wait()
+            return body
+
+        front = gate(Echo(wait), max_in_flight=8)
+        clients = [Client(front, USER, of=f"2001:db8::{number}") for number in range(6)]
+        clients += [Client(front, USER, of="2001:db8:0:1::1"), Client(front, USER, of="::ffff:192.0.2.1")]
+        asked = [asyncio.create_task(client.speak()) for client in clients]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(*asked)
+        assert [client.status for client in clients] == [200] * 4 + [429] * 2 + [200] * 2
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.TimeoutError, ConnectionResetError])
 def test_an_app_that_raises_is_not_answered_for(error: type[Exception]) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
