@@ -5,7 +5,6 @@
 // of these make four tiles of sums. The next panel is drawn, a call or two at a time, between the instructions that
 // multiply this one: the units for tiles and for vectors work side by side as long as what they get alternates.
 #include "avx512_vbmi_operand.h"
-#include "amx_support.h"
 #include "amx_tiles.h"
 #include "avx512_few.inl.h"
 
@@ -234,15 +233,6 @@ int half_entry_of_pairs(const void* panel, const PanelShape& shape, int k, int c
   return half_entry_at(panel, in_groups(shape), k, column);
 }
 
-bool supported() {
-#if defined(POC_KERNELS_AMX_MODEL)
-  static const bool usable = true;
-#else
-  static const bool usable = tiles_usable(tile_support());
-#endif
-  return usable && has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi");
-}
-
 constexpr int64_t kPanelBudget = 128 << 10;
 
 // Panels are narrow and hold much of k where few tiles of limbs have to stay close, and wide where many have.
@@ -272,7 +262,7 @@ constexpr Form kForms[] = {
 
 const Kernels& amx_kernels() {
   static constexpr Kernels kernels = {"amx",
-                                      supported,
+                                      has_amx,
                                       kPairColumns,
                                       /*k_unit=*/64,
                                       /*entry_bytes=*/1,

@@ -212,7 +212,7 @@ const Kernels& avx2_kernels() {
                                     kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10, /*task_rows=*/0,
                                     panels_memory_bytes<Panels>, run_panels<Panels>}};
   static constexpr Kernels kernels = {"avx2",
-                                      [] { return __builtin_cpu_supports("avx2") != 0; },
+                                      has_avx2,
                                       kColumns,
                                       /*k_unit=*/16,
                                       Panels::kEntryBytes,

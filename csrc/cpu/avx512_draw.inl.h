@@ -1,8 +1,9 @@
-// Drawing P with AVX-512, except one step: the including file defines `struct Operand` with
-//   static __m512i entries(__m512i words)   v + 128 of the four entries of each word as unsigned bytes, in the order
-//   kOrder static constexpr int kOrder[4]          position p of a word's bytes has entry kOrder[p] static void
-//   limbs(const __m512i (&q)[4], __m512i& high, __m512i& low)   64 q, int32, as limbs in the same order of k static
-//   __m512i bytes(const __m512i (&q)[4])                             64 q of 8 bits likewise
+// Drawing P with AVX-512, except what the including file defines as members of `struct Operand`:
+//
+// - `kOrder`, four constants: position p of a word's bytes has entry kOrder[p].
+// - `entries(words)` gives v + 128 of the four entries of each word, as unsigned bytes in that order.
+// - `limbs(q, high, low)` gives the limbs of 64 q, int32 in four vectors, as signed bytes in the same order of k.
+// - `bytes(q)` does likewise with q of 8 bits.
 //
 // A vector of entries is [16 columns][4 k] unsigned bytes, as vpdpbusd and a tile of AMX take them.
 #include <immintrin.h>

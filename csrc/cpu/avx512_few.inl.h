@@ -7,12 +7,6 @@
 namespace poc::cpu {
 namespace {
 
-bool has_avx512_vnni() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-
 // The keys of a product and the scalars of all its calls, made once per thread.
 struct Drawer {
   const RoundKeys keys;

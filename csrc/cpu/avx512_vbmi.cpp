@@ -5,8 +5,7 @@
 namespace poc::cpu {
 
 const Kernels& avx512_vbmi_kernels() {
-  static constexpr Kernels kernels =
-      make_kernels("avx512_vbmi", [] { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); });
+  static constexpr Kernels kernels = make_kernels("avx512_vbmi", has_avx512_vbmi);
   return kernels;
 }
 

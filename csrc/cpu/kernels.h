@@ -108,6 +108,12 @@ struct Kernels {
 
 const Kernels& portable_kernels();
 #if defined(POC_KERNELS_X86)
+// The `supported` of those below (supported.cpp).
+bool has_avx2();
+bool has_avx512_vnni();
+bool has_avx512_vbmi();
+bool has_amx();
+
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vbmi_kernels();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ class Tiling(NamedTuple):
 
 
 _CHOSEN = Tiling()
+
+_TRIED = ((1, 0), (9, 0), (9, 256))
+"""How a trial repeats the rows of known answers, and ``panel_k``: none of these has a K of more than one panel."""
 
 
 def instruction_sets() -> list[tuple[str, bool]]:
@@ -65,19 +69,25 @@ def _unavailable(supported: bool, device: torch.device) -> str | None:
 
 
 def _wrong_forms(instruction_set: str, device: torch.device) -> list[str]:
-    """Return which known answers a form gets wrong: for their few rows alone, and as the last of many rows."""
+    """Return which known answers a form gets wrong: for their few rows alone, and as the last of many rows.
+
+    The many rows also with a K of several panels, whose sums are kept in memory from one to the next.
+    """
     wrong = []
-    for number, form in enumerate(forms(instruction_set), 1):
-        for repeats in (1, 9):
-            backend = Backend(
-                name=f"native-{instruction_set}",
-                project=functools.partial(
-                    _last_of_many, instruction_set=instruction_set, tiling=Tiling(form=number), repeats=repeats
-                ),
-                entries=functools.partial(entries, instruction_set=instruction_set),
-                unavailable=functools.partial(_unavailable, True),
-            )
-            wrong += [f"{answer}, {repeats} times, by {form}" for answer in self_test.wrong_answers(backend, device)]
+    for (number, form), (repeats, panel_k) in itertools.product(enumerate(forms(instruction_set), 1), _TRIED):
+        backend = Backend(
+            name=f"native-{instruction_set}",
+            project=functools.partial(
+                _last_of_many,
+                instruction_set=instruction_set,
+                tiling=Tiling(panel_k=panel_k, form=number),
+                repeats=repeats,
+            ),
+            entries=functools.partial(entries, instruction_set=instruction_set),
+            unavailable=functools.partial(_unavailable, True),
+        )
+        cut = f"{repeats} times, {f'{panel_k} of K at a time, ' * (panel_k > 0)}by {form}"
+        wrong += [f"{answer}, {cut}" for answer in self_test.wrong_answers(backend, device)]
     return wrong
 
 

@@ -82,14 +82,15 @@ def test_a_backend_says_whether_this_cpu_runs_it(name):
 
 
 @each_form
-@pytest.mark.parametrize("many", [False, True])
-def test_a_form_that_is_wrong_is_found_by_the_self_test(monkeypatch, name, form, many):
-    """One bit of the last row, of few rows or only of many, and in one form alone."""
+@pytest.mark.parametrize("only", ["any", "many rows", "several panels"])
+def test_a_form_that_is_wrong_is_found_by_the_self_test(monkeypatch, name, form, only):
+    """One bit of the last row, with few rows or only with many, or with K in several panels, and in one form alone."""
     right = cpu.project
 
     def wrong(x, seed, request, *, tiling=Tiling(), **options):  # noqa: B008 (immutable)
         y = right(x, seed, request, tiling=tiling, **options)
-        if tiling.form == form and (not many or len(x) > 9):
+        hit = {"any": True, "many rows": len(x) > 9, "several panels": 0 < tiling.panel_k < x.shape[1]}[only]
+        if tiling.form == form and hit:
             bits = y.view(torch.int32 if y.dtype == torch.float32 else torch.int16)
             bits[-1, -1] ^= 1
         return y
