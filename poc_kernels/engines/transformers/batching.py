@@ -21,7 +21,8 @@ from ...scheduling import PriorityLanes, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
 from .compat import cache_tokens
 from .config import max_positions
-from .sampling import BatchSampler, Sampling, sampling_of, without_warpers
+from .processors import OwnProcessors, without_processors
+from .sampling import BatchSampler, Sampling, sampling_of
 
 logger = logging.getLogger("poc_kernels")
 
@@ -154,18 +155,19 @@ class ContinuousBatching:
         self._clock = clock
         self._stopping = False
         attention = model.config._attn_implementation
-        self._manager: Any = model.init_continuous_batching(
-            generation_config=without_warpers(generation_config), continuous_batching_config=config
-        )
-        self._manager.output_router = router
-        self._manager._generation_step = partial(self._step_in_turn, self._manager._generation_step)
-        self._manager._generation_loop_body = partial(self._until_no_turns, self._manager._generation_loop_body)
-        self._manager._run_generation_loop = partial(self._on_its_stream, self._manager._run_generation_loop)
         try:
+            self._manager: Any = model.init_continuous_batching(
+                generation_config=without_processors(generation_config), continuous_batching_config=config
+            )
+            self._manager.output_router = router
+            self._manager._generation_step = partial(self._step_in_turn, self._manager._generation_step)
+            self._manager._generation_loop_body = partial(self._until_no_turns, self._manager._generation_loop_body)
+            self._manager._run_generation_loop = partial(self._on_its_stream, self._manager._run_generation_loop)
             # As its warmup() does it: its thread would make the cache some time after start() has returned.
             with torch.no_grad(), lanes.inference():
                 self._manager.batch_processor = self._manager._create_batch_processor()
-            BatchSampler(self._manager.batch_processor)
+            processors = OwnProcessors(model, generation_config)
+            BatchSampler(self._manager.batch_processor, processors if processors.needed else None)
             raised = lanes.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from .compat import BLOCK_SIZE
+
+logger = logging.getLogger("poc_kernels")
 
 # A CPU's memory is not continuous batching's alone, and short prefill steps keep turns short.
 _CPU_DEFAULTS = {BLOCK_SIZE: 32, "num_blocks": 512, "max_batch_tokens": 1024, "max_memory_percent": 0.8}
@@ -53,6 +56,21 @@ def max_positions(config: Any) -> int:
     return next((value for value in found if isinstance(value, int) and value > 0), 2**20)
 
 
+_WITHOUT_EFFECT = (
+    "cache_implementation",
+    "dola_layers",
+    "max_time",
+    "num_beams",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "stop_strings",
+    "token_healing",
+)
+"""Settings of a generation config for another search than one token after another, or for more than a model."""
+
+_NOT_ASKED_FOR = ("max_length", "output_attentions", "output_hidden_states", "output_logits", "output_scores")
+
+
 def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> GenerationConfig:
     """Make the sampling of requests that do not say: as the model does, or with ``temperature``, greedy at 0.
 
@@ -71,6 +89,16 @@ def generation_config(model: Any, tokenizer: Any, temperature: float | None) -> 
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     config.forced_eos_token_id = None  # an answer that its limit cuts off does not look complete
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # never used, but transformers would log that it chooses one for each request
+    defaults = GenerationConfig()  # type: ignore[no-untyped-call]
+    lost = [
+        name for name in _WITHOUT_EFFECT if getattr(config, name, None) not in (None, 1, getattr(defaults, name, None))
+    ]
+    if lost:
+        logger.warning("settings of the model's generation config have no effect", extra={"settings": lost})
+    for name in (*_WITHOUT_EFFECT, *_NOT_ASKED_FOR):
+        setattr(config, name, getattr(defaults, name, None))
     config.use_cache = False  # continuous batching has a cache of its own
     config.num_return_sequences = 1
     return config
@@ -88,6 +116,11 @@ def batching_config(limits: InferenceLimits, device_type: str) -> ContinuousBatc
     settings.update({key: value for key, value in given.items() if value is not None})
     # Not asynchronous: a step is over when its turn is.
     return ContinuousBatchingConfig(use_async_batching=False, **settings)
+
+
+def given_tokens(config: ContinuousBatchingConfig) -> int | None:
+    """Return how many tokens the KV cache is set to hold; None if that is left to continuous batching."""
+    return None if config.num_blocks is None else config.num_blocks * getattr(config, BLOCK_SIZE)
 
 
 def trial_batching_config(config: ContinuousBatchingConfig, *, tokens: int, requests: int) -> ContinuousBatchingConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import queue
 import random
 import threading
 import time
@@ -44,6 +43,7 @@ class EagerGeneration:
         turns: every step of the model takes its turn there.
         lanes: steps run on the stream of inference.
         clock: counts the seconds without progress.
+        max_tokens: bound of the attribute; None for what the model's positions allow.
 
     Attributes:
         max_tokens: tokens that one request can have, prompt and completion together.
@@ -56,8 +56,10 @@ class EagerGeneration:
         turns: Turns,
         lanes: PriorityLanes,
         clock: Callable[[], float] = time.monotonic,
+        max_tokens: int | None = None,
     ) -> None:
-        self.max_tokens = max_positions(model.config)
+        positions = max_positions(model.config)
+        self.max_tokens = positions if max_tokens is None else min(positions, max_tokens)
         # A request's config is complete: `generate` would fill its gaps, such as a temperature, with the model's own.
         self._model = copy.copy(model)
         self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -67,7 +69,8 @@ class EagerGeneration:
         self._lanes = lanes
         self._clock = clock
         self._progress = clock()
-        self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()  # None: the end
+        self._waiting: dict[str, _Request] = {}  # in the order of arrival
+        self._changed = threading.Condition()  # guards _waiting and _stopping
         self._stopping = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="eager-generation", daemon=True)
@@ -95,12 +98,16 @@ class EagerGeneration:
         config.num_beams = 1
         config.cache_implementation = None  # one that grows: a static one would be made, and compiled for, per request
         self._router.register(request_id, on_output)
-        self._waiting.put(_Request(request_id, list(prompt), config, streaming, sampling))
+        with self._changed:
+            self._waiting[request_id] = _Request(request_id, list(prompt), config, streaming, sampling)
+            self._changed.notify()
         return True
 
     def cancel(self, request_id: str) -> None:
         """End a request whose client is gone: after the step that runs, or before it begins."""
         self._router.forget(request_id)
+        with self._changed:
+            self._waiting.pop(request_id, None)
 
     def died_of(self) -> str | None:
         """Say what the thread died of; None while it lives."""
@@ -117,9 +124,10 @@ class EagerGeneration:
 
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread: see `ContinuousBatching.stop`."""
-        self._stopping = True
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
         self._turn.cancel()
-        self._waiting.put(None)
         self._thread.join(timeout_seconds)
         self._turn.end()
         return not self._thread.is_alive()
@@ -129,20 +137,27 @@ class EagerGeneration:
     def _run(self) -> None:
         try:
             with self._lanes.inference():
-                while (request := self._waiting.get()) is not None:
-                    if self._router.knows(request.request_id):
-                        self._serve(request)
+                while (request := self._next()) is not None:
+                    self._serve(request)
         except TurnsClosed:
             pass  # nothing computes any more
         except Exception as error:
             logger.exception("generation fails")
             self._error = error
 
+    def _next(self) -> _Request | None:
+        """Wait for a request and take it; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopping)
+            return None if self._stopping else self._waiting.pop(next(iter(self._waiting)))
+
     def _serve(self, request: _Request) -> None:
         progress = _Progress(request, self._router, self._turn, self._progressed)
         try:
             with self._turn:
                 self._progressed()
+                if not self._router.knows(request.request_id):
+                    return  # its client left while it waited for the turn
                 tokens = torch.tensor([request.prompt], device=self._model.device)
                 self._model.generate(
                     input_ids=tokens,

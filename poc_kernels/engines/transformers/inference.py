@@ -15,7 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from ...scheduling import AwakeClock, PriorityLanes, Turns
 from .admission import admitted_new_tokens, engine_unavailable
 from .batching import ContinuousBatching, OnOutput, Router
-from .config import InferenceLimits, batching_config, generation_config, trial_batching_config
+from .config import InferenceLimits, batching_config, generation_config, given_tokens, trial_batching_config
 from .eager import EagerGeneration
 from .sampling import Sampling, sampling_of
 from .trial import Generation, Start, Trial, TrialFailedError
@@ -121,6 +121,7 @@ class Inference:
             self._supervisor.join(max(0.0, deadline - time.monotonic()) + _POLL_SECONDS)
             if self._supervisor.is_alive():
                 logger.error("the supervisor of inference did not end in %.1f s", timeout_seconds)
+        self._clock.stop()
         self._restore_causal()
 
     def wait_idle(self, timeout_seconds: float) -> bool:
@@ -210,15 +211,16 @@ class Inference:
     # ---- the supervisor's thread ----
 
     def _supervise(self, built: Future[None]) -> None:
+        self._clock.start()  # a forward of the trial may take longer than what it takes for standing still
         try:
             self._choose()
             self._build_first()
         except BaseException as error:
+            self._clock.stop()
             built.set_exception(error)
             return
         built.set_result(None)
         while not self._stop.wait(_POLL_SECONDS):
-            self._clock.now()  # keeps it going
             with self._lock:
                 batching = self._batching
                 fault = None if batching is None else self._fault(batching)
@@ -267,7 +269,7 @@ class Inference:
         return start
 
     def _eager(self, model: Any, sampling: GenerationConfig, router: Router, turns: Turns) -> Generation:
-        return EagerGeneration(model, router, turns, self._lanes, self._clock.now)
+        return EagerGeneration(model, router, turns, self._lanes, self._clock.now, given_tokens(self._config))
 
     def _build_first(self) -> None:
         try:

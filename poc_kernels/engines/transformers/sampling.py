@@ -6,7 +6,7 @@ import collections
 import copy
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,9 +231,12 @@ class BatchSampler:
 
     Args:
         processor: the ``batch_processor`` of a manager of continuous batching, not asynchronous.
+        process: changes the logits [rows, vocabulary] first, given of each row what stands for its request, its prompt
+            and its answer so far.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, process: Callable[[Tensor, Sequence[Any]], Tensor] | None = None) -> None:
+        self._process = process
         self._chance = random.Random()
         self._in_and_out = processor.inputs_and_outputs
         runner = processor.model_runner
@@ -267,7 +270,11 @@ class BatchSampler:
         states = [each.state for each in self._in_and_out.requests_in_batch if each.has_new_token]
         with torch.cuda.stream(self._in_and_out.compute_stream):
             rows = [self._row(state) for state in states]
-            tokens, self._logprobs = choose(self._logits[: len(rows)], rows, self._chance)
+            logits = self._logits[: len(rows)]
+            if self._process is not None:
+                requests = [(state, row.prompt, row.generated) for state, row in zip(states, rows, strict=True)]
+                logits = self._process(logits, requests)
+            tokens, self._logprobs = choose(logits, rows, self._chance)
             self._in_and_out.output_ids[0, : len(rows)].copy_(tokens)
         if self._max_rows is None:
             self._logits = None

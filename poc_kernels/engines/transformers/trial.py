@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...scheduling import Turns
 from .batching import OnOutput, Router
 from .config import max_positions
+from .processors import processors_of, without_sampling
 from .sampling import Sampling, sampling_of
 
 _NEW_TOKENS = 8
@@ -97,11 +98,12 @@ class Trial:
 
     Texts are not compared, since right ways round differently, which may swap two tokens that are nearly as likely.
     One forward of the plain model over a prompt and its answer, without a cache, says how likely each token of the
-    answer is after those before it. The way must report that log-probability, and no other token may be likelier, both
-    within what roundings do. How much that is for this model is measured: the forward runs again with the output of
-    every module changed at random by a rounding of the dtype. The way may be off by `_MARGIN` times the largest change
-    that this makes. With tiny random models of 45 architectures and SmolLM2-135M (CPU, torch 2.13.0, transformers
-    5.23.0, 2026-11-29), right ways were off by at most that change, wrong ones in float32 by 400 times as much.
+    answer is after those before it, given what the generation config bans or forces. The way must report that
+    log-probability, and no other token may be likelier, both within what roundings do. How much that is for this model
+    is measured: the forward runs again with the output of every module changed at random by a rounding of the dtype.
+    The way may be off by `_MARGIN` times the largest change that this makes. With tiny random models of 45
+    architectures and SmolLM2-135M (CPU, torch 2.13.0, transformers 5.23.0, 2026-11-29), right ways were off by at most
+    that change, wrong ones in float32 by 400 times as much.
 
     Where context hardly matters, as with small random weights, the error of a wrong way may drown in the roundings of
     bfloat16. A small model of another dtype is therefore tried in float32 too: what is wrong there is wrong in any.
@@ -124,16 +126,18 @@ class Trial:
         special_tokens: Iterable[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        small = sum(parameter.numel() for parameter in model.parameters()) <= _MAX_COPIED
-        self._models = [model, copy.deepcopy(model).float()] if small and model.dtype != torch.float32 else [model]
+        self._model = model
         self._sampling = copy.deepcopy(sampling)
         self._clock = clock
         config = model.config.get_text_config()
         positions = max_positions(model.config)
         self._new_tokens = min(_NEW_TOKENS, positions - 1)
         self._sampling.max_new_tokens = min(2, self._new_tokens)
-        greedy = {"do_sample": False, "max_new_tokens": self._new_tokens, "pad_token_id": 0}
-        self._greedy = GenerationConfig(**greedy)  # type: ignore[no-untyped-call]
+        self._sampling.min_length = self._sampling.min_new_tokens = None  # transformers warns of more than the maximum
+        self._greedy = without_sampling(sampling)
+        self._greedy.max_new_tokens, self._greedy.pad_token_id = self._new_tokens, 0
+        # An answer that ends early shows little, and this penalty changes nothing but the end.
+        self._greedy.eos_token_id = self._greedy.exponential_decay_length_penalty = None
         windows = [getattr(config, name, None) for name in _WINDOWS]
         longer = [window + _NEW_TOKENS for window in windows if isinstance(window, int) and 0 < window <= _MAX_WINDOW]
         lengths = [min(length, positions - self._new_tokens) for length in (*_PROMPT_LENGTHS, *longer)]
@@ -155,20 +159,26 @@ class Trial:
         """
         try:
             with _without_logs_of_batching(), _cheap_collections():
-                for model in self._models:
+                for model in self._models():
                     answers = self._ask(model, start, self._greedy, [self._prompts[:1], self._prompts])
-                    _compare(_Plain(model), answers, self._new_tokens)
-                self._ask(self._models[0], start, self._sampling, [self._prompts[:1]])
+                    _compare(_Plain(model, self._greedy), answers, self._new_tokens)
+                self._ask(self._model, start, self._sampling, [self._prompts[:1]])
         except TrialFailedError:
             raise
         except Exception as error:
             raise TrialFailedError(f"{type(error).__name__}: {error}") from error
 
+    def _models(self) -> Iterator[Any]:
+        yield self._model
+        small = sum(parameter.numel() for parameter in self._model.parameters()) <= _MAX_COPIED
+        if small and self._model.dtype != torch.float32:
+            yield copy.deepcopy(self._model).float()
+
     def _ask(
         self, model: Any, start: Start, sampling: GenerationConfig, rounds: Sequence[Sequence[list[int]]]
     ) -> list[GenerationOutput]:
         began = self._clock()
-        _Plain(model).log_probabilities(max(self._prompts, key=len), [0])
+        _Plain(model, self._greedy).log_probabilities(max(self._prompts, key=len), [0])
         seconds = max(_MIN_SECONDS, _FORWARDS * (self._clock() - began))
         router, turns = _TrialRouter(), Turns()
         generation = start(model, sampling, router, turns)
@@ -181,22 +191,25 @@ class Trial:
 
 
 class _Plain:
-    """The plain model: one forward over a whole sequence, without a cache."""
+    """The plain model: one forward over a whole sequence, without a cache, and what its config does to scores."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, config: GenerationConfig) -> None:
+        self._model, self._config = model, config
         self._generator = torch.Generator(model.device).manual_seed(0)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
     def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """Compute the log-probabilities [len(answer), vocabulary] of what may follow at each token of an answer."""
-        ids = torch.tensor([[*prompt, *answer]], device=self._model.device)
+        ids: Any = torch.tensor([[*prompt, *answer]], device=self._model.device)
         count = len(answer) + 1
         keep = {"logits_to_keep": count} if self._keeps else {}
         logits = self._model(input_ids=ids, use_cache=False, **keep).logits
-        chosen: Tensor = logits[0, -count:-1].float().log_softmax(-1).cpu()
-        return chosen
+        scores: Tensor = logits[0, -count:-1].float()
+        if processors := processors_of(self._model, self._config, prompt):
+            rows = [processors(ids[:, : len(prompt) + row], scores[row : row + 1]) for row in range(len(answer))]
+            scores = torch.cat(rows)
+        return scores.log_softmax(-1).cpu()
 
     @contextlib.contextmanager
     def rounded_otherwise(self) -> Iterator[None]:

@@ -277,3 +277,23 @@ def test_a_stop_ends_a_step_that_waits(tiny_model_dir: Path) -> None:
     assert batched.batching.died_of() is None
     with batched.turns.proof():  # the device is free
         pass
+
+
+def test_a_manager_that_cannot_be_made_leaves_the_attention_as_it_was(tiny_model_dir: Path) -> None:
+    """Plain generation is tried next, on the same model."""
+    model, tokenizer = load(tiny_model_dir)
+    attention, make = "eager", model.init_continuous_batching
+    model.set_attn_implementation(attention)
+
+    def fail_after(**settings: Any) -> Any:
+        make(**settings)
+        assert model.config._attn_implementation != attention
+        raise ValueError("no such layer")
+
+    model.init_continuous_batching = fail_after
+    config = batching_config(limits_of(), "cpu")
+    with pytest.raises(ValueError, match="no such layer"):
+        ContinuousBatching(
+            model, generation_config(model, tokenizer, 0), config, Router(), Turns(), PriorityLanes("cpu")
+        )
+    assert model.config._attn_implementation == attention

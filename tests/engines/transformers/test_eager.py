@@ -158,6 +158,30 @@ def test_a_request_whose_client_is_gone_ends(model: Any, life: Life) -> None:
     assert served[-1].generated_tokens == plain_tokens(model, PROMPT, 6)
 
 
+def test_what_waits_and_is_cancelled_is_not_computed_and_not_kept(model: Any, life: Life) -> None:
+    async def ask() -> None:
+        life.turns.pause_inference()
+        life.submit("first", PROMPT)
+        await asyncio.to_thread(eventually, lambda: life.generation._turn.waiting)
+        for number in range(100):
+            life.submit(f"{number}", PROMPT)
+            life.generation.cancel(f"{number}")
+        assert not life.generation._waiting
+        life.generation.cancel("first")  # it waits for the turn
+        life.turns.resume_inference()
+        await life.finished(life.submit("last", PROMPT, max_new_tokens=2))
+
+    asyncio.run(ask())
+    assert len(life.computing) == 2
+
+
+def test_the_settings_of_the_cache_bound_a_request(model: Any, tokenizer: Any) -> None:
+    with started(model, tokenizer, kv_block_size=4, kv_blocks=16) as inference:
+        assert (inference.batched, inference._max_tokens) == (False, 64)
+    with started(model, tokenizer) as inference:
+        assert inference._max_tokens == 256  # the model's positions
+
+
 def test_it_stops_amid_a_request_and_takes_none_afterwards(model: Any) -> None:
     life = Life(model)
     life.turns.pause_inference()

@@ -203,6 +203,29 @@ def test_a_process_that_stood_still_is_no_stall(
         assert inference.restarts == 0
 
 
+def test_a_long_forward_at_start_is_not_taken_for_standing_still(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial measures one to know how long it may take: a large model on a slow machine has to get its time."""
+    fault, counted = Fault(loaded[0], monkeypatch), []
+    inference = Inference(*loaded, NAME, Turns(), limits_of(), temperature=0)
+
+    def look() -> None:
+        if not counted:
+            began = inference._clock.now()
+            threading.Event().wait(1.5)
+            counted.append(inference._clock.now() - began)
+
+    monkeypatch.setattr(
+        fault, "_forward", lambda *args, then=fault._forward, **kwargs: (look(), then(*args, **kwargs))[1]
+    )
+    inference.start()
+    inference.stop(TIMEOUT)
+    assert counted[0] > 1.2
+    assert inference._clock._thread is not None
+    assert not inference._clock._thread.is_alive()
+
+
 def test_a_rebuild_that_fails_is_tried_again(
     loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

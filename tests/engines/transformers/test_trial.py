@@ -226,6 +226,20 @@ def test_the_nodes_own_sampling_has_to_end(model: Any) -> None:
     assert [sampling.do_sample for sampling in samplings] == [False, True]
 
 
+def test_a_ban_that_is_dropped_is_another_text(model: Any) -> None:
+    def start(made: Any, sampling: GenerationConfig, router: Router, turns: Turns) -> Any:
+        way, submit = eager(made, sampling, router, turns), EagerGeneration.submit
+        way.submit = lambda name, prompt, _, *rest: submit(way, name, prompt, plain, *rest)  # type: ignore[method-assign]
+        return way
+
+    banning = GenerationConfig(do_sample=False, no_repeat_ngram_size=1, eos_token_id=2)
+    plain = GenerationConfig(do_sample=False, max_new_tokens=8, pad_token_id=0)
+    with nothing_left():
+        Trial(model, banning).prove(eager)
+        with pytest.raises(TrialFailedError, match="its text is not the plain model's"):
+            Trial(model, banning).prove(start)
+
+
 @pytest.mark.parametrize("positions", [2, 9, 20])
 def test_a_model_of_few_positions_is_tried(positions: int) -> None:
     model = tiny("llama")
