@@ -49,6 +49,14 @@ _NEO = {
 }
 _OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 _BART = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 6.4,
+    "original_max_position_embeddings": 40,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bart": {**_BART, "max_position_embeddings": 256},
@@ -69,6 +77,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "openai-gpt": _GPT,
     "opt": {**_OPT, "max_position_embeddings": 256},
     "qwen3": {**_SMALL, "head_dim": 16},
+    "phi3": {**_SMALL, "pad_token_id": 0, "original_max_position_embeddings": 40, "rope_parameters": _LONG_ROPE},
     "rwkv": {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64},
     "stablelm": _SMALL,
     "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128},

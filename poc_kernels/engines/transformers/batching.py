@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...scheduling import PriorityLanes, Turns, TurnsClosed
 from .admission import ENGINE_FAILED
 from .compat import cache_tokens
-from .config import max_positions
+from .config import batched_positions, max_positions
 from .processors import OwnProcessors, without_processors
 from .sampling import BatchSampler, Sampling, sampling_of
 
@@ -171,7 +171,13 @@ class ContinuousBatching:
             raised = lanes.prioritise_streams(self._manager.batch_processor)  # before it captures anything
             if raised == 0 and model.device.type == "cuda":
                 logger.warning("continuous batching has no stream of its own: it runs on the stream of inference")
-            self.max_tokens = cache_tokens(self._manager.batch_processor.cache, max_positions(model.config))
+            positions = batched_positions(model.config)
+            if positions < max_positions(model.config):
+                logger.warning(
+                    "requests are kept to the positions up to which LongRoPE leaves their neighbours' text alone",
+                    extra={"positions": positions, "of": max_positions(model.config)},
+                )
+            self.max_tokens = cache_tokens(self._manager.batch_processor.cache, positions)
         except BaseException:
             model.set_attn_implementation(attention)  # the manager restores it only after a start
             raise

@@ -56,6 +56,20 @@ def max_positions(config: Any) -> int:
     return next((value for value in found if isinstance(value, int) and value > 0), 2**20)
 
 
+def batched_positions(config: Any) -> int:
+    """Return how many tokens a sequence can have beside others: `max_positions`, or less with LongRoPE.
+
+    transformers takes LongRoPE's long factors for a whole step as soon as one sequence in it has more tokens than
+    ``original_max_position_embeddings``: its neighbours' text would change.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # of all layers, or by their type
+    original: list[int] = [
+        one["original_max_position_embeddings"] for one in each if one.get("rope_type") == "longrope"
+    ]
+    return min([max_positions(config), *original])
+
+
 _WITHOUT_EFFECT = (
     "cache_implementation",
     "dola_layers",

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from ...scheduling import Turns
 from .batching import OnOutput, Router
-from .config import max_positions
+from .config import batched_positions
 from .processors import processors_of, without_sampling
 from .sampling import Sampling, sampling_of
 
@@ -130,7 +130,7 @@ class Trial:
         self._sampling = copy.deepcopy(sampling)
         self._clock = clock
         config = model.config.get_text_config()
-        positions = max_positions(model.config)
+        positions = batched_positions(model.config)
         self._new_tokens = min(_NEW_TOKENS, positions - 1)
         self._sampling.max_new_tokens = min(2, self._new_tokens)
         self._sampling.min_length = self._sampling.min_new_tokens = None  # transformers warns of more than the maximum

@@ -25,9 +25,10 @@ from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.engines.transformers.sampling import TokenLogprob
 from poc_kernels.engines.transformers.trial import Trial, TrialFailedError
 from poc_kernels.scheduling import PriorityLanes, Turns
+from poc_kernels.service.errors import AdmissionError
 
 # Of these, transformers' continuous batching gives the right text in every version that is supported.
-BATCHED = {"gemma2", "gpt2", "llama", "mixtral", "opt", "qwen3"}
+BATCHED = {"gemma2", "gpt2", "llama", "mixtral", "opt", "phi3", "qwen3"}
 REFUSED = {"xlnet"}  # each token sees a placeholder after it, which the plain forward has not
 PROMPTS = [
     torch.randint(3, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 2, 19, 11)
@@ -60,6 +61,21 @@ def test_a_model_is_served_with_its_own_text(tokenizer: Any, kind: str, caplog: 
     assert len(warnings) == (0 if inference.batched else 1)
     assert all(record.reason for record in warnings)  # type: ignore[attr-defined]
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_no_request_is_so_long_that_its_neighbours_get_other_positions(tokenizer: Any) -> None:
+    """LongRoPE would turn a whole step to its long factors."""
+    model = tiny("phi3")
+    assert model.config.max_position_embeddings == 256
+    with started(model, tokenizer) as inference:
+        assert inference.batched
+        longest = list(range(3, 3 + 30))
+        assert served_tokens(inference, [PROMPTS[0], longest], 10) == [
+            plain_tokens(model, prompt, 10) for prompt in (PROMPTS[0], longest)
+        ]
+        with pytest.raises(AdmissionError, match="40 tokens") as refusal:
+            served_tokens(inference, [PROMPTS[0], [*longest, 3]], 10)
+        assert refusal.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("std", [0.02, 0.08])
