@@ -7,6 +7,8 @@ from typing import Any
 
 from ...service.errors import AdmissionError
 
+_MAX_SHOWN = 300
+"""Characters of a name that a refusal repeats at most."""
 ENGINE_FAILED = "the engine failed while it served this request; it is being rebuilt, try again"
 
 
@@ -17,13 +19,30 @@ def engine_unavailable(reason: str) -> AdmissionError:
 
 def no_such_model(name: str) -> AdmissionError:
     """Make the refusal of a request for a model that is not served here."""
-    return AdmissionError(404, f"the model {name!r} does not exist here", "model", "model_not_found")
+    return AdmissionError(404, f"the model {name[:_MAX_SHOWN]!r} does not exist here", "model", "model_not_found")
 
 
 def too_long(max_tokens: int, why: str, param: str | None = None) -> AdmissionError:
     """Make the refusal of a request that has more tokens than one can have."""
     message = f"a request can have {max_tokens} tokens here, prompt and completion together: {why}"
     return AdmissionError(400, message, param, "context_length_exceeded")
+
+
+def check_prompt(prompt: Sequence[int], vocabulary: int, param: str | None = None) -> None:
+    """Check token ids.
+
+    Args:
+        prompt: token ids.
+        vocabulary: they have to be in [0, vocabulary).
+        param: the field of the body that has them; None if its text is in several.
+
+    Raises:
+        AdmissionError: 400; there are none, or others.
+    """
+    if not prompt:
+        raise AdmissionError(400, "the prompt is empty: it must have at least one token", param)
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise AdmissionError(400, f"the prompt has token ids outside [0, {vocabulary})", param)
 
 
 def admitted_new_tokens(
@@ -42,10 +61,7 @@ def admitted_new_tokens(
     Raises:
         AdmissionError: 400; continuous batching would die of the request, or never finish it.
     """
-    if not prompt:
-        raise AdmissionError(400, "the prompt is empty: it must have at least one token")
-    if min(prompt) < 0 or max(prompt) >= vocabulary:
-        raise AdmissionError(400, f"the prompt has token ids outside [0, {vocabulary})")
+    check_prompt(prompt, vocabulary)
     if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
         raise AdmissionError(400, f"{param} must be an integer of at least 1, got {asked!r}", param)
     if asked is not None and asked > max_new_tokens:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 from pydantic_core import to_json
 from transformers.cli.serving.utils import ReasoningText, ToolCall
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ...service.errors import AdmissionError
 from .admission import ENGINE_FAILED
@@ -36,6 +38,10 @@ class TokenTexts:
         self._before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         self._skipped = len(self._tokenizer.decode(self._before))
         self.of = functools.lru_cache(maxsize=65536)(self._of)
+        decoder = self._tokenizer.decoder
+        of_bytes = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+        chars: dict[int, str] = bytes_to_unicode() if of_bytes else {}  # type: ignore[no-untyped-call]
+        self._bytes = {char: byte for byte, char in chars.items()}
 
     def _of(self, token: int) -> str:
         text: str = self._tokenizer.decode([*self._before, token], skip_special_tokens=False)
@@ -49,8 +55,17 @@ class TokenTexts:
     def entry(self, token: int, logprob: float) -> Event:
         """Return a token with its log probability, as chats and responses have it."""
         text = self.of(token)
-        # Part of a character has bytes that are not known here.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        told = self._bytes_of(token) if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": told}
+
+    def _bytes_of(self, token: int) -> list[int] | None:
+        """Return the bytes of a token that has parts of characters; None where they are not known."""
+        stored = self._tokenizer.id_to_token(token) or ""
+        single = re.fullmatch("<0x([0-9A-F]{2})>", stored)
+        if single:
+            return [int(single[1], 16)]
+        known = bool(stored) and all(char in self._bytes for char in stored)
+        return [self._bytes[char] for char in stored] if known else None
 
     def entries(self, piece: Piece) -> list[Event]:
         """Return the tokens of a piece, each with the likeliest ones in its place."""
@@ -81,11 +96,9 @@ class Answer(ABC, Generic[_B]):
         Raises:
             AdmissionError: 503; the engine failed.
         """
-        whole = Piece()
-        async with contextlib.aclosing(self.generation.pieces()) as pieces:
-            async for piece in pieces:
-                _append(whole, piece)
-        return await anyio.to_thread.run_sync(lambda: to_json(self.complete(whole)))
+        async with contextlib.aclosing(self.generation.pieces()) as generated:
+            pieces = [piece async for piece in generated]
+        return await anyio.to_thread.run_sync(lambda: to_json(self.complete(pieces)))
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the answer as server-sent events. A failure is the last one, without internals."""
@@ -104,7 +117,7 @@ class Answer(ABC, Generic[_B]):
             yield _sent(self.failed(AdmissionError(500, ENGINE_FAILED, code="engine_failed")))
 
     @abstractmethod
-    def complete(self, pieces: Piece) -> Event:
+    def complete(self, pieces: Sequence[Piece]) -> Event:
         """Make the whole answer."""
 
     @abstractmethod
@@ -140,14 +153,11 @@ class Answer(ABC, Generic[_B]):
             yield {**last, "choices": [], "usage": self.usage()}
 
 
-def _append(pieces: Piece, piece: Piece) -> None:
-    for item in piece.items:
-        same = pieces.items and type(pieces.items[-1]) is type(item) and isinstance(item, str)
-        if same:
-            item = type(item)(pieces.items.pop() + item)
-        pieces.items.append(item)
-    pieces.token_ids += piece.token_ids
-    pieces.logprobs += piece.logprobs
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    whole = Piece()
+    for piece in pieces:
+        whole.add(piece)
+    return whole
 
 
 def _sent(events: Iterator[Event]) -> bytes:
@@ -162,17 +172,18 @@ class ChatAnswer(Answer[ChatBody]):
         self._calls = 0
         self._untold = Piece()
 
-    def complete(self, pieces: Piece) -> Event:
+    def complete(self, pieces: Sequence[Piece]) -> Event:
         """See `Answer`."""
-        said = [item for item in pieces.items if isinstance(item, str)]
+        whole = _joined(pieces)
+        said = [item for item in whole.items if isinstance(item, str)]
         message: Event = {"role": "assistant", "content": "".join(x for x in said if not isinstance(x, ReasoningText))}
         reasoning = "".join(item for item in said if isinstance(item, ReasoningText))
         if reasoning:
             message["reasoning_content"] = reasoning
-        calls = [self._call(item) for item in pieces.items if isinstance(item, ToolCall)]
+        calls = [self._call(item) for item in whole.items if isinstance(item, ToolCall)]
         if calls:
             message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
-        choice = {"index": 0, "message": message, "finish_reason": self._finish_reason(), **self._told(pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": self._finish_reason(), **self._told(whole)}
         answer = {**self._head("chat.completion"), "choices": [choice], "usage": self.usage()}
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = self.generation.asked.prompt
@@ -187,7 +198,7 @@ class ChatAnswer(Answer[ChatBody]):
 
     def next(self, piece: Piece) -> Iterator[Event]:
         """See `Answer`. Tokens without text come with the next ones that have some."""
-        _append(self._untold, piece)
+        self._untold.add(piece)
         items, self._untold.items = self._untold.items, []
         for n, item in enumerate(items):
             told = {}
@@ -233,29 +244,30 @@ class CompletionAnswer(Answer[CompletionBody]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._echo = self._prompt_text() if self.body.echo else ""
         self._untold = Piece()
         self._offset = 0
 
-    def complete(self, pieces: Piece) -> Event:
+    def complete(self, pieces: Sequence[Piece]) -> Event:
         """See `Answer`."""
-        told = self._told(pieces)
+        whole = _joined(pieces)
+        told = self._told(whole)
         if self.body.return_token_ids:
             told["prompt_token_ids"] = self.generation.asked.prompt
-        text = self._echo + "".join(pieces.items)
+        text = self._echo() + "".join(whole.items)
         return {**self._chunk(text, self.generation.finish_reason, **told), "usage": self.usage()}
 
     def first(self) -> Iterator[Event]:
         """See `Answer`."""
-        if self._echo or self.body.return_token_ids:
+        echo = self._echo()
+        if echo or self.body.return_token_ids:
             told: Event = {}
             if self.body.return_token_ids:
                 told["prompt_token_ids"] = self.generation.asked.prompt
-            yield self._chunk(self._echo, **told)
+            yield self._chunk(echo, **told)
 
     def next(self, piece: Piece) -> Iterator[Event]:
         """See `Answer`. Tokens without text come with the next ones that have some."""
-        _append(self._untold, piece)
+        self._untold.add(piece)
         if self._untold.items:
             untold, self._untold = self._untold, Piece()
             yield self._chunk("".join(untold.items), **self._told(untold))
@@ -265,7 +277,9 @@ class CompletionAnswer(Answer[CompletionBody]):
         told = self._told(self._untold) if self._untold.token_ids else {}
         yield from self.usage_of_stream(self._chunk("", self.generation.finish_reason, **told))
 
-    def _prompt_text(self) -> str:
+    def _echo(self) -> str:
+        if not self.body.echo:
+            return ""
         prompt = self.body.the_prompt()
         return prompt if isinstance(prompt, str) else self.texts.whole(prompt)
 
@@ -296,7 +310,10 @@ class CompletionAnswer(Answer[CompletionBody]):
         }
 
     def _top(self, told: TokenLogprob) -> dict[str, float]:
-        return {self.texts.of(token): logprob for token, logprob in reversed(told.top)}
+        top: dict[str, float] = {}
+        for token, logprob in told.top:  # of tokens with the same text, the likeliest
+            top.setdefault(self.texts.of(token), logprob)
+        return top
 
 
 class ResponseAnswer(Answer[ResponseBody]):
@@ -309,10 +326,11 @@ class ResponseAnswer(Answer[ResponseBody]):
         self._open: Event | None = None  # the last one, a message or reasoning, while text is added to it
         self._untold = Piece()
 
-    def complete(self, pieces: Piece) -> Event:
+    def complete(self, pieces: Sequence[Piece]) -> Event:
         """See `Answer`."""
-        for _ in self.next(pieces):
-            pass
+        for piece in pieces:
+            for _ in self.next(piece):
+                pass
         *_, end = self.last()
         response: Event = end["response"]
         return response
@@ -324,7 +342,7 @@ class ResponseAnswer(Answer[ResponseBody]):
 
     def next(self, piece: Piece) -> Iterator[Event]:
         """See `Answer`. Tokens without text come with the next ones that have some."""
-        _append(self._untold, piece)
+        self._untold.add(piece)
         items, self._untold.items = self._untold.items, []
         for item in items:
             if isinstance(item, ToolCall):
@@ -372,7 +390,7 @@ class ResponseAnswer(Answer[ResponseBody]):
             "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "tool_choice": body.tool_choice or "auto",
-            "tools": [],
+            "tools": body.echoed_tools(),
             "text": {"format": {"type": "text"}},
             "store": False,
             **fields,

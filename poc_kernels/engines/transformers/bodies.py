@@ -25,7 +25,7 @@ from pydantic import (
     Tag,
     ValidationError,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, to_json
 from pydantic_core.core_schema import no_info_plain_validator_function
 
 from ...service.errors import AdmissionError
@@ -136,8 +136,13 @@ def _json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        value = json.loads(value) if value.strip() else {}
-    except (ValueError, RecursionError) as error:
+        value = json.loads(value, parse_constant=_no_constant) if value.strip() else {}
+        check_encodable(value)
+    except AdmissionError as error:
+        raise ValueError(error.message.removeprefix("the body ")) from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    except ValueError as error:
         raise ValueError("must be JSON") from error
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
@@ -283,7 +288,7 @@ class Body(_Options):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None  # keeps every logit finite
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=_MAX_BIASED_TOKENS)] | None = None
@@ -572,11 +577,29 @@ class ResponseBody(Body):
         else:
             messages.extend(_messages_of(self.input))
         if self.instructions:
-            if messages and messages[0]["role"] == "system":
-                messages[0]["content"] = self.instructions
+            # Before what the input itself begins with, in one message: many templates take no two.
+            first = messages[0] if messages and messages[0]["role"] in ("system", "developer") else None
+            if first is not None and first["content"]:
+                first["content"] = f"{self.instructions}\n\n{first['content']}"
+            elif first is not None:
+                first["content"] = self.instructions
             else:
                 messages.insert(0, {"role": "system", "content": self.instructions})
         return messages
+
+    def echoed_tools(self) -> list[dict[str, Any]]:
+        """Return the tools as an answer repeats them."""
+        functions = [tool.function if isinstance(tool, _Tool) else tool for tool in self.tools or ()]
+        return [
+            {
+                "type": "function",
+                "name": function.name,
+                "description": function.description,
+                "parameters": function.parameters,
+                "strict": function.strict if isinstance(function.strict, bool) else None,
+            }
+            for function in functions
+        ]
 
 
 def _messages_of(items: list[Any]) -> Iterator[dict[str, Any]]:
@@ -624,15 +647,22 @@ _B = TypeVar("_B", bound=Body)
 
 
 def check_encodable(body: Mapping[str, Any]) -> None:
-    """Refuse a body that has a lone surrogate: JSON can escape one, but no answer, log or tokenizer can encode it.
+    """Refuse a body that no answer could repeat.
+
+    JSON can escape a lone surrogate, but no answer, log or tokenizer can encode it; and answers are made to a depth of
+    some 250 objects and lists.
 
     Raises:
-        AdmissionError: 400; a name or a text has one.
+        AdmissionError: 400; a name or a text has a lone surrogate, or the body is nested too deeply.
     """
     try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise AdmissionError(400, "the body has a lone surrogate, which is no character of UTF-8") from error
+        to_json([[[body]]])  # an answer has what it repeats within some objects of its own
+    except ValueError as error:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise AdmissionError(400, "the body has a lone surrogate, which is no character of UTF-8") from error
+        raise AdmissionError(400, "the body is nested too deeply") from error
 
 
 def parse(content: bytes, model: type[_B]) -> _B:

@@ -61,6 +61,16 @@ class Piece:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
+    def add(self, piece: Piece) -> None:
+        """Add what the next tokens said."""
+        for item in piece.items:
+            same = self.items and type(self.items[-1]) is type(item) and isinstance(item, str)
+            if same:
+                item = type(item)(self.items.pop() + item)
+            self.items.append(item)
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
+
 
 class Generation:
     """A request in flight: `begin` it, then read `pieces` to their end.
@@ -125,7 +135,8 @@ class Generation:
                 self._arrived.clear()
                 if self._latest.error is not None:
                     raise engine_unavailable(self._latest.error)
-                yield self._take(self._latest)
+                for piece in self._taken(self._latest):
+                    yield piece
         finally:
             self._inference.cancel(self._request_id)
 
@@ -133,37 +144,54 @@ class Generation:
         self._latest = output
         self._arrived.set()
 
-    def _take(self, output: Any) -> Piece:
-        piece = Piece()
+    def _taken(self, output: Any) -> list[Piece]:
+        """Return what an output adds. Reasoning, content and calls are pieces of their own, as are their tokens."""
+        pieces = [Piece()]
         for token in output.generated_tokens[self.token_count :]:
-            piece.token_ids.append(token)
-            if self.asked.sampling.logprobs is not None:
-                piece.logprobs.append(output.logprobs[self.token_count])
-            self.token_count += 1
-            text, stopped = self._stops.feed(self._decoded(token))
-            piece.items.extend(self._parsed(text))
-            calls = [n for n, item in enumerate(piece.items) if isinstance(item, ToolCall)]
-            if calls and self.asked.one_tool_call:
-                del piece.items[calls[0] + 1 :]
-                self.finish_reason = "stop"
-                return piece
-            if stopped:
-                piece.items.extend(self._flushed())
-                self.finish_reason = "stop"
-                return piece
+            piece = self._take(token, output)
+            said = pieces[-1].items
+            if said and not (piece.items and type(piece.items[0]) is type(said[-1])):
+                pieces.append(Piece())
+            pieces[-1].add(piece)
+            if self.finish_reason is not None:
+                return pieces
         if output.is_finished():
             last = output.generated_tokens[-1] if output.generated_tokens else None
             text, stopped = self._stops.feed(self._tail())
-            piece.items.extend(self._parsed(text if stopped else text + self._stops.held))
-            piece.items.extend(self._flushed())
+            rest = self._parsed(text if stopped else text + self._stops.held)
+            pieces.append(Piece([*rest, *self._flushed()]))
             self.finish_reason = "stop" if stopped or last in self._ends else "length"
+        return pieces
+
+    def _take(self, token: int, output: Any) -> Piece:
+        """Take the next token of an output."""
+        piece = Piece(token_ids=[token])
+        if self.asked.sampling.logprobs is not None:
+            piece.logprobs.append(output.logprobs[self.token_count])
+        self.token_count += 1
+        text, stopped = self._stops.feed(self._decoded(token))
+        piece.items.extend(self._parsed(text))
+        calls = [n for n, item in enumerate(piece.items) if isinstance(item, ToolCall)]
+        if calls and self.asked.one_tool_call:
+            del piece.items[calls[0] + 1 :]
+            self.finish_reason = "stop"
+        elif stopped:
+            piece.items.extend(self._flushed())
+            self.finish_reason = "stop"
         return piece
 
     def _decoded(self, token: int) -> str:
         if self._parser is None and token in self._ends:
             return ""  # no part of the text, whatever it is
         self._undecoded.append(token)
-        text: str | None = self._decoder.step(self._inference.tokenizer._tokenizer, token)
+        tokenizer = self._inference.tokenizer._tokenizer
+        text: str | None
+        try:
+            text = self._decoder.step(tokenizer, token)
+        except Exception:  # has no class of its own
+            # Tokens of single bytes: bytes that are no character take those before with them, which were told.
+            text = tokenizer.decode(self._undecoded, skip_special_tokens=self._skips_special)
+            self._decoder = DecodeStream(self._undecoded.copy(), skip_special_tokens=self._skips_special)
         if text is None:
             return ""
         self._undecoded.clear()

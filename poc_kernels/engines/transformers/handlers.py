@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from ...service.errors import AdmissionError
-from .admission import no_such_model
+from .admission import check_prompt, no_such_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, ResponseAnswer, TokenTexts
 from .bodies import Body, ChatBody, CompletionBody, ResponseBody, parse
 from .compat import response_parser
@@ -88,8 +88,9 @@ class Handler(ABC, Generic[_B]):
         if body.model is not None and body.model != self._inference.name:
             raise no_such_model(body.model)
         vocabulary = self._inference.vocabulary
-        if any(token >= vocabulary for token in body.logit_bias or ()):
-            raise AdmissionError(400, f"logit_bias has token ids outside [0, {vocabulary})", "logit_bias")
+        for field in ("logit_bias", "stop_token_ids"):
+            if any(not 0 <= token < vocabulary for token in getattr(body, field) or ()):
+                raise AdmissionError(400, f"{field} has token ids outside [0, {vocabulary})", field)
         prompt, parser = self._prompt(body, self._inference.max_tokens)
         new_tokens, param = body.new_tokens()
         asked = Asked(
@@ -145,7 +146,9 @@ class CompletionHandler(Handler[CompletionBody]):
     body = CompletionBody
 
     def _prompt(self, body: CompletionBody, max_tokens: int) -> tuple[list[int], Any]:
-        return self._prompts.of_completion(body, max_tokens), None
+        prompt = self._prompts.of_completion(body, max_tokens)
+        check_prompt(prompt, self._inference.vocabulary, "prompt")
+        return prompt, None
 
     def _answer(self, arguments: tuple[Any, ...]) -> Answer[CompletionBody]:
         return CompletionAnswer(*arguments)

@@ -22,13 +22,16 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from served import NAME, load, started
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, serving, text_of
 
 from poc_kernels.engines.transformers import handlers, openai_app
 from poc_kernels.engines.transformers.answers import TokenTexts
-from poc_kernels.engines.transformers.generation import _Stops
+from poc_kernels.engines.transformers.generation import Asked, Generation, _Stops
 from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.engines.transformers.prompts import Prompts
+from poc_kernels.engines.transformers.sampling import Sampling, TokenLogprob
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -222,12 +225,17 @@ def test_tokens_that_end_an_answer(http: httpx2.Client, inference: Inference) ->
 def test_tokens_outside_the_vocabulary_are_refused(http: httpx2.Client) -> None:
     for body, param in (
         ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias"),
-        ({"prompt": [0, 999999]}, None),
-        ({"prompt": [-1]}, None),
-        ({"prompt": []}, None),
+        ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"prompt": "a", "stop_token_ids": [2**70]}, "stop_token_ids"),
+        ({"prompt": [0, 999999]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[2**70]]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
     ):
-        answer = http.post(COMPLETIONS, json=body)
-        assert (answer.status_code, error_of(answer)["param"]) == (400, param)
+        for echo in (False, True):
+            answer = http.post(COMPLETIONS, json={**body, "echo": echo})
+            assert (answer.status_code, error_of(answer)["param"]) == (400, param)
 
 
 def test_prompts_in_all_their_forms_and_echo(http: httpx2.Client, inference: Inference) -> None:
@@ -308,7 +316,10 @@ def says(inference: Inference, monkeypatch: pytest.MonkeyPatch) -> Any:
             whole = [*tokens, *end]
             for size in range(1 if streaming else len(whole), len(whole) + 1):
                 output = SimpleNamespace(
-                    generated_tokens=whole[:size], logprobs=[], error=None, is_finished=lambda s=size: s == len(whole)
+                    generated_tokens=whole[:size],
+                    logprobs=[TokenLogprob(-1.0, ())] * size,
+                    error=None,
+                    is_finished=lambda s=size: s == len(whole),
                 )
                 loop.call_soon(on_output, output)
 
@@ -336,6 +347,20 @@ def test_reasoning_and_tool_calls(http: httpx2.Client, says: Any) -> None:
     assert [call["index"] for call in calls] == [0, 1]
     assert len({call["id"] for call in calls}) == 2
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_message_has_its_own_log_probabilities_whole_and_streamed(http: httpx2.Client, says: Any) -> None:
+    says(SAYS)
+    body = {"input": "a", "top_logprobs": 1}
+    whole = posted(http, RESPONSES, body)
+    (message,) = (item for item in whole["output"] if item["type"] == "message")
+    told = message["content"][0]["logprobs"]
+    assert "".join(entry["token"] for entry in told).endswith("So:")
+    assert "see" not in "".join(entry["token"] for entry in told)
+    (streamed_message,) = (
+        item for item in streamed(http, RESPONSES, body)[-1]["response"]["output"] if item["type"] == "message"
+    )
+    assert streamed_message["content"][0]["logprobs"] == told
 
 
 def test_one_tool_call_where_several_are_not_wanted(http: httpx2.Client, says: Any) -> None:
@@ -464,5 +489,32 @@ def test_tokens_have_the_text_that_they_have_within_a_text(inference: Inference)
         parts = [texts.of(token) for token in ids]
         if "\ufffd" not in "".join(parts):
             assert "".join(parts) == text
-    half = inference.tokenizer("\U0001f600", add_special_tokens=False)["input_ids"][0]
-    assert texts.entry(half, -1.0)["bytes"] is None
+    parts = inference.tokenizer("\U0001f600", add_special_tokens=False)["input_ids"]
+    assert len(parts) > 1
+    assert bytes(byte for part in parts for byte in texts.entry(part, -1.0)["bytes"]) == "\U0001f600".encode()
+    assert texts.entry(10**6, -1.0)["bytes"] == []
+
+
+def of_bytes() -> Tokenizer:
+    """A tokenizer as sentencepiece's: what has no token is spelt in tokens of single bytes."""
+    vocabulary = {name: n for n, name in enumerate(["<unk>", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@given(parts=st.lists(st.sampled_from([b"a", b"b", b"A", b"\n", b"\xff", b"\xe2", "\u20ac".encode(), b"\xf0\x9f"])))
+def test_bytes_that_are_no_character_end_no_stream(parts: list[bytes]) -> None:
+    tokenizer = of_bytes()
+    tokens = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in b"".join(parts)]
+    tokens = [1 if token == 3 + ord("a") else 2 if token == 3 + ord("b") else token for token in tokens]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    asked = Asked(prompt=[1], new_tokens=None, param="max_tokens", sampling=Sampling())
+    generation = Generation(SimpleNamespace(tokenizer=fast), "1", asked)  # type: ignore[arg-type]
+    text = "".join(map(generation._decoded, tokens)) + generation._tail()
+    known = "".join(char for char in b"".join(parts).decode(errors="ignore") if char.isascii())
+    assert "".join(char for char in text if char.isascii()) == known or "\ufffd" in text
+    if "\ufffd" not in tokenizer.decode(tokens):
+        assert text == tokenizer.decode(tokens)
+    texts = TokenTexts(fast)
+    assert bytes(byte for token in tokens for byte in texts.entry(token, 0.0)["bytes"]) == b"".join(parts)

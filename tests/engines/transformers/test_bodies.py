@@ -87,6 +87,8 @@ WRONG: list[tuple[type[Body], dict[str, Any], str]] = [
     (ChatBody, chat(top_k=-2), "top_k"),
     (ChatBody, chat(min_p=2), "min_p"),
     (ChatBody, chat(repetition_penalty=0), "repetition_penalty"),
+    (ChatBody, chat(repetition_penalty=1e39), "repetition_penalty"),
+    (ChatBody, chat(repetition_penalty=1e-46), "repetition_penalty"),
     (ChatBody, chat(logit_bias={"a": 1}), "logit_bias.a"),
     (ChatBody, chat(logit_bias={"5": 101}), "logit_bias.5"),
     (ChatBody, chat(stop=[""]), "stop.0"),
@@ -209,7 +211,10 @@ def test_items_of_a_response_become_messages() -> None:
         {"role": "assistant", "content": "", "reasoning_content": "oh", "tool_calls": [called]},
     ]
     assert shown({"input": [{"type": "input_text", "text": "a"}]}) == [{"role": "user", "content": "a"}]
-    assert shown({"input": [{"role": "system", "content": "old"}], "instructions": "new"})[0]["content"] == "new"
+    for role in ("system", "developer"):  # neither is dropped
+        both = shown({"input": [{"role": role, "content": "Rhyme."}, USER], "instructions": "Be brief."})
+        assert both == [{"role": role, "content": "Be brief.\n\nRhyme."}, USER]
+    assert shown({"input": [{"role": "system", "content": ""}], "instructions": "a"})[0]["content"] == "a"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +272,42 @@ def test_a_body_that_is_no_json_says_why(content: bytes, words: str) -> None:
         parse(content, ChatBody)
     assert refused.value.status == 400
     assert len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize("depth", [200, 300, 600, 900, 100_000])
+def test_depth_is_bounded_wherever_it_lies(depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    arguments = '{"a": ' + deep + "}"
+    parameters = {"a": "DEEP"}
+    for model, body in (
+        (ChatBody, chat(tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])),
+        (ChatBody, with_message(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])),
+        (ResponseBody, user_input(tools=[{"type": "function", "name": "f", "parameters": parameters}])),
+        (ResponseBody, user_input(metadata="DEEP")),
+    ):
+        content = json.dumps(body).replace('"DEEP"', deep).encode()
+        if depth == 200:
+            parse(content, model)
+            continue
+        with pytest.raises(AdmissionError, match="nested too deeply") as refused:
+            parse(content, model)
+        assert len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (r'{"a": "\ud800"}', "has a lone surrogate"),
+        ('{"a": NaN}', "has no NaN"),
+        ('{"a": ' + "1" * 5000 + "}", "must be JSON"),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_arguments_of_a_call_are_checked_as_bodies_are(arguments: str, words: str) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(AdmissionError, match=f"arguments is wrong: .*{words}") as refused:
+        checked({"messages": [{"role": "assistant", "tool_calls": [call]}]}, ChatBody)
+    assert refused.value.param == "messages.0.tool_calls.0.function.arguments"
 
 
 def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
