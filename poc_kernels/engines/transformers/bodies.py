@@ -6,97 +6,40 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import logging
 import textwrap
-import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    ValidationError,
-)
-from pydantic_core import CoreSchema, PydanticCustomError, to_json
-from pydantic_core.core_schema import no_info_plain_validator_function
+from pydantic import BeforeValidator, Field, StringConstraints, Tag
 
 from ...service.errors import AdmissionError
+from .fields import (
+    CheckedBody,
+    Item,
+    Items,
+    List,
+    NoEffect,
+    Options,
+    Refused,
+    check_encodable,
+    declared,
+    no_constant,
+    one_of,
+)
 from .sampling import MAX_LOGPROBS, Sampling
-
-logger = logging.getLogger("poc_kernels")
 
 _MAX_STOPS = 16
 _MAX_BIASED_TOKENS = 1024
-_MAX_SHOWN = 300
-"""Characters of what a client sent that a refusal repeats at most."""
 
-# ---- what becomes of a field ----
+# ---- messages ----
 
-_UNSUPPORTED = "unsupported"
-
-
-class Refused:
-    """Marks a field that is refused unless it is null or has one of the values ``off``, which mean that it is off."""
-
-    def __init__(self, *off: Any) -> None:
-        self.off = off
-
-    def __get_pydantic_core_schema__(self, *_: Any) -> CoreSchema:
-        """Return how pydantic checks the field."""
-        return no_info_plain_validator_function(self._check)
-
-    def _check(self, value: Any) -> None:
-        if value is None or any(type(value) is type(off) and value == off for off in self.off):
-            return
-        others = "".join(f" or send {json.dumps(off)}" for off in self.off)
-        raise PydanticCustomError(_UNSUPPORTED, "is not supported here: leave it out{others}", {"others": others})
-
-
-@dataclass(frozen=True)
-class NoEffect:
-    """Marks a field that is taken and changes nothing, and says why that does no harm."""
-
-    why: str
-
-
-_T = TypeVar("_T")
-# Checking ends at the first wrong item: a body can have a million, each with an error per member of a union.
-_List = Annotated[list[_T], Field(fail_fast=True)]
-_Items = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
 _Hint = Annotated[Any, NoEffect("a hint for OpenAI's caches")]
 _Who = Annotated[Any, NoEffect("says who asks")]
 _History = Annotated[Any, NoEffect("part of an earlier answer that models are not shown")]
 
 
-class _Item(BaseModel):
-    """A part of a body that clients send back as they got it: fields that nobody knows are left out."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class _Options(BaseModel):
-    """A part of a body that asks for something: fields that nobody knows are refused."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-def _one_of(kind: Callable[[Any], str]) -> Discriminator:
-    """Choose the member of a union, so that a refusal names what is wrong in the one that is meant."""
-    return Discriminator(kind)
-
-
-# ---- messages ----
-
-
-class _TextPart(_Item):
+class _TextPart(Item):
     type: Literal["text", "input_text", "output_text"]
     text: str
     prompt_cache_breakpoint: _Hint = None
@@ -104,7 +47,7 @@ class _TextPart(_Item):
     logprobs: _History = None
 
 
-class _RefusalPart(_Item):
+class _RefusalPart(Item):
     type: Literal["refusal"]
     refusal: str
 
@@ -118,14 +61,14 @@ def _is_refusal(value: Any) -> str:
     return "_refusal" if refusal or isinstance(value, _RefusalPart) else "_text"
 
 
-_Part = Annotated[Annotated[_TextPart, Tag("_text")] | Annotated[_RefusalPart, Tag("_refusal")], _one_of(_is_refusal)]
+_Part = Annotated[Annotated[_TextPart, Tag("_text")] | Annotated[_RefusalPart, Tag("_refusal")], one_of(_is_refusal)]
 
 
 def _is_text(value: Any) -> str:
     return "_str" if isinstance(value, str) else "_parts"
 
 
-_Content = Annotated[Annotated[str, Tag("_str")] | Annotated[_List[_Part], Tag("_parts")], _one_of(_is_text)]
+_Content = Annotated[Annotated[str, Tag("_str")] | Annotated[List[_Part], Tag("_parts")], one_of(_is_text)]
 
 
 def _text(content: str | list[Any] | None) -> str:
@@ -136,7 +79,7 @@ def _json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        value = json.loads(value, parse_constant=_no_constant) if value.strip() else {}
+        value = json.loads(value, parse_constant=no_constant) if value.strip() else {}
         check_encodable(value)
     except AdmissionError as error:
         raise ValueError(error.message.removeprefix("the body ")) from error
@@ -153,12 +96,12 @@ _Arguments = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 _Name = Annotated[str, StringConstraints(min_length=1)]
 
 
-class _CalledFunction(_Item):
+class _CalledFunction(Item):
     name: str
     arguments: _Arguments
 
 
-class _ToolCall(_Item):
+class _ToolCall(Item):
     type: Literal["function"] | None = None
     id: str | None = None
     function: _CalledFunction
@@ -167,11 +110,11 @@ class _ToolCall(_Item):
         return {"id": self.id, "type": "function", "function": self.function.model_dump()}
 
 
-class _Message(_Item):
+class _Message(Item):
     role: _Name
     content: _Content | None = None
     name: str | None = None
-    tool_calls: _List[_ToolCall] | None = None
+    tool_calls: List[_ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -187,7 +130,7 @@ class _Message(_Item):
         return message
 
 
-class _Function(_Item):
+class _Function(Item):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -201,7 +144,7 @@ class _Function(_Item):
         return {"type": "function", "function": function}
 
 
-class _Tool(_Item):
+class _Tool(Item):
     type: Literal["function"]
     function: _Function
 
@@ -220,29 +163,29 @@ class _FlatTool(_Function):
 # ---- options ----
 
 
-class _TemplateArguments(_Options):
+class _TemplateArguments(Options):
     """What a client may pass to the chat template; others would be arguments of the tokenizer's own method."""
 
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
 
 
-class _TextFormat(_Options):
+class _TextFormat(Options):
     type: Literal["text"]
 
 
-class _StreamOptions(_Options):
+class _StreamOptions(Options):
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, NoEffect("streams are never padded")] = None
     continuous_usage_stats: Annotated[Any, Refused(False)] = None
 
 
-class _Text(_Options):
+class _Text(Options):
     format: _TextFormat | None = None
     verbosity: Annotated[Any, Refused("medium")] = None
 
 
-class _Reasoning(_Options):
+class _Reasoning(Options):
     effort: str | None = None
     summary: Annotated[Any, Refused("auto")] = None
     generate_summary: Annotated[Any, Refused("auto")] = None
@@ -250,7 +193,7 @@ class _Reasoning(_Options):
     mode: Annotated[Any, Refused("standard")] = None
 
 
-class _CacheOptions(_Options):
+class _CacheOptions(Options):
     mode: _Hint = None
     ttl: _Hint = None
     comparison_response_id: _Hint = None
@@ -274,7 +217,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Body(_Options):
+class Body(CheckedBody):
     """What the bodies of all OpenAI routes have in common, with vLLM's extensions that choose tokens."""
 
     max_tokens_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
@@ -321,13 +264,6 @@ class Body(_Options):
         """Return how many log probabilities are told beside the chosen token's; None for none at all."""
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Check fields that depend on each other.
-
-        Raises:
-            AdmissionError: 400.
-        """
-
 
 _TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _ToolChoice = Literal["none", "auto"]
@@ -341,12 +277,12 @@ class ChatBody(Body):
 
     max_tokens_fields = ("max_tokens", "max_completion_tokens")
 
-    messages: _Items[_Message]
+    messages: Items[_Message]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: _TopLogprobs | None = None
-    tools: _List[_Tool] | None = None
+    tools: List[_Tool] | None = None
     tool_choice: _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: _TextFormat | None = None
@@ -389,9 +325,9 @@ class CompletionBody(Body):
     prompt: Annotated[
         Annotated[str, Tag("_str")]
         | Annotated[Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)], Tag("_strs")]
-        | Annotated[_List[int], Tag("_ids")]
-        | Annotated[Annotated[list[_List[int]], Field(min_length=1, max_length=1, fail_fast=True)], Tag("_lists")],
-        _one_of(lambda value: _kind_of_prompt(value)),
+        | Annotated[List[int], Tag("_ids")]
+        | Annotated[Annotated[list[List[int]], Field(min_length=1, max_length=1, fail_fast=True)], Tag("_lists")],
+        one_of(lambda value: _kind_of_prompt(value)),
     ]
     max_tokens: int | None = None
     echo: bool | None = None
@@ -430,7 +366,7 @@ class _InputMessage(_Message):
     phase: _History = None
 
 
-class _FromCaller(_Item):
+class _FromCaller(Item):
     id: _History = None
     status: _History = None
     caller: Annotated[Any, Refused({"type": "direct"})] = None
@@ -456,21 +392,21 @@ class _InputCallOutput(_FromCaller):
     name: _History = None
 
 
-class _ReasoningText(_Item):
+class _ReasoningText(Item):
     type: Literal["reasoning_text"] | None = None
     text: str
 
 
-class _InputReasoning(_Item):
+class _InputReasoning(Item):
     type: Literal["reasoning"]
-    content: _List[_ReasoningText] | None = None
+    content: List[_ReasoningText] | None = None
     id: _History = None
     status: _History = None
     summary: _History = None
     encrypted_content: Annotated[Any, Refused()] = None
 
 
-class _UnknownInput(_Item):
+class _UnknownInput(Item):
     type: Literal["message", "function_call", "function_call_output", "reasoning"]
 
 
@@ -503,7 +439,7 @@ _InputItem = Annotated[
     | Annotated[_InputCallOutput, Tag("_output")]
     | Annotated[_InputReasoning, Tag("_reasoning")]
     | Annotated[_UnknownInput, Tag("_unknown")],
-    _one_of(_kind_of_item),
+    one_of(_kind_of_item),
 ]
 
 
@@ -521,16 +457,16 @@ class ResponseBody(Body):
 
     input: Annotated[
         Annotated[str, Tag("_str")]
-        | Annotated[_Items[_Part], Tag("_parts")]
-        | Annotated[_Items[_InputItem], Tag("_items")],
-        _one_of(_kind_of_input),
+        | Annotated[Items[_Part], Tag("_parts")]
+        | Annotated[Items[_InputItem], Tag("_items")],
+        one_of(_kind_of_input),
     ]
     instructions: str | None = None
     max_output_tokens: int | None = None
-    include: _List[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: List[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: _TopLogprobs | None = None
     tools: (
-        _List[Annotated[Annotated[_FlatTool, Tag("_flat")] | Annotated[_Tool, Tag("_nested")], _one_of(_kind_of_tool)]]
+        List[Annotated[Annotated[_FlatTool, Tag("_flat")] | Annotated[_Tool, Tag("_nested")], one_of(_kind_of_tool)]]
         | None
     ) = None
     tool_choice: _ToolChoice | None = None
@@ -639,139 +575,6 @@ ROUTES: Mapping[str, type[Body]] = {
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponseBody,
 }
-
-
-# ---- checking ----
-
-_B = TypeVar("_B", bound=Body)
-
-
-def check_encodable(body: Mapping[str, Any]) -> None:
-    """Refuse a body that no answer could repeat.
-
-    JSON can escape a lone surrogate, but no answer, log or tokenizer can encode it; and answers are made to a depth of
-    some 250 objects and lists.
-
-    Raises:
-        AdmissionError: 400; a name or a text has a lone surrogate, or the body is nested too deeply.
-    """
-    try:
-        to_json([[[body]]])  # an answer has what it repeats within some objects of its own
-    except ValueError as error:
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise AdmissionError(400, "the body has a lone surrogate, which is no character of UTF-8") from error
-        raise AdmissionError(400, "the body is nested too deeply") from error
-
-
-def parse(content: bytes, model: type[_B]) -> _B:
-    """Read and check a body.
-
-    Raises:
-        AdmissionError: 400, naming the field that is wrong or unknown.
-    """
-    try:
-        body = json.loads(content, parse_constant=_no_constant)
-        if not isinstance(body, dict):
-            raise AdmissionError(400, "the body must be a JSON object")
-        check_encodable(body)
-        return checked(body, model)
-    except RecursionError as error:
-        raise AdmissionError(400, "the body is nested too deeply") from error
-    except json.JSONDecodeError as error:
-        raise AdmissionError(400, f"the body must be JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise AdmissionError(400, f"the body must be UTF-8: {error.reason} at byte {error.start}") from error
-    except ValueError as error:
-        # The only other one of json: Python takes no longer integers from strangers.
-        raise AdmissionError(400, "the body must be JSON: a number in it has too many digits") from error
-
-
-def _no_constant(name: str) -> Any:
-    raise AdmissionError(400, f"the body must be JSON, which has no {name}")
-
-
-def checked(body: Mapping[str, Any], model: type[_B]) -> _B:
-    """Check the fields of ``body``. Fields without effect are said once per process.
-
-    Raises:
-        AdmissionError: 400, naming the field that is wrong or unknown.
-    """
-    unknown = sorted(body.keys() - {info.alias or name for name, info in model.model_fields.items()})
-    if unknown:
-        raise AdmissionError(400, _short(f"unknown fields in the body: {', '.join(unknown)}"), _short(unknown[0]))
-    try:
-        result = model.model_validate(dict(body))
-    except ValidationError as error:
-        raise _refusal(error) from error
-    result.check()
-    for name, info in model.model_fields.items():
-        if any(isinstance(mark, NoEffect) for mark in info.metadata) and getattr(result, name) is not None:
-            _say_no_effect(name)
-    return result
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-
-
-def _refusal(error: ValidationError) -> AdmissionError:
-    # Every member of a union reports errors: those of the member that is meant lie deepest in the value. Of several
-    # there, a wrong type is why others are missing.
-    errors = error.errors(include_url=False, include_input=False)
-    fields = [[part for part in entry["loc"] if not _names_a_type(part)] for entry in errors]
-    deepest = max(
-        fields, key=lambda path: (len(path), [part for part in path if isinstance(part, int)], path[-1:] == ["type"])
-    )
-    field = _short(".".join(map(str, deepest)))
-    meant = [entry for entry, path in zip(errors, fields, strict=True) if path == deepest]
-    if meant[0]["type"] == "missing":
-        return AdmissionError(400, f"{field} is missing", field)
-    if meant[0]["type"] == _UNSUPPORTED:
-        return AdmissionError(400, f"{field} {meant[0]['msg']}", field)
-    if meant[0]["type"] == "extra_forbidden":
-        return AdmissionError(400, f"{field} is unknown", field)
-    messages = dict.fromkeys(entry["msg"].removeprefix("Value error, ") for entry in meant)
-    return AdmissionError(400, f"{field} is wrong: {'; or: '.join(messages)}", field)
-
-
-_TYPES = ("str", "dict", "int", "bool", "float", "[key]")
-_TYPE_BEGINS = ("_", "list[", "dict[", "function-", "constrained-", "literal[", "nullable", "fail-fast")
-
-
-def _names_a_type(part: int | str) -> bool:
-    """Tell whether a part of pydantic's location is a member of a union (str, list[...], _Message), not a field."""
-    return isinstance(part, str) and (part in _TYPES or part.startswith(_TYPE_BEGINS))
-
-
-@functools.cache
-def _say_no_effect(field: str) -> None:
-    logger.info("requests set %s, which has no effect here: docs/operating.md lists such fields", field)
-
-
-# ---- documentation ----
-
-
-def _models_in(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The models that a field's annotation holds, with what stands between: "[]" for a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield "", annotation
-        return
-    listed = "[]" if typing.get_origin(annotation) is list else ""
-    for argument in typing.get_args(annotation):
-        if not isinstance(argument, str):
-            for between, model in _models_in(argument):
-                yield listed + between, model
-
-
-def declared(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Refused | NoEffect | None]]:
-    """List the fields of a body, those within its parts too, with what becomes of each: None where it is honoured."""
-    for name, info in model.model_fields.items():
-        path = prefix + (info.alias or name)
-        yield path, next((mark for mark in info.metadata if isinstance(mark, (Refused, NoEffect))), None)
-        for between, inner in _models_in(info.annotation):
-            yield from declared(inner, f"{path}{between}.")
 
 
 def tables() -> str:

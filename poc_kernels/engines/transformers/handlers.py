@@ -14,8 +14,9 @@ from fastapi.responses import Response, StreamingResponse
 from ...service.errors import AdmissionError
 from .admission import check_prompt, no_such_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, ResponseAnswer, TokenTexts
-from .bodies import Body, ChatBody, CompletionBody, ResponseBody, parse
+from .bodies import Body, ChatBody, CompletionBody, ResponseBody
 from .compat import response_parser
+from .fields import parse
 from .generation import Asked, Generation
 from .inference import Inference
 from .prompts import Prompts

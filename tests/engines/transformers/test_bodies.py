@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from poc_kernels.engines.transformers import bodies
-from poc_kernels.engines.transformers.bodies import Body, ChatBody, CompletionBody, ResponseBody, checked, parse
+from poc_kernels.engines.transformers import fields
+from poc_kernels.engines.transformers.bodies import Body, ChatBody, CompletionBody, ResponseBody
+from poc_kernels.engines.transformers.fields import checked, parse
 from poc_kernels.engines.transformers.sampling import Sampling
 from poc_kernels.service.errors import AdmissionError
 
@@ -246,7 +247,7 @@ def test_of_two_bounds_the_smaller_holds() -> None:
 
 
 def test_fields_without_effect_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    bodies._say_no_effect.cache_clear()
+    fields._say_no_effect.cache_clear()
     with caplog.at_level(logging.INFO, "poc_kernels"):
         checked(chat(user="me", store=None), ChatBody)
         checked(chat(user="you", service_tier="auto"), ChatBody)
@@ -320,8 +321,8 @@ def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
 @pytest.mark.parametrize("text", [r'{"a": "\ud800"}', r'{"\udfff": 1}', r'{"a": [{"b": ["\ud83d"]}]}'])
 def test_half_a_surrogate_pair_is_refused(text: str) -> None:
     with pytest.raises(AdmissionError, match="surrogate"):
-        bodies.check_encodable(json.loads(text))
-    bodies.check_encodable({"a": "\U0001f600"})
+        fields.check_encodable(json.loads(text))
+    fields.check_encodable({"a": "\U0001f600"})
 
 
 JSON_VALUES = st.recursive(

@@ -14,17 +14,9 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
-from poc_kernels.engines.transformers import bodies
-from poc_kernels.engines.transformers.bodies import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    NoEffect,
-    Refused,
-    ResponseBody,
-    checked,
-    declared,
-)
+from poc_kernels.engines.transformers import bodies, fields
+from poc_kernels.engines.transformers.bodies import Body, ChatBody, CompletionBody, ResponseBody
+from poc_kernels.engines.transformers.fields import NoEffect, Refused, checked, declared
 from poc_kernels.service.errors import AdmissionError
 
 SCHEMAS: list[tuple[type[Body], Any]] = [
@@ -70,7 +62,7 @@ def literals(hint: Any) -> set[str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    return [model for _, model in bodies._models_in(annotation)]
+    return [model for _, model in fields._models_in(annotation)]
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from poc_kernels.engines.transformers import prompts
-from poc_kernels.engines.transformers.bodies import ChatBody, CompletionBody, ResponseBody, checked
+from poc_kernels.engines.transformers.bodies import ChatBody, CompletionBody, ResponseBody
+from poc_kernels.engines.transformers.fields import checked
 from poc_kernels.engines.transformers.prompts import Prompts
 from poc_kernels.service.errors import AdmissionError
 
