@@ -266,13 +266,26 @@ class Body(CheckedBody):
 
 
 _TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-_ToolChoice = Literal["none", "auto"]
-_Prewarmed = NoEffect("at most it makes an answer quicker")
-_NotStored = NoEffect("nothing is stored")
-_Tier = NoEffect("there is one tier")
 
 
-class ChatBody(Body):
+class _ConversationBody(Body):
+    """What the bodies that a chat template renders have in common."""
+
+    top_logprobs: _TopLogprobs | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: _TemplateArguments | None = None
+    metadata: _Who = None
+    safety_identifier: _Who = None
+    prompt_cache_key: _Hint = None
+    prompt_cache_retention: _Hint = None
+    prompt_cache_options: _CacheOptions | None = None
+    service_tier: Annotated[Any, NoEffect("there is one tier")] = None
+    store: Annotated[Any, NoEffect("nothing is stored")] = None
+    moderation: Annotated[Any, Refused()] = None
+
+
+class ChatBody(_ConversationBody):
     """The body of POST /v1/chat/completions."""
 
     max_tokens_fields = ("max_tokens", "max_completion_tokens")
@@ -281,26 +294,14 @@ class ChatBody(Body):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: _TopLogprobs | None = None
     tools: List[_Tool] | None = None
-    tool_choice: _ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     response_format: _TextFormat | None = None
     reasoning_effort: str | None = None
-    chat_template_kwargs: _TemplateArguments | None = None
-    metadata: _Who = None
-    safety_identifier: _Who = None
-    prompt_cache_key: _Hint = None
-    prompt_cache_retention: _Hint = None
-    prompt_cache_options: _CacheOptions | None = None
-    prediction: Annotated[Any, _Prewarmed] = None
-    service_tier: Annotated[Any, _Tier] = None
-    store: Annotated[Any, _NotStored] = None
+    prediction: Annotated[Any, NoEffect("at most it makes an answer quicker")] = None
     audio: Annotated[Any, Refused()] = None
     function_call: Annotated[Any, Refused("none", "auto")] = None
     functions: Annotated[Any, Refused([])] = None
     modalities: Annotated[Any, Refused(["text"])] = None
-    moderation: Annotated[Any, Refused()] = None
     n: Annotated[Any, Refused(1)] = None
     verbosity: Annotated[Any, Refused("medium")] = None
     web_search_options: Annotated[Any, Refused()] = None
@@ -450,7 +451,7 @@ def _kind_of_tool(value: Any) -> str:
 _INCLUDED_LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponseBody(Body):
+class ResponseBody(_ConversationBody):
     """The body of POST /v1/responses."""
 
     max_tokens_fields = ("max_output_tokens",)
@@ -464,23 +465,12 @@ class ResponseBody(Body):
     instructions: str | None = None
     max_output_tokens: int | None = None
     include: List[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
-    top_logprobs: _TopLogprobs | None = None
     tools: (
         List[Annotated[Annotated[_FlatTool, Tag("_flat")] | Annotated[_Tool, Tag("_nested")], one_of(_kind_of_tool)]]
         | None
     ) = None
-    tool_choice: _ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     reasoning: _Reasoning | None = None
     text: _Text | None = None
-    chat_template_kwargs: _TemplateArguments | None = None
-    metadata: _Who = None
-    safety_identifier: _Who = None
-    prompt_cache_key: _Hint = None
-    prompt_cache_retention: _Hint = None
-    prompt_cache_options: _CacheOptions | None = None
-    service_tier: Annotated[Any, _Tier] = None
-    store: Annotated[Any, _NotStored] = None
     image: Annotated[Any, NoEffect("there are no images")] = None
     max_tool_calls: Annotated[Any, NoEffect("it bounds OpenAI's own tools, which are refused")] = None
     access_programs: Annotated[Any, Refused()] = None
@@ -488,7 +478,6 @@ class ResponseBody(Body):
     background_options: Annotated[Any, Refused()] = None
     context_management: Annotated[Any, Refused([])] = None
     conversation: Annotated[Any, Refused()] = None
-    moderation: Annotated[Any, Refused()] = None
     previous_response_id: Annotated[Any, Refused()] = None
     prompt: Annotated[Any, Refused()] = None
     truncation: Annotated[Any, Refused("disabled")] = None
