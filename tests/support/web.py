@@ -20,7 +20,13 @@ def serving(app: Any) -> Iterator[str]:
     """A real server of ``app`` on a free port of this machine; its URL."""
     # Idle connections are kept longer than clients keep theirs, or a request could meet one that closes.
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=2 * TIMEOUT
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        log_level="error",
+        lifespan="off",
+        timeout_keep_alive=2 * TIMEOUT,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
