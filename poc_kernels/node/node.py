@@ -73,7 +73,7 @@ class Node:
         self.api = openai_app.build(self.inference)
         self.api.include_router(routes.poc_router(self.service))
         self.api.include_router(routes.operation_router(self.service))
-        routes.handle_invalid_bodies(self.api)
+        routes.document_bodies(self.api)
         self.app = Gate(
             self.api,
             GateRules(is_user=under("/v1/")),

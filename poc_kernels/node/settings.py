@@ -54,8 +54,6 @@ class Settings(ServiceSettings):
     kv_block_size: int | None = setting(None, "number of tokens per block of the KV cache", POSITIVE, unset="automatic")
     kv_memory: float | None = setting(None, "fraction of the free memory for the KV cache", FRACTION, unset="automatic")
     max_batch_tokens: int | None = setting(None, "maximum tokens per step of inference", POSITIVE, unset="automatic")
-    cuda_graphs: bool = setting(True, "replay the proof forward from a captured graph on CUDA")
-    slice_seconds: float = setting(0.002, "seconds that a slice of validation should take at most", POSITIVE)
     slices_in_flight: int = setting(2, "slices that a GPU is given before the first of them is done", POSITIVE)
     validation_sms: int | None = setting(None, "number of SMs that validation is kept to", POSITIVE, unset="all")
     log_level: str = setting("info", "minimum level of what is logged", one_of("debug", "info", "warning", "error"))

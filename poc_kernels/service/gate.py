@@ -2,7 +2,8 @@
 
 Every HTTP request goes through Head and, where web pages of other origins may call, starlette's CORSMiddleware. Users'
 requests then go through Shut, Body, Shut again, InFlight, Departure and, where the app does not end them itself,
-DoneEvent; all others through Token and Body.
+DoneEvent; all others through Token and Body. Where the bodies of users have no bound here, Body and Departure are left
+out. What the rules let pass goes through nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import hmac
+import math
 import re
 import time
 from collections.abc import Callable
@@ -46,14 +48,29 @@ Closed = Callable[[], tuple[str, str, int] | None]
 """Returns (code, message, Retry-After in seconds) while users are refused, else None."""
 
 
+def path_of(scope: Scope) -> str:
+    """Return the path of a request by which starlette finds its route: without the root_path of the app, if it has one.
+
+    Without that, a token could be gone round by a path under root_path.
+    """
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    below = path.removeprefix(root)
+    return below if below != path and below.startswith("/") else path
+
+
 def under(*prefixes: str) -> Callable[[Scope], bool]:
     """Return a predicate of requests whose path begins with one of ``prefixes``."""
-    return lambda scope: scope["path"].startswith(prefixes)
+    return lambda scope: path_of(scope).startswith(prefixes)
 
 
 def posted_under(*prefixes: str) -> Callable[[Scope], bool]:
     """Return a predicate of POST requests whose path begins with one of ``prefixes``."""
-    return lambda scope: scope.get("method") == "POST" and scope["path"].startswith(prefixes)
+    return lambda scope: scope.get("method") == "POST" and path_of(scope).startswith(prefixes)
+
+
+def _none(scope: Scope) -> bool:
+    return False
 
 
 _TAKES_BODY = posted_under(f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
@@ -67,11 +84,14 @@ class GateRules:
         is_user: whether a request (``http`` or ``websocket``) is a user's: shut out while the node proves its compute,
             counted, and answered with OpenAI's error objects. It has to be true of every route that computes.
         takes_body: whether a request that is no user's takes a body of up to max_pow_body_bytes.
+        passes: whether a request goes to the app as it is: for an app that has other routes than users' and the
+            service's.
         ends_streams: whether the app ends its event streams with ``data: [DONE]`` itself.
     """
 
     is_user: Callable[[Scope], bool]
     takes_body: Callable[[Scope], bool] = _TAKES_BODY
+    passes: Callable[[Scope], bool] = _none
     ends_streams: bool = False
 
 
@@ -92,7 +112,7 @@ class Gate:
     Args:
         app: what is behind the gate.
         rules: what has to be known of it.
-        settings: bounds, and the token.
+        settings: bounds, and the token; bounds on users that are None are the app's own business.
         closed: asked for each user's request, before and after its body is read.
         refused: told the reason of each refusal.
     """
@@ -115,12 +135,17 @@ class Gate:
 
         self._bodies = Shares(settings.max_bodies_bytes)
         self._app = app
-        self._is_user = rules.is_user
+        self._rules = rules
         self._refused = refused
-        served = Departure(app if rules.ends_streams else DoneEvent(app))
-        self._users = InFlight(served, settings.max_in_flight)
-        body = in_memory(Shut(self._users, closed), lambda scope: settings.max_body_bytes)
-        self._shut_users = Shut(body, closed)
+        served = app if rules.ends_streams else DoneEvent(app)
+        max_in_flight = math.inf if settings.max_in_flight is None else settings.max_in_flight
+        max_body_bytes = settings.max_body_bytes
+        if max_body_bytes is None:
+            self._users = InFlight(served, max_in_flight)
+            self._shut_users = Shut(self._users, closed)
+        else:
+            self._users = InFlight(Departure(served), max_in_flight)
+            self._shut_users = Shut(in_memory(Shut(self._users, closed), lambda scope: max_body_bytes), closed)
         self._others: ASGIApp = in_memory(app, limit_of_other)
         if settings.token is not None:
             self._others = Token(self._others, settings.token, everywhere=settings.guard_metrics)
@@ -141,10 +166,11 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: the ASGI interface."""
-        await self._entry(scope, receive, send)
+        passes = scope["type"] in ("http", "websocket") and self._rules.passes(scope)
+        await (self._app if passes else self._entry)(scope, receive, send)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        user = scope["type"] in ("http", "websocket") and self._is_user(scope)
+        user = scope["type"] in ("http", "websocket") and self._rules.is_user(scope)
         others = self._others if scope["type"] == "http" else self._app
         try:
             await (self._shut_users if user else others)(scope, receive, send)
@@ -160,7 +186,7 @@ class Gate:
 class Shares:
     """Divides a maximum between clients: none gets more than it leaves to others, except for its only one."""
 
-    def __init__(self, maximum: int) -> None:
+    def __init__(self, maximum: float) -> None:
         self.maximum = maximum
         self.total = 0
         """What all clients have taken together."""
@@ -220,7 +246,7 @@ class Shut:
 class InFlight:
     """Counts requests, and refuses those above a maximum, or of a client that leaves less to others than it has."""
 
-    def __init__(self, app: ASGIApp, max_in_flight: int) -> None:
+    def __init__(self, app: ASGIApp, max_in_flight: float) -> None:
         self._app = app
         self._places = Shares(max_in_flight)
 
@@ -246,7 +272,7 @@ class Token:
         self._app, self._token, self._everywhere = app, token.strip().encode(), everywhere
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        path = path_of(scope)
         if path.startswith(POC_PREFIX) or (self._everywhere and path != _HEALTH):
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._token):

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import email.message
 import json
+import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
@@ -29,6 +32,8 @@ from .queue import QueueFullError, ValidationJob
 from .receivers import masked_urls
 from .round_body import RoundBody
 from .round_service import RoundService
+
+logger = logging.getLogger("poc_kernels")
 
 WIRES = {DISTANCES.name: distances_wire}
 """How each proof form is told in HTTP: a module with ProofBody and ValidateAnswer."""
@@ -153,11 +158,28 @@ def _shown(value: object) -> object:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def handle_invalid_bodies(app: FastAPI) -> None:
-    """Answer bodies of PoC routes that do not fit their model with 422, whatever they hold: also what JSON cannot say.
+class _PoCRoute(APIRoute):
+    """A route whose errors read the same whatever handlers of errors the app has in which it is served."""
 
-    Other routes keep the handler that ``app`` has. The models of bodies join the schemas of its documentation.
-    """
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def answering(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                return await run_in_threadpool(_described, error)  # an input can be as large as the body
+            except HTTPException as error:
+                return await http_exception_handler(request, error)
+            except Exception:
+                logger.exception("a PoC route failed")
+                return PlainTextResponse("Internal Server Error", 500)
+
+        return answering
+
+
+def document_bodies(app: FastAPI) -> None:
+    """Add the models of bodies, which the PoC routes read themselves, to the schemas that ``app`` documents."""
     make_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -169,13 +191,6 @@ def handle_invalid_bodies(app: FastAPI) -> None:
         return documentation
 
     app.openapi = openapi  # type: ignore[method-assign]
-    others: Callable[..., Awaitable[Response]] = app.exception_handlers[RequestValidationError]  # type: ignore[assignment]
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        if not request.url.path.startswith(POC_PREFIX):
-            return await others(request, error)
-        return await run_in_threadpool(_described, error)  # an input can be as large as the body
 
 
 # ---- rounds ----
@@ -183,7 +198,7 @@ def handle_invalid_bodies(app: FastAPI) -> None:
 
 def poc_router(service: RoundService) -> APIRouter:
     """Make the routes of a node's rounds."""
-    router = APIRouter(prefix=POC_PREFIX, tags=["pow"])
+    router = APIRouter(prefix=POC_PREFIX, tags=["pow"], route_class=_PoCRoute)
     manager, wire = service.manager, WIRES[service.form.name]
 
     def changed(change: Callable[[], None]) -> Response:
@@ -353,8 +368,12 @@ def _refusal(error: Exception) -> HTTPException:
 # ---- operation ----
 
 
-def operation_router(service: RoundService) -> APIRouter:
-    """Make /health and /metrics."""
+def operation_router(service: RoundService, others: Callable[[], bytes] = lambda: b"") -> APIRouter:
+    """Make /health and /metrics.
+
+    Args:
+        others: gives further metrics, in Prometheus' text format.
+    """
     router = APIRouter(tags=["operation"])
 
     @router.get("/health", responses={503: {"description": "Something makes no progress"}})
@@ -371,6 +390,6 @@ def operation_router(service: RoundService) -> APIRouter:
     @router.get("/metrics")
     def metrics() -> Response:
         """Return all metrics in Prometheus' text format."""
-        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(others() + service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

@@ -159,8 +159,11 @@ class ServiceSettings:
     """
 
     random_projection: bool = setting(False, "use the projections in rounds that do not say whether to")
-    max_in_flight: int = setting(512, "maximum users' requests at once, half of it per client; more get 429", POSITIVE)
-    max_body_bytes: int = setting(2**20, "maximum number of bytes of a body under /v1; more get 413", POSITIVE)
+    # None: an engine that has bounds on users of its own keeps them.
+    max_in_flight: int | None = setting(
+        512, "maximum users' requests at once, half of it per client; more get 429", POSITIVE
+    )
+    max_body_bytes: int | None = setting(2**20, "maximum number of bytes of a body under /v1; more get 413", POSITIVE)
     max_pow_body_bytes: int = setting(2**23, "maximum bytes of a body under /api/v1/pow; more get 413", POSITIVE)
     max_bodies_bytes: int = setting(2**28, "maximum bytes of all bodies, half of it per client; more get 429", POSITIVE)
     body_seconds: float = setting(30.0, "seconds that a client has to send its body; then it gets 408", POSITIVE)
@@ -178,6 +181,8 @@ class ServiceSettings:
     )
     validation_share: float = setting(0.1, "fraction of the device guaranteed to validation", FRACTION)
     validation_wait_seconds: float = setting(1.0, "seconds that a slice waits for users at most", NOT_NEGATIVE)
+    slice_seconds: float = setting(0.002, "seconds that a slice of validation should take at most", POSITIVE)
+    cuda_graphs: bool = setting(True, "replay the proof forward from a captured graph on CUDA")
     drain_seconds: float = setting(5.0, "seconds of GENERATING before requests in flight are paused", NOT_NEGATIVE)
     retry_after_seconds: int = setting(10, "seconds in the Retry-After of a 503 while GENERATING", POSITIVE)
     stall_seconds: float = setting(120.0, "seconds without progress until /health answers 503", POSITIVE)

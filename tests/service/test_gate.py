@@ -8,6 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from web import TIMEOUT
 
 from poc_kernels.service.gate import Gate, GateRules, Shares, body_done, under
@@ -725,3 +729,75 @@ def test_an_app_that_ends_its_streams_is_left_alone() -> None:
     client = Client(gate(app, rules=GateRules(is_user=under("/v1/"), ends_streams=True)), USER)
     speak(client)
     assert client.body == b"data: 1\n\n"
+
+
+# ---- an app with bounds and routes of its own ----
+
+
+def test_users_without_bounds_here_are_counted_and_their_bodies_go_as_they_come() -> None:
+    entry: list[Gate] = []
+    all_here = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if entry[0].in_flight == 9:
+            all_here.set()
+        await all_here.wait()
+        parts = [await receive() for _ in range(2)]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"".join(part["body"] for part in parts)})
+
+    unbounded = GateRules(is_user=under("/v1/"), ends_streams=True)
+    entry.append(gate(app, rules=unbounded, max_in_flight=None, max_body_bytes=None, max_bodies_bytes=1))
+    clients = [Client(entry[0], USER, [b"x" * 500, b"y" * 500], of="192.0.2.1") for _ in range(9)]
+    speak(*clients)
+    assert [client.body for client in clients] == [b"x" * 500 + b"y" * 500] * 9
+    assert entry[0].in_flight == 0
+
+
+def test_what_passes_is_met_by_nothing() -> None:
+    met: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        met.append(scope["method"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"seen"})
+
+    rules = GateRules(is_user=under("/v1/chat"), passes=under("/version", "/v1/models"))
+    shut = gate(app, rules=rules, token="s3cret", guard_metrics=True, closed=lambda: CLOSED)
+    clients = [Client(shut, path, [b"x" * 5000]) for path in ("/version", "/v1/models", USER, OTHER, "/metrics", POW)]
+    clients[0].scope["method"] = "HEAD"
+    speak(*clients)
+    assert met == ["HEAD", "POST"]
+    assert [client.status for client in clients] == [200, 200, 503, 413, 401, 401]
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "found"),
+    [
+        ("", POW, True),
+        ("/node", f"/node{POW}", True),
+        ("/node", POW, True),
+        ("/api", f"/api{POW}", True),
+        ("/api", POW, False),  # it is looked for as /v1/pow/validate
+        ("/node", f"/nodes{POW}", False),
+    ],
+)
+def test_the_token_is_asked_for_wherever_starlette_finds_the_route(root: str, path: str, found: bool) -> None:
+    def computed(_: Request) -> Response:
+        return Response("computed")
+
+    app = Starlette(routes=[Route(POW, computed, methods=["POST"])])
+    guarded = gate(app, token="s3cret", rules=GateRules(is_user=under("/v1/chat")))
+    clients = [Client(guarded, path), Client(guarded, path, authorization="Bearer s3cret")]
+    for client in clients:
+        client.scope["root_path"] = root
+    speak(*clients)
+    assert [client.status for client in clients] == ([401, 200] if found else [404, 404])
+
+
+@pytest.mark.parametrize("path", ["/node/v1/completions", "/v1/completions"])
+def test_users_are_shut_out_below_a_root_path(path: str) -> None:
+    client = Client(gate(Echo(), closed=lambda: CLOSED), path)
+    client.scope["root_path"] = "/node"
+    speak(client)
+    assert client.status == 503

@@ -15,6 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 from callback_receivers import Receiver
+from fastapi import HTTPException, Response
+from fastapi.exceptions import RequestValidationError
 from helpers import run_python
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_service import TinyDevice, TinyNode, TinyProver, distance, tiny_node
@@ -245,6 +247,22 @@ def test_an_error_that_no_check_raises_tells_nothing(
     monkeypatch.setattr(node.service.worker, "enqueue", fail)
     answer = http.post(POW + path, json=claim([1], []) if path == "/validate" else ROUND)
     assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+
+
+def test_errors_read_the_same_in_an_app_with_handlers_of_its_own(
+    node: TinyNode, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("secret")
+
+    for kind in (HTTPException, RequestValidationError, ValueError, KeyError):
+        node.api.exception_handler(kind)(lambda *_: Response("of the app", 418))
+    answers = [http.post(f"{POW}/init", json=body) for body in ({}, {**ROUND, "r_target": 0}, ROUND)]
+    assert [answer.status_code for answer in answers] == [422, 400, 200]
+    assert [answer.json().keys() for answer in answers[:2]] == [{"detail"}] * 2
+    monkeypatch.setattr(node.service.manager, "stop_round", fail)
+    failed = http.post(f"{POW}/stop")
+    assert (failed.status_code, failed.text) == (500, "Internal Server Error")
 
 
 def test_a_body_that_is_quoted_shows_no_secret_of_a_url(http: httpx2.Client) -> None:

@@ -17,7 +17,7 @@ def test_without_variables_the_defaults_are_taken() -> None:
 
 def test_every_setting_has_a_variable() -> None:
     given: dict[str, Any] = {
-        field.name: {"bool": True, "int": 7, "float": 0.25}.get(str(field.type), "paced")
+        field.name: {"bool": True, "int": 7, "int | None": 7, "float": 0.25}.get(str(field.type), "paced")
         for field in dataclasses.fields(ServiceSettings)
     }
     given["allowed_origins"] = "https://a.example,http://localhost:3000"

@@ -125,7 +125,7 @@ class TinyNode:
         self.api.post("/invocations")(lambda: "computed")
         self.api.include_router(routes.poc_router(self.service))
         self.api.include_router(routes.operation_router(self.service))
-        routes.handle_invalid_bodies(self.api)
+        routes.document_bodies(self.api)
         self.app = Gate(
             self.api,
             GateRules(is_user=is_user, ends_streams=True),

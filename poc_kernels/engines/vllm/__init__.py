@@ -1,0 +1,1 @@
+"""Rounds on the model that a stock vLLM server serves."""
