@@ -10,6 +10,9 @@ from .config import PoCConfig
 from .engine import never
 from .form import ProofForm
 
+AHEAD = 2
+"""How many forwards a prover is told of before they are asked for."""
+
 
 class Row(NamedTuple):
     """A row of a forward: a nonce of a node."""
@@ -43,11 +46,15 @@ class Prover(Protocol):
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if it cannot prove a round of this configuration."""
 
-    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never) -> Outcomes:
+    def prove(
+        self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
+    ) -> Outcomes:
         """Compute the outcomes of one forward.
 
         Args:
             config: the round; every forward of a round has the same shape, whatever the number of rows.
             rows: 1 to batch_size, of one node or of several.
             pause: called between two slices of the work; what it raises ends the work and comes through.
+            then: rows of the forwards of this round that are likely to be asked for next, in their order. A prover far
+                away may begin them, so as not to wait for a round trip; nobody is owed their outcomes.
         """

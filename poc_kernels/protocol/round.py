@@ -16,7 +16,7 @@ from typing import Any
 from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .engine import never
-from .prover import Outcomes, Prover, Row
+from .prover import AHEAD, Outcomes, Prover, Row
 from .states import PHASES, IllegalTransitionError, PoCState, RoundEndedError
 
 logger = logging.getLogger("poc_kernels")
@@ -78,9 +78,9 @@ class Validation:
         """Nonces that are still to be recomputed."""
         return len(self.proof) - len(self.outcomes)
 
-    def rows(self, count: int) -> list[Row]:
-        """Return the rows of the next ``count`` nonces."""
-        done = len(self.outcomes)
+    def rows(self, count: int, skipped: int = 0) -> list[Row]:
+        """Return the rows of the next ``count`` nonces, after ``skipped`` that come before them."""
+        done = len(self.outcomes) + skipped
         return [Row(self.proof.public_key, nonce) for nonce in self.proof.nonces[done : done + count]]
 
 
@@ -263,8 +263,26 @@ class PoCManager:
         """
         return self.advance(pause)[1]
 
-    def advance(self, pause: Pause = never) -> tuple[PoCConfig, Any, Any]:
-        """Return the round's configuration, the proof of `run_batch`, and the part of it that is valid."""
+    def upcoming(self, config: PoCConfig, count: int) -> list[list[Row]]:
+        """Return the rows of the next ``count`` batches to generate; none while the round generates nothing.
+
+        Args:
+            config: none either if the round has another configuration.
+            count: how many batches.
+        """
+        with self._lock:
+            current = self._round
+            if current is None or current.config != config or self._state != PoCState.GENERATING:
+                return []
+            return [_rows(current, ahead) for ahead in range(count)]
+
+    def advance(self, pause: Pause = never, then: Sequence[Sequence[Row]] | None = None) -> tuple[PoCConfig, Any, Any]:
+        """Return the round's configuration, the proof of `run_batch`, and the part of it that is valid.
+
+        Args:
+            pause: called between two slices of the forward.
+            then: rows of the forwards that are likely to follow, for the prover; by default the next batches.
+        """
         current = self._generating()
         config = current.config
 
@@ -274,9 +292,9 @@ class PoCManager:
 
         with self._compute_lock:
             first = current.tried
-            nonces = [config.nonce(first + index) for index in range(config.batch_size)]
-            rows = [Row(config.public_key, nonce) for nonce in nonces]
-            outcomes = self._prove(current, rows, "generate", pause, check)
+            rows, *following = (_rows(current, ahead) for ahead in range(1 + AHEAD))
+            nonces = [row.nonce for row in rows]
+            outcomes = self._prove(current, rows, "generate", pause, check, following if then is None else then)
             with self._lock:
                 check()
                 current.tried = first + config.batch_size
@@ -310,12 +328,15 @@ class PoCManager:
                 )
         return Validation(current, proof)
 
-    def recompute(self, shares: Sequence[tuple[Validation, int]], pause: Pause = never) -> None:
+    def recompute(
+        self, shares: Sequence[tuple[Validation, int]], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
+    ) -> None:
         """Compute one forward for several validations of a round: rows do not depend on each other.
 
         Args:
             shares: each validation once, with how many of its next nonces to recompute; together 1 to batch_size.
             pause: called between two slices of the forward.
+            then: rows of the forwards of this round that are likely to follow, for the prover.
 
         Raises:
             ValueError: validations are of several rounds, or repeated, or have not that many nonces left.
@@ -337,7 +358,7 @@ class PoCManager:
         rows = [row for validation, count in shares for row in validation.rows(count)]
         with self._compute_lock:
             _check_validating(current)
-            computed = iter(self._prove(current, rows, "validate", pause, lambda: _check_validating(current)))
+            computed = iter(self._prove(current, rows, "validate", pause, lambda: _check_validating(current), then))
             for validation, count in shares:
                 validation.outcomes += itertools.islice(computed, count)
 
@@ -367,12 +388,20 @@ class PoCManager:
             self.recompute([(validation, min(validation.left, validation.round.config.batch_size))])
         return self.verdict(validation)
 
-    def _prove(self, current: Round, rows: list[Row], phase: str, pause: Pause, check: Callable[[], None]) -> list[Any]:
+    def _prove(
+        self,
+        current: Round,
+        rows: list[Row],
+        phase: str,
+        pause: Pause,
+        check: Callable[[], None],
+        then: Sequence[Sequence[Row]],
+    ) -> list[Any]:
         def pause_and_check() -> None:
             pause()
             check()
 
-        outcomes: Outcomes = self.prover.prove(current.config, rows, pause_and_check)
+        outcomes: Outcomes = self.prover.prove(current.config, rows, pause_and_check, then)
         if len(outcomes.values) != len(rows):
             raise RuntimeError(f"the prover must give {len(rows)} outcomes, one per row, got {len(outcomes.values)}")
         if self._observer is not None:
@@ -380,6 +409,13 @@ class PoCManager:
             valid = self._form.count_valid(current.config, outcomes.values)
             self._observer(BatchReport(phase, outcomes.values, valid, sum(seconds.values()), seconds))
         return outcomes.values
+
+
+def _rows(of: Round, ahead: int) -> list[Row]:
+    """Return the rows of the batch that is generated after ``ahead`` others."""
+    config = of.config
+    first = of.tried + ahead * config.batch_size
+    return [Row(config.public_key, config.nonce(first + index)) for index in range(config.batch_size)]
 
 
 def _check_validating(of: Round) -> None:

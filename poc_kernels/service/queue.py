@@ -5,13 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-import itertools
 import logging
 import math
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -111,6 +110,23 @@ class ValidationJob:
 
 Forward = list[tuple[ValidationJob, int]]
 """The jobs that share a forward, each with how many of its next nonces; never empty."""
+
+
+def _first_forward(waiting: Iterable[tuple[ValidationJob, int]]) -> Forward:
+    """Return the forward of the first of the jobs, each with its nonces left, and of those that fit into it."""
+    jobs = iter(waiting)
+    forward: Forward = []
+    room = 1
+    for job, left in jobs:
+        if not forward:
+            room = job.round.config.batch_size
+        elif job.round is not forward[0][0].round or job.alone != forward[0][0].alone:
+            continue
+        forward.append((job, min(room, left)))
+        room -= forward[-1][1]
+        if room == 0 or job.alone:
+            break
+    return forward
 
 
 @dataclasses.dataclass
@@ -252,24 +268,44 @@ class ValidationQueue:
     def next(self) -> Forward | None:
         """Return the forward that is to run next, which `computed` or `failed` ends; None if nothing waits."""
         with self._lock:
-            jobs = (job for share in self._waiting.values() for job in share.jobs)
-            first = self._latest = next(jobs, None)
-            if first is None:
+            forward = _first_forward((job, job.left) for share in self._waiting.values() for job in share.jobs)
+            self._latest = forward[0][0] if forward else None
+            if not forward:
                 return None
-            room = first.round.config.batch_size
-            forward: Forward = []
-            for job in [first] if first.alone else itertools.chain([first], jobs):
-                if job.round is first.round and job.alone == first.alone:
-                    forward.append((job, min(room, job.left)))
-                    room -= forward[-1][1]
-                    if room == 0:
-                        break
             now = time.monotonic()
             for job, _ in forward:
                 if job.state == JobState.QUEUED:
                     job.started = now
                     job.state = JobState.RUNNING
             return forward
+
+    def upcoming(self, count: int, after: Forward | None = None) -> list[list[tuple[ValidationJob, int, int]]]:
+        """Return the forwards, at most ``count`` and of one round, that are to run next if nothing else comes.
+
+        Args:
+            after: the forward that runs before them, if one does.
+
+        Returns:
+            For each forward its jobs, each with how many nonces, and how many others of the job come before these.
+        """
+        with self._lock:
+            left = {submitter: {job: job.left for job in share.jobs} for submitter, share in self._waiting.items()}
+        forwards = [] if after is None else [after]
+        found: list[list[tuple[ValidationJob, int, int]]] = []
+        while len(found) < count:
+            for job, nonces in forwards[-1] if forwards else ():
+                jobs = left.get(job.submitter, {})
+                if job in jobs:  # else it was cancelled meanwhile
+                    jobs[job] -= nonces
+                    if jobs[job] == 0:
+                        del jobs[job]
+            if forwards and (turn := left.pop(forwards[-1][0][0].submitter, None)) is not None:
+                left[forwards[-1][0][0].submitter] = turn
+            forwards.append(_first_forward(pair for jobs in left.values() for pair in jobs.items()))
+            if not forwards[-1] or forwards[-1][0][0].round is not forwards[0][0][0].round:
+                break
+            found.append([(job, nonces, job.left - left[job.submitter][job]) for job, nonces in forwards[-1]])
+        return found
 
     def computed(self, forward: Forward) -> list[ValidationJob]:
         """Count the nonces of ``forward``; return the jobs that have none left, which `finish` ends.

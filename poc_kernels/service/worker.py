@@ -6,16 +6,18 @@ While GENERATING it pauses users; otherwise its slices share the device with the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..protocol import IllegalTransitionError, PoCManager, PoCState, RoundEndedError
+from ..protocol import IllegalTransitionError, PoCConfig, PoCManager, PoCState, RoundEndedError, Row
+from ..protocol.prover import AHEAD
 from ..scheduling import TurnsClosed
 from .device import Device
-from .queue import ValidationJob, ValidationQueue
+from .queue import Forward, ValidationJob, ValidationQueue
 from .settings import ServiceSettings
 
 if TYPE_CHECKING:  # what they need, a process without a server may lack
@@ -227,7 +229,7 @@ class ProofWorker:
         """Compute the next batch of the round; return whether that failed."""
         try:
             with self._slices():
-                config, _, valid = self._manager.advance(self._pause)
+                config, _, valid = self._manager.advance(self._pause, self._after_generated())
         except (RoundEndedError, IllegalTransitionError):
             return False  # the state changed meanwhile: nothing to report
         except TurnsClosed:
@@ -248,7 +250,8 @@ class ProofWorker:
             return False
         try:
             with self._slices():
-                self._manager.recompute([(job.validation, nonces) for job, nonces in forward], self._pause)
+                shares = [(job.validation, nonces) for job, nonces in forward]
+                self._manager.recompute(shares, self._pause, self._after_validated(forward))
         except TurnsClosed:
             raise
         except Exception as error:
@@ -259,6 +262,26 @@ class ProofWorker:
         for job in self.queue.computed(forward):
             self._judge(job)
         return False
+
+    def _after_validated(self, forward: Forward) -> list[list[Row]]:
+        """Return the rows of the forwards that follow one to validate, as far as is known: see `Prover.prove`."""
+        config = forward[0][0].round.config
+        generated = self._manager.upcoming(config, AHEAD) if self._users_paused else []
+        return _alternate(generated, self._to_validate(config, forward))
+
+    def _after_generated(self) -> list[list[Row]]:
+        """Return the rows of the forwards that follow a batch of the round."""
+        config = self._manager.config
+        if config is None:
+            return []
+        return _alternate(self._to_validate(config), self._manager.upcoming(config, 1 + AHEAD)[1:])
+
+    def _to_validate(self, config: PoCConfig, after: Forward | None = None) -> list[list[Row]]:
+        return [
+            [row for job, nonces, before in forward for row in job.validation.rows(nonces, before)]
+            for forward in self.queue.upcoming(AHEAD, after)
+            if forward[0][0].round.config == config
+        ]
 
     def _judge(self, job: ValidationJob) -> None:
         try:
@@ -325,3 +348,9 @@ class ProofWorker:
         self._failure = type(error).__name__  # whoever asks for the health may not learn more
         self._metrics.batch_failed()
         logger.error("a proof batch failed, the next try follows", exc_info=error)
+
+
+def _alternate(first: list[list[Row]], second: list[list[Row]]) -> list[list[Row]]:
+    """Return the forwards of both, in turn, as far as a prover is told of them."""
+    pairs = itertools.zip_longest(first, second)
+    return [rows for pair in pairs for rows in pair if rows is not None][:AHEAD]

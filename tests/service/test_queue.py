@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import types
 from collections import Counter
@@ -625,3 +626,57 @@ def test_many_threads_at_once() -> None:
 def test_bounds_that_make_no_sense(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         ValidationQueue(*arguments)
+
+
+# ---- what comes next ----
+
+
+@given(
+    puts=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.sampled_from([0, 0, 1])), max_size=8),
+    alone=st.sets(st.integers(0, 7)),
+)
+@settings(max_examples=200, deadline=None)
+def test_upcoming_forwards_are_those_that_come(puts: list[tuple[str, int, int]], alone: set[int]) -> None:
+    """As long as they are of one round, and nothing is put, cancelled or failed."""
+    rounds = (ROUND, Round(ROUND.config))
+    queue = ValidationQueue(1000)
+    for number, (submitter, nonces, of) in enumerate(puts):
+        put(queue, nonces, submitter, of=rounds[of]).alone = number in alone
+
+    def foreseen(after: Forward | None, count: int) -> list[Forward]:
+        forwards = queue.upcoming(count, after)
+        # Which nonces: those after all that earlier forwards compute.
+        done: Counter[ValidationJob] = Counter({job: job.nonces_done for job, _ in after or ()})
+        for job, nonces in after or ():
+            done[job] += nonces
+        for forward in forwards:
+            for job, nonces, before in forward:
+                assert job.nonces_done + before == done.setdefault(job, job.nonces_done)
+                done[job] += nonces
+        return [[(job, nonces) for job, nonces, _ in forward] for forward in forwards]
+
+    first, after_first = foreseen(None, 1), []
+    computed: list[Forward] = []
+    while (forward := queue.next()) is not None:
+        assert first == [forward]
+        after_first.append(foreseen(forward, 2))
+        for job in queue.computed(forward):
+            assert queue.finish(job, VERDICT)
+        computed.append(forward)
+        first = foreseen(None, 1)
+    assert first == []
+    of = [forward[0][0].round for forward in computed]
+    for place, forwards in enumerate(after_first):
+        same_round = itertools.takewhile(of[place].__eq__, of[place + 1 : place + 3])
+        assert forwards == computed[place + 1 :][: len(list(same_round))]
+
+
+def test_nothing_is_upcoming_of_jobs_that_were_cancelled() -> None:
+    queue = ValidationQueue(100)
+    put(queue, 6, "a")
+    forward = queue.next()
+    assert forward is not None
+    assert len(queue.upcoming(2, forward)) == 1
+    queue.cancel(lambda job: True, "over")
+    assert queue.upcoming(2, forward) == []
+    assert queue.upcoming(2) == []

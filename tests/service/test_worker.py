@@ -14,7 +14,7 @@ from small_engine import SmallEngine
 from web import TIMEOUT, eventually
 from workers import BATCH, PATIENT, Parts, alone, blocked, config, proof, workers
 
-from poc_kernels.protocol import DistanceProver, IllegalTransitionError, PoCManager, PoCState, RoundEndedError
+from poc_kernels.protocol import DistanceProver, IllegalTransitionError, PoCManager, PoCState, RoundEndedError, Row
 from poc_kernels.scheduling import Turns
 from poc_kernels.service import worker as worker_module
 from poc_kernels.service.queue import JobState, QueueFullError
@@ -399,3 +399,35 @@ def test_proofs_have_the_priority_that_is_asked_for(make: Callable[..., Parts], 
     assert parts.submit(proof(1)).result(TIMEOUT).dist == alone(1)
     assert found == [19 if low else usual]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == usual
+
+
+# ---- what the prover is told of beforehand ----
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_the_prover_is_told_what_comes_next(
+    make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, validating: bool
+) -> None:
+    """Whether batches are generated, validated, or both in turn."""
+    parts = make()
+    prover = parts.manager.prover
+    asked: list[tuple[list[Row], list[list[Row]]]] = []
+    go = threading.Semaphore(0)
+
+    def prove(config: object, rows: list[Row], pause: object, then: list[list[Row]], prove: object = prover.prove):
+        assert go.acquire(timeout=TIMEOUT)
+        asked.append((rows, [*then]))
+        return prove(config, rows, pause, then)
+
+    monkeypatch.setattr(prover, "prove", prove)
+    parts.begin(PoCState.GENERATING, node_id=0, node_count=1)
+    jobs = [parts.submit(proof(3 * BATCH)) for _ in range(2 if validating else 0)]
+    for _ in range(14):
+        go.release()
+    for job in jobs:
+        job.result(TIMEOUT)
+    eventually(lambda: len(asked) == 14)
+    for place, (_, then) in enumerate(asked[:-2]):
+        if place > 1:  # the first may have been told of before the jobs came
+            assert then == [rows for rows, _ in asked[place + 1 : place + 3]]
+    go.release(1000)

@@ -69,7 +69,7 @@ def test_a_forward_that_fails_costs_none_of_those_who_share_it(make: Callable[..
     parts.begin(PoCState.VALIDATING)
     prove = parts.manager.prover.prove
 
-    def poisoned(config: Any, rows: Any, pause: Any) -> Any:
+    def poisoned(config: Any, rows: Any, pause: Any, then: Any) -> Any:
         if any(row.public_key == "poison" for row in rows):
             raise RuntimeError("it cannot be computed")
         return prove(config, rows, pause)

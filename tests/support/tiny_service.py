@@ -45,7 +45,13 @@ class TinyProver:
         if config.seq_len > 8:
             raise ValueError(f"seq_len must be at most 8, got {config.seq_len}")
 
-    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Callable[[], None] = never) -> Outcomes:
+    def prove(
+        self,
+        config: PoCConfig,
+        rows: Sequence[Row],
+        pause: Callable[[], None] = never,
+        then: Sequence[Sequence[Row]] = (),
+    ) -> Outcomes:
         self.before_forward()
         self.forwards.append(len(rows))
         threading.Event().wait(_FORWARD_SECONDS)

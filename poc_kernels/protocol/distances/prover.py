@@ -76,8 +76,10 @@ class DistanceProver:
             raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")
 
     @torch.inference_mode()
-    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never) -> Outcomes:
-        """Compute the distances of 1 to batch_size rows: see `Prover.prove`."""
+    def prove(
+        self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
+    ) -> Outcomes:
+        """Compute the distances of 1 to batch_size rows, and nothing of ``then``: see `Prover.prove`."""
         engine = self.engine
         self._pieces.forget_unread()
         parts = _Parts(engine.device, pause)
