@@ -1,0 +1,116 @@
+"""What is used of vLLM beyond its public API, all in this file: tests/engines/vllm/test_contract.py pins each name.
+
+vLLM is imported where a function is called, so that importing this takes no time and needs no vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+SUPPORTED_MINORS = ("0.32",)
+"""Releases of vLLM that the tests run with."""
+
+_KERNELS_OF_OPS = ("vllm_c", "triton", "native")
+"""Providers of vLLM's IR ops, the preferred first: what a server without a compiler has by default."""
+
+
+def version() -> str:
+    """Return the version of the vLLM that is installed."""
+    import vllm
+
+    found: str = vllm.__version__
+    return found
+
+
+def custom_op() -> type:
+    """Return the class of layers that vLLM computes with a kernel of the platform or, to be compiled, in torch."""
+    from vllm.model_executor.custom_op import CustomOp
+
+    return CustomOp  # type: ignore[no-any-return]
+
+
+def attention_layer() -> type:
+    """Return the base class of all layers that keep something of a request: attention, Mamba."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    return AttentionLayerBase  # type: ignore[no-any-return]
+
+
+def lora_layer() -> type:
+    """Return the class that wraps a layer with the adapters of the requests in a step."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    return BaseLayerWithLoRA  # type: ignore[no-any-return]
+
+
+def platform_forward() -> str:
+    """Return the name of the method with which this platform computes a custom op where nothing is compiled."""
+    from vllm.platforms import current_platform
+
+    for name, here in (
+        ("forward_hip", current_platform.is_rocm),
+        ("forward_cpu", current_platform.is_cpu),
+        ("forward_xpu", current_platform.is_xpu),
+        ("forward_oot", current_platform.is_out_of_tree),
+    ):
+        if here():
+            return name
+    return "forward_cuda"
+
+
+def forward_context(vllm_config: Any, replaced: Mapping[int, Any]) -> Any:
+    """Make the context that layers look into during a forward that has no requests.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        replaced: what stands in for a layer that is found by its name, by the layer's id.
+    """
+    from vllm.forward_context import create_forward_context
+
+    context = create_forward_context({}, vllm_config, skip_compiled=True)
+    context.no_compile_layers = {
+        name: replaced.get(id(layer), layer) for name, layer in context.no_compile_layers.items()
+    }
+    context.all_moe_layers = None  # each is found by its own name: none is taken from a list of those to come
+    return context
+
+
+def in_forward_context(context: Any) -> AbstractContextManager[None]:
+    """Have layers find ``context`` inside the block: it is one of the process, not of the thread."""
+    from vllm.forward_context import override_forward_context
+
+    entered: AbstractContextManager[None] = override_forward_context(context)
+    return entered
+
+
+def kernels_of_ops() -> Sequence[tuple[Any, list[str]]]:
+    """Return each IR op with the providers that it is pinned to, whether or not the server compiles its model."""
+    from vllm.ir.op import IrOp
+
+    return [
+        (op, [name for name in _KERNELS_OF_OPS if name in op.impls and op.impls[name].supported])
+        for op in IrOp.registry.values()
+    ]
+
+
+def new_workspace(device: Any) -> Any:
+    """Make scratch memory for kernels, apart from that of the server's steps."""
+    from vllm.v1.worker.workspace import WorkspaceManager
+
+    return WorkspaceManager(device)
+
+
+@contextlib.contextmanager
+def in_workspace(manager: Any) -> Iterator[None]:
+    """Have kernels take their scratch memory from ``manager`` inside the block."""
+    from vllm.v1.worker import workspace
+
+    before = workspace._manager
+    workspace._manager = manager
+    try:
+        yield
+    finally:
+        workspace._manager = before

@@ -1,0 +1,161 @@
+"""Proofs on the model of a vLLM worker, on the very weights that serve users."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...protocol.engine import never
+from ...scheduling import SlicedForward, Slices
+from ...scheduling.slices import Pause
+from . import compat
+from .support import unsupported_config
+from .twin import Layout, Twin
+
+
+class VllmEngine:
+    """The `Engine` of ``poc_kernels.protocol`` on the model that a worker of vLLM has loaded.
+
+    Forwards go through a twin of the served modules on the same weights, with attention that needs neither a KV cache
+    nor a scheduler. It computes by the same kernels whether or not the server compiles its model.
+
+    Call it from the thread that computes the worker's steps, inside `context`, with no step in between.
+
+    Args:
+        worker: vLLM's worker, its model loaded: ``model_runner`` and ``vllm_config`` of it are used.
+        slice_seconds: how long a slice of the forward should take at most.
+        cuda_graphs: whether to capture the forward on CUDA.
+        lockstep: whether to pause before each decoder layer and nowhere else, so that all ranks of a model pause at
+            the same calls. Nothing is captured then.
+
+    Raises:
+        ValueError: the configuration or the model has something that proofs do not support.
+    """
+
+    def __init__(
+        self, worker: Any, *, slice_seconds: float = 0.002, cuda_graphs: bool = True, lockstep: bool = False
+    ) -> None:
+        config, runner = worker.vllm_config, worker.model_runner
+        if (refusal := unsupported_config(config)) is not None:
+            raise ValueError(refusal)
+        model_config = config.model_config
+        self.hidden_size: int = model_config.get_hidden_size()
+        self.vocab_size: int = model_config.get_vocab_size()
+        self.max_positions: int = model_config.max_model_len
+        self.dtype: torch.dtype = model_config.dtype
+        self.device = torch.device(runner.device)
+        self._vllm_config, self._runner = config, runner
+        self._position_rows = 3 if getattr(runner, "uses_mrope", False) else 0
+        self._lockstep, self._pause = lockstep, never
+        self._sliced = SlicedForward(self.device, slice_seconds)
+        self._shape: tuple[int, ...] | None = None
+        self._ops = compat.kernels_of_ops()
+        self._make_twin()
+
+    @property
+    def slices(self) -> Slices | None:
+        """The slices of the forward in its latest shape; None until they are measured, and in lockstep."""
+        return self._sliced.slices
+
+    def refresh(self) -> bool:
+        """Make the twin anew if modules or weights of the served model were replaced; return whether they were.
+
+        Weights that were overwritten where they lie need nothing. Call it before a round, with no forward begun.
+        """
+        if self._twin.is_of(self._runner.get_model()):
+            return False
+        self._make_twin()
+        return True
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Have vLLM's layers find what proofs need: to be entered around each slice, by the thread that steps.
+
+        What it sets belongs to the process, so no step may run inside the block.
+        """
+        with contextlib.ExitStack() as stack:
+            for op, providers in self._ops:
+                stack.enter_context(op.set_priority(providers))
+            stack.enter_context(compat.in_forward_context(self._forward_context))
+            yield
+
+    @torch.inference_mode()
+    def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
+        """Compute the last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
+
+        Calls ``pause`` between slices; until the slices of the shape are measured, between all calls of torch.
+
+        Raises:
+            ValueError, TypeError: inputs_embeds is not [batch, seq_len, hidden_size] in the model's dtype.
+        """
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must have shape [batch, seq_len, {self.hidden_size}], got {list(inputs_embeds.shape)}"
+            )
+        if inputs_embeds.dtype != self.dtype:
+            raise TypeError(f"inputs_embeds must be {self.dtype}, got {inputs_embeds.dtype}")
+        if self._lockstep:
+            self._pause = pause
+            try:
+                return self.compute_states(inputs_embeds)
+            finally:
+                self._pause = never
+        shape = tuple(inputs_embeds.shape)
+        if shape != self._shape:
+            self._sliced.forget()
+            self._shape = shape
+        return self._sliced.run(lambda: self.compute_states(inputs_embeds), pause)
+
+    @torch.inference_mode()
+    def compute_states(self, inputs_embeds: Tensor) -> Tensor:
+        """Compute what `forward` does in one go, of any shape, without remembering anything of it."""
+        batch, length, _ = inputs_embeds.shape
+        self._twin.layout = Layout(batch, length)
+        positions = torch.arange(length, device=self.device).repeat(batch)
+        if self._position_rows:
+            positions = positions.repeat(self._position_rows, 1)
+        # A copy: fused norms add to their residual in place, and the first residual is the input.
+        states: Any = self._twin.model(
+            input_ids=None,
+            positions=positions,
+            intermediate_tensors=None,
+            inputs_embeds=inputs_embeds.reshape(batch * length, -1).clone(),
+        )
+        if isinstance(states, tuple):  # with states of inner layers for a drafter
+            states = states[0]
+        hidden: Tensor = states.view(batch, length, -1)
+        return hidden
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Compute the logits [rows, vocab_size] of hidden states [rows, hidden_size]; ones where a rank gets none."""
+        logits: Tensor | None = self._twin.model.compute_logits(hidden_states)
+        if logits is None:  # another rank has them, and its outcomes count
+            return torch.ones(len(hidden_states), self.vocab_size, device=self.device)
+        return logits[:, : self.vocab_size]
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Compute the input embeddings [count, hidden_size] of token ids [count], as the served model does."""
+        embeddings: Tensor = self._twin.model.embed_input_ids(tokens)
+        return embeddings.to(self.dtype)
+
+    def _make_twin(self) -> None:
+        self._sliced.forget()
+        self._shape = None
+        self._twin = Twin(self._runner.get_model())
+        self._forward_context = compat.forward_context(self._vllm_config, self._twin.clones)
+        if self._lockstep:
+            for layer in self._twin.decoder_layers():
+                layer.forward = self._pausing(layer.forward)
+
+    def _pausing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def paused_before(*arguments: Any, **named: Any) -> Any:
+            self._pause()
+            return forward(*arguments, **named)
+
+        return paused_before

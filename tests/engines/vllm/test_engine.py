@@ -1,0 +1,179 @@
+"""VllmEngine on stand-ins for what it meets of vLLM: an `Engine`, its slices, its context, weights that change."""
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import nn
+from vllm_stand_ins import Model, worker
+
+from poc_kernels.engines.vllm.engine import VllmEngine
+from poc_kernels.protocol import DistanceProver, PoCConfig
+from poc_kernels.protocol.prover import Row
+from poc_kernels.scheduling.slices import MEASURED_FORWARDS
+
+ROWS = [Row("key", nonce) for nonce in range(4)]
+CONFIG = PoCConfig("0x00ab", 7, "key", 1.4, batch_size=4, seq_len=12, use_random_projection=True)
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
+
+def random_inputs(batch=3, length=12):
+    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(2))
+
+
+def test_what_an_engine_says_of_itself():
+    engine = VllmEngine(worker())
+    assert (engine.hidden_size, engine.vocab_size, engine.max_positions) == (32, 101, 128)
+    assert (engine.dtype, engine.device) == (torch.float32, torch.device("cpu"))
+    hidden = engine.forward(random_inputs())
+    assert hidden.shape == (3, 12, 32)
+    assert engine.compute_logits(hidden[:, -1]).shape == (3, 101)  # without the padding of the vocabulary
+    assert torch.equal(engine.embed(torch.tensor([5])), Model().tokens[5:6])
+
+
+def test_a_forward_leaves_its_input_as_it_was():
+    engine, x = VllmEngine(worker()), random_inputs()
+    before = x.clone()
+    engine.forward(x)
+    assert torch.equal(x, before)
+
+
+def test_slices_change_no_bit():
+    engine, x = VllmEngine(worker(), slice_seconds=1e-6), random_inputs()
+    expected, pauses = engine.forward(x), []
+    assert engine.slices is None
+    for _ in range(MEASURED_FORWARDS):
+        assert_same_bits(engine.forward(x, lambda: pauses.append(1)), expected)
+    assert engine.slices is not None
+    pauses.clear()
+    assert_same_bits(engine.forward(x, lambda: pauses.append(1)), expected)
+    assert len(pauses) == len(engine.slices.cuts)
+    engine.forward(random_inputs(length=9))
+    assert engine.slices is None  # of another shape
+
+
+def test_a_forward_of_any_shape_leaves_the_slices_alone():
+    engine, x = VllmEngine(worker()), random_inputs()
+    for _ in range(MEASURED_FORWARDS):
+        expected = engine.forward(x)
+    slices = engine.slices
+    assert engine.compute_states(random_inputs(1, 5)).shape == (1, 5, 32)
+    assert engine.slices is slices is not None
+    assert_same_bits(engine.forward(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "message"),
+    [
+        ((3, 12), torch.float32, ValueError, r"inputs_embeds must have shape \[batch, seq_len, 32\], got \[3, 12\]"),
+        ((3, 12, 8), torch.float32, ValueError, r"inputs_embeds must have shape .* got \[3, 12, 8\]"),
+        ((3, 12, 32), torch.bfloat16, TypeError, "inputs_embeds must be torch.float32, got torch.bfloat16"),
+    ],
+)
+def test_inputs_that_do_not_fit(shape, dtype, error, message):
+    with pytest.raises(error, match=message):
+        VllmEngine(worker()).forward(torch.zeros(shape, dtype=dtype))
+
+
+def test_a_configuration_that_is_not_supported():
+    with pytest.raises(ValueError, match="start vLLM without --enable-sleep-mode"):
+        VllmEngine(worker(enable_sleep_mode=True))
+
+
+def test_in_lockstep_it_pauses_before_each_layer_and_nowhere_else():
+    plain, lockstep = VllmEngine(worker()), VllmEngine(worker(), lockstep=True)
+    x, pauses = random_inputs(), []
+    for _ in range(MEASURED_FORWARDS + 1):
+        pauses.clear()
+        assert_same_bits(lockstep.forward(x, lambda: pauses.append(1)), plain.forward(x))
+        assert len(pauses) == 3
+    assert lockstep.slices is None
+
+
+def test_a_forward_in_lockstep_can_be_given_up():
+    class GivenUpError(Exception):
+        pass
+
+    def give_up():
+        raise GivenUpError
+
+    engine, x = VllmEngine(worker(), lockstep=True), random_inputs()
+    with pytest.raises(GivenUpError):
+        engine.forward(x, give_up)
+    engine.compute_states(x)  # pauses for nobody
+
+
+def test_states_of_inner_layers_are_left_out():
+    class Drafted(Model):
+        def forward(self, *arguments, **named):
+            return super().forward(*arguments, **named), [torch.zeros(1)]
+
+    x = random_inputs()
+    assert_same_bits(VllmEngine(worker(Drafted())).forward(x), VllmEngine(worker()).forward(x))
+
+
+def test_positions_of_models_that_take_three_of_them():
+    class Multimodal(Model):
+        def forward(self, input_ids, positions, intermediate_tensors, inputs_embeds):
+            assert positions.shape == (3, 36)
+            return super().forward(None, positions[2], None, inputs_embeds)
+
+    made = worker(Multimodal())
+    made.model_runner.uses_mrope = True
+    x = random_inputs()
+    assert_same_bits(VllmEngine(made).forward(x), VllmEngine(worker()).forward(x))
+
+
+def test_a_rank_without_logits_goes_on():
+    class Gathered(Model):
+        def compute_logits(self, hidden_states):
+            return None
+
+    outcomes = DistanceProver(VllmEngine(worker(Gathered()))).prove(CONFIG, ROWS)
+    assert len(outcomes.values) == 4
+
+
+def test_distances_do_not_depend_on_place_and_neighbours():
+    prover = DistanceProver(VllmEngine(worker()))
+    together = prover.prove(CONFIG, ROWS).values
+    assert len(set(together)) == 4
+    assert [prover.prove(CONFIG, [row]).values[0] for row in ROWS] == together
+    assert prover.prove(CONFIG, ROWS[::-1]).values == together[::-1]
+
+
+def test_the_context_is_there_inside_the_block_only(stand_ins):
+    made = worker()
+    engine = VllmEngine(made)
+    with engine.context():
+        assert stand_ins.op.providers == ("vllm_c", "native")
+        served = made.model_runner.get_model()
+        clone = stand_ins.context[id(served.layers[0].attn)]
+        assert clone is not served.layers[0].attn
+        with engine.context():
+            pass
+        assert stand_ins.context is not None
+    assert stand_ins.op.providers == ("native",)
+    assert stand_ins.context is None
+
+
+def test_replaced_weights_are_noticed(stand_ins):
+    made = worker()
+    engine, x = VllmEngine(made), random_inputs()
+    before = engine.forward(x)
+    assert not engine.refresh()
+
+    served = made.model_runner.get_model()
+    for layer in served.layers:
+        layer.mlp.weight = nn.Parameter(layer.mlp.weight * 2, requires_grad=False)
+    assert_same_bits(engine.forward(x), before)  # of the weights that the round began with
+    assert engine.refresh()
+    assert not engine.refresh()
+    after = engine.forward(x)
+    assert not torch.equal(after, before)
+    assert_same_bits(after, VllmEngine(made).forward(x))
+
+    made.model_runner.served[0] = Model()
+    assert engine.refresh()
+    assert_same_bits(engine.forward(x), before)
+    with engine.context():
+        assert id(made.model_runner.get_model().layers[0].attn) in stand_ins.context
