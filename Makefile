@@ -85,6 +85,14 @@ sanitize: $(VENV)/cmake
 	  $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
 
+# The same for arm64 on another CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. Takes Debian's packages
+# g++-aarch64-linux-gnu and qemu-user.
+.PHONY: sanitize-arm64
+sanitize-arm64: $(VENV)/cmake
+	$(BIN)/cmake -S tests/sanitize -B build/sanitize-arm64 --toolchain $(abspath tests/sanitize/arm64.cmake)
+	$(BIN)/cmake --build build/sanitize-arm64 --parallel 2
+	$(BIN)/ctest --test-dir build/sanitize-arm64 --output-on-failure
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -267,6 +267,7 @@ const Kernels& amx_kernels() {
                                       /*k_unit=*/64,
                                       /*entry_bytes=*/1,
                                       /*byte_limbs=*/true,
+                                      /*takes_scratch=*/false,
                                       quantise,
                                       draw_pairs,
                                       unpack<half_entry_of_pairs>,

@@ -23,6 +23,7 @@ struct Lanes {
   using Vector = __m256i;
   static inline Vector set1(uint64_t value) { return _mm256_set1_epi64x(static_cast<int64_t>(value)); }
   static inline Vector multiply(Vector a, Vector b) { return _mm256_mul_epu32(a, b); }
+  static inline Vector low_half(Vector a) { return a; }  // the upper halves are not used
   static inline Vector high_half(Vector a) { return _mm256_srli_epi64(a, 32); }
   static inline Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
   static inline Vector exclusive_or(Vector a, Vector b, Vector c) { return exclusive_or(exclusive_or(a, b), c); }
@@ -217,6 +218,7 @@ const Kernels& avx2_kernels() {
                                       /*k_unit=*/16,
                                       Panels::kEntryBytes,
                                       /*byte_limbs=*/false,
+                                      /*takes_scratch=*/true,
                                       quantise,
                                       draw,
                                       unpack<half_entry_at>,

@@ -88,6 +88,7 @@ constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
           /*k_unit=*/64,
           Panels::kEntryBytes,
           /*byte_limbs=*/true,
+          /*takes_scratch=*/false,
           quantise,
           draw,
           unpack<half_entry_at>,

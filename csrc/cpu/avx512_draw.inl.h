@@ -22,6 +22,7 @@ struct Lanes {
   using Vector = __m512i;
   static inline Vector set1(uint64_t value) { return _mm512_set1_epi64(static_cast<int64_t>(value)); }
   static inline Vector multiply(Vector a, Vector b) { return _mm512_mul_epu32(a, b); }
+  static inline Vector low_half(Vector a) { return a; }  // the upper halves are not used
   static inline Vector high_half(Vector a) { return _mm512_srli_epi64(a, 32); }
   static inline Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
   static inline Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }

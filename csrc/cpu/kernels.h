@@ -89,13 +89,14 @@ struct Form {
 struct Kernels {
   const char* name;
   bool (*supported)();
-  int group_columns;  // columns that are drawn together
-  int k_unit;         // limbs and the panels of products hold whole multiples of this many k
-  int entry_bytes;    // bytes of an entry in a panel
-  bool byte_limbs;    // q is kept as bytes, two with 16 activation_bits; otherwise as int16
+  int group_columns;   // columns that are drawn together
+  int k_unit;          // limbs and the panels of products hold whole multiples of this many k
+  int entry_bytes;     // bytes of an entry in a panel
+  bool byte_limbs;     // q is kept as bytes, two with 16 activation_bits; otherwise as int16
+  bool takes_scratch;  // of quantise
 
   // Quantises the rows states[i].row of x into a tile of limbs that has room for `room` rows; scratch holds
-  // rows * k_padded int16 unless byte_limbs.
+  // rows * k_padded int16 if it takes_scratch.
   void (*quantise)(const Activations&, int64_t k_padded, RowState* states, int rows, int room, int16_t* scratch,
                    void* tile);
   void (*draw)(const EntryKey&, const PanelShape&, void* panel);
@@ -120,6 +121,13 @@ const Kernels& avx512_vbmi_kernels();
 #endif
 #if defined(POC_KERNELS_AMX)
 const Kernels& amx_kernels();
+#endif
+#if defined(POC_KERNELS_ARM64)
+bool has_neon_dotprod();
+bool has_neon_i8mm();
+
+const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_kernels();
 #endif
 
 }  // namespace poc::cpu

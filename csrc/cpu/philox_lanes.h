@@ -53,15 +53,16 @@ inline void fill_scalars(const RoundKeys& keys, uint32_t first_call, int64_t cou
   }
 }
 
-// Half of the columns of a group after rounds 0 and 1. Lanes are the vectors of an instruction set, of 64-bit lanes; of
-// counters and columns the upper halves of lanes are not used.
+// Some columns after rounds 0 and 1. Lanes are the vectors of an instruction set, of 32-bit lanes, or of 64-bit lanes
+// whose upper halves are not used in columns and counters.
 template <class Lanes>
 struct Columns {
   typename Lanes::Vector h, l;
 
   Columns(const RoundKeys& keys, typename Lanes::Vector n) {
-    l = Lanes::multiply(Lanes::set1(kPhiloxM0), Lanes::exclusive_or(n, Lanes::set1(keys.column_mask)));
-    h = Lanes::high_half(l);
+    const auto p0 = Lanes::multiply(Lanes::set1(kPhiloxM0), Lanes::exclusive_or(n, Lanes::set1(keys.column_mask)));
+    l = Lanes::low_half(p0);
+    h = Lanes::high_half(p0);
   }
 };
 
@@ -73,7 +74,7 @@ struct Counters {
   inline void round2(const Columns<Lanes>& columns, const CallScalars& s) {
     const auto p1 = Lanes::multiply(Lanes::set1(kPhiloxM1), Lanes::exclusive_or(columns.h, Lanes::set1(s.s0)));
     c0 = Lanes::exclusive_or(Lanes::high_half(p1), Lanes::set1(s.s1));
-    c1 = p1;
+    c1 = Lanes::low_half(p1);
     c2 = Lanes::exclusive_or(columns.l, Lanes::set1(s.s2));
     c3 = Lanes::set1(s.s3);
   }
@@ -82,8 +83,8 @@ struct Counters {
     const auto p1 = Lanes::multiply(Lanes::set1(kPhiloxM1), c2);
     c0 = Lanes::exclusive_or(Lanes::high_half(p1), c1, Lanes::set1(a));
     c2 = Lanes::exclusive_or(Lanes::high_half(p0), c3, Lanes::set1(b));
-    c1 = p1;
-    c3 = p0;
+    c1 = Lanes::low_half(p1);
+    c3 = Lanes::low_half(p0);
   }
 };
 

@@ -83,6 +83,7 @@ const Kernels& portable_kernels() {
                                       /*k_unit=*/16,
                                       Panels::kEntryBytes,
                                       /*byte_limbs=*/false,
+                                      /*takes_scratch=*/false,
                                       quantise,
                                       draw,
                                       unpack<half_entry_at>,

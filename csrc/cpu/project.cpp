@@ -89,7 +89,7 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   plan.states_bytes = round_up(block_rows * static_cast<int64_t>(sizeof(RowState)), kAlignment);
   plan.limbs_bytes = round_up(tiles_of(job) * job.tile_bytes, kAlignment);
   plan.memory_bytes = form.memory_bytes(job);
-  plan.scratch_bytes = kernels.byte_limbs ? 0 : round_up(job.tile_bytes, kAlignment);
+  plan.scratch_bytes = kernels.takes_scratch ? round_up(job.tile_rows * k * 2, kAlignment) : 0;
   return plan;
 }
 
@@ -140,7 +140,10 @@ KernelList all_kernels() {
       &amx_kernels(),
 #endif
 #if defined(POC_KERNELS_X86)
-      &avx512_vbmi_kernels(), &avx512_kernels(), &avx2_kernels(),
+      &avx512_vbmi_kernels(), &avx512_kernels(),       &avx2_kernels(),
+#endif
+#if defined(POC_KERNELS_ARM64)
+      &neon_i8mm_kernels(),   &neon_dotprod_kernels(),
 #endif
       &portable_kernels()};
   return {list, static_cast<int>(sizeof list / sizeof list[0])};

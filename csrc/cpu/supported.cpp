@@ -4,8 +4,13 @@
 #if defined(POC_KERNELS_AMX)
 #include "amx_support.h"
 #endif
+#if defined(POC_KERNELS_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace poc::cpu {
+
+#if defined(POC_KERNELS_X86)
 
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }
 
@@ -26,6 +31,18 @@ bool has_amx() {
 #endif
   return usable && has_avx512_vbmi();
 }
+#endif
+#endif
+
+#if defined(POC_KERNELS_ARM64)
+#if defined(__linux__)
+// Bits of the kernel's words on the CPU, asimddp and i8mm of /proc/cpuinfo. With the latter comes the former.
+bool has_neon_dotprod() { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }
+bool has_neon_i8mm() { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & 1ul << 13) != 0; }
+#else
+bool has_neon_dotprod() { return false; }
+bool has_neon_i8mm() { return false; }
+#endif
 #endif
 
 }  // namespace poc::cpu
