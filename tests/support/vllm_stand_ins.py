@@ -125,7 +125,7 @@ class DecoderLayer(nn.Module):
     def forward(self, positions: Tensor, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x = self.norm(x, residual)
         query, key, value = self.qkv(x)[0].split(self.sizes, dim=-1)
-        key = key * (1 + 0.01 * positions.view(-1, 1))
+        key = key * (1 + 0.01 * positions.view(-1, 1)).to(key.dtype)
         x = self.norm_after(self.out(self.attn(query, key, value))[0], residual)
         return torch.tanh(self.mlp(x)[0]), residual
 
@@ -162,6 +162,7 @@ def vllm_config(**changes: Any) -> Any:
         dtype=torch.float32,
         max_model_len=128,
         runner_type="generate",
+        logprobs_mode="raw_logprobs",
         enable_sleep_mode=False,
         hf_text_config=text,
         get_hidden_size=lambda: 32,

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ...scheduling import Turns
+from ..rounding import ROUNDINGS, rounded_otherwise
 from .batching import OnOutput, Router
 from .config import batched_positions
 from .processors import processors_of, without_sampling
@@ -31,10 +32,6 @@ _PROMPT_LENGTHS = (17, 3, 40, 9)
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 _MAX_WINDOW = 1024
 """A model whose attention has a window of at most this many tokens is tried with a prompt that is longer."""
-
-_ROUNDINGS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Relative changes that a module's output may have by rounding. That of float32 is eight of its roundings: long sums
-are added up in an order that depends on the kernel."""
 
 _MARGIN = 4.0
 
@@ -216,10 +213,9 @@ class _Plain:
         """Change the output of every module at random, by at most a rounding of its dtype."""
 
         def change(module: Any, arguments: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or output.dtype not in _ROUNDINGS:
+            if not isinstance(output, Tensor) or output.dtype not in ROUNDINGS:
                 return None
-            by = torch.rand(output.shape, generator=self._generator, device=output.device) * 2 - 1
-            return (output.float() * (1 + _ROUNDINGS[output.dtype] * by)).to(output.dtype)
+            return rounded_otherwise(output, self._generator, ROUNDINGS[output.dtype])
 
         handles = [module.register_forward_hook(change) for module in self._model.modules()]
         try:

@@ -32,6 +32,11 @@ class VllmEngine:
         lockstep: whether to pause before each decoder layer and nowhere else, so that all ranks of a model pause at
             the same calls. Nothing is captured then.
 
+    Attributes:
+        twin: the twin of the served model.
+        vllm_config: the worker's configuration.
+        scores_are_logits: whether the server tells logits where log-probabilities are asked for.
+
     Raises:
         ValueError: the configuration or the model has something that proofs do not support.
     """
@@ -48,13 +53,22 @@ class VllmEngine:
         self.max_positions: int = model_config.max_model_len
         self.dtype: torch.dtype = model_config.dtype
         self.device = torch.device(runner.device)
-        self._vllm_config, self._runner = config, runner
+        self.vllm_config = config
+        self.scores_are_logits: bool = "logits" in model_config.logprobs_mode
+        self._runner = runner
         self._position_rows = 3 if getattr(runner, "uses_mrope", False) else 0
         self._lockstep, self._pause = lockstep, never
         self._sliced = SlicedForward(self.device, slice_seconds)
         self._shape: tuple[int, ...] | None = None
         self._ops = compat.kernels_of_ops()
         self._make_twin()
+
+    @property
+    def windows(self) -> list[int]:
+        """How many positions attention layers look back, or have in a chunk: each number once, ascending."""
+        names = ("sliding_window", "attention_chunk_size")
+        found = {getattr(layer, name, None) for layer in self.twin.attention_layers() for name in names}
+        return sorted(window for window in found if window is not None)
 
     @property
     def slices(self) -> Slices | None:
@@ -66,7 +80,7 @@ class VllmEngine:
 
         Weights that were overwritten where they lie need nothing. Call it before a round, with no forward begun.
         """
-        if self._twin.is_of(self._runner.get_model()):
+        if self.twin.is_of(self._runner.get_model()):
             return False
         self._make_twin()
         return True
@@ -114,12 +128,12 @@ class VllmEngine:
     def compute_states(self, inputs_embeds: Tensor) -> Tensor:
         """Compute what `forward` does in one go, of any shape, without remembering anything of it."""
         batch, length, _ = inputs_embeds.shape
-        self._twin.layout = Layout(batch, length)
+        self.twin.layout = Layout(batch, length)
         positions = torch.arange(length, device=self.device).repeat(batch)
         if self._position_rows:
             positions = positions.repeat(self._position_rows, 1)
         # A copy: fused norms add to their residual in place, and the first residual is the input.
-        states: Any = self._twin.model(
+        states: Any = self.twin.model(
             input_ids=None,
             positions=positions,
             intermediate_tensors=None,
@@ -133,24 +147,30 @@ class VllmEngine:
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Compute the logits [rows, vocab_size] of hidden states [rows, hidden_size]; ones where a rank gets none."""
-        logits: Tensor | None = self._twin.model.compute_logits(hidden_states)
+        logits = self.gather_logits(hidden_states)
         if logits is None:  # another rank has them, and its outcomes count
             return torch.ones(len(hidden_states), self.vocab_size, device=self.device)
-        return logits[:, : self.vocab_size]
+        return logits
+
+    @torch.inference_mode()
+    def gather_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Compute the logits [rows, vocab_size] of hidden states [rows, hidden_size]; None where a rank gets none."""
+        logits: Tensor | None = self.twin.model.compute_logits(hidden_states)
+        return None if logits is None else logits[:, : self.vocab_size]
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the input embeddings [count, hidden_size] of token ids [count], as the served model does."""
-        embeddings: Tensor = self._twin.model.embed_input_ids(tokens)
+        embeddings: Tensor = self.twin.model.embed_input_ids(tokens)
         return embeddings.to(self.dtype)
 
     def _make_twin(self) -> None:
         self._sliced.forget()
         self._shape = None
-        self._twin = Twin(self._runner.get_model())
-        self._forward_context = compat.forward_context(self._vllm_config, self._twin.clones)
+        self.twin = Twin(self._runner.get_model())
+        self._forward_context = compat.forward_context(self.vllm_config, self.twin.clones)
         if self._lockstep:
-            for layer in self._twin.decoder_layers():
+            for layer in self.twin.decoder_layers():
                 layer.forward = self._pausing(layer.forward)
 
     def _pausing(self, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,13 +63,17 @@ class Twin:
         """Return whether ``model`` consists of the very modules and weights that this was made of."""
         return weights_of(model) == self._made_of
 
+    def attention_layers(self) -> list[nn.Module]:
+        """Return the layers of attention."""
+        return [clone for clone in self.clones.values() if isinstance(clone, self._attention_layer)]
+
     def decoder_layers(self) -> nn.ModuleList:
         """Return the decoder's layers: of all lists of modules with attention, the longest.
 
         Raises:
             ValueError: there is no such list.
         """
-        attention = {id(clone) for clone in self.clones.values() if isinstance(clone, self._attention_layer)}
+        attention = {id(layer) for layer in self.attention_layers()}
         lists = [
             module
             for module in self.model.modules()
