@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, expected, rows_of_every_kind
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from vectors import PRODUCTS, VECTORS, activations, options_of, product_id, sha256
 
 import poc_kernels
@@ -339,3 +340,26 @@ def test_nothing_is_recorded_without_gradients(mode):
         y = residual_projection(X.clone().requires_grad_(), SEED)
     assert not y.requires_grad
     assert_same_bits(y, expected(X))
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops of this package that come to a mode, which lies between autograd and the kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "poc_kernels":
+            self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "call"), PRODUCT_CALLS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_lies_below_autograd_sees_the_ops(name, call, requires_grad):
+    x = FINITE.clone().requires_grad_(requires_grad)
+    with Seen() as seen:
+        y = call(x)
+    assert seen.ops == [getattr(torch.ops.poc_kernels, name).default]
+    assert_same_bits(y.detach(), call(FINITE))

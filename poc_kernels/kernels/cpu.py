@@ -111,15 +111,16 @@ def project(
     core = native.load()
     assert core is not None
     domain, coefficient, activation_bits, columns, residual, column_start, row_mask = request
-    if x.stride(1) != 1 and x.shape[1] > 1:
+    rows, k = x.shape
+    if x.stride(1) != 1 and k > 1:
         x = x.contiguous()
     mask = None if row_mask is None else row_mask.contiguous()
-    y = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     projection = core.Projection(
         x=x.data_ptr(),
         dtype=_DTYPE_CODES[x.dtype],
-        rows=x.shape[0],
-        k=x.shape[1],
+        rows=rows,
+        k=k,
         row_stride=x.stride(0),
         row_mask=0 if mask is None else mask.data_ptr(),
         y=y.data_ptr(),
