@@ -115,16 +115,6 @@ def test_a_slow_receiver_does_not_slow_the_round(http: httpx2.Client, node: Node
     assert received(receiver) == list(zip(found["valid_nonces"], found["valid_distances"], strict=True))
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://127.1:1/a", "https://user:pass@[::1]:1/x?y"])
-def test_no_callback_url_ends_the_proof_thread(http: httpx2.Client, url: str) -> None:
-    answer = http.post(f"{POW}/init/generate", json={**ROUND, "callback_url": url})
-    assert answer.status_code == 200, answer.text
-    checked(http, 40)
-    posted(http, "/phase/validate")
-    assert posted(http, "/validate", claim([1], [1.0]))["nonces"] == [1]
-    assert http.get("/health").status_code == 200
-
-
 # ---- clients ----
 
 

@@ -1,8 +1,7 @@
-"""The PoC routes under generated requests: they answer as their schema says, and the node lives on."""
+"""The PoC routes of our own server under generated requests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from nodes import JSON, POW, ROUND, Alone, begin, claim, posted, running
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from fuzzed_rounds import *  # noqa: F403
+from fuzzed_rounds import FUZZED_SETTINGS
+from nodes import POW, Alone, begin, claim, posted, running
 from web import CHAT, chat, text_of
 
 from poc_kernels.node.node import Node
@@ -22,9 +20,9 @@ pytest_plugins = ["node_fixtures"]
 
 
 @pytest.fixture(scope="module")
-def fuzzed(model_dir: Path, alone: Alone) -> Iterator[tuple[Node, httpx2.Client]]:
+def fuzzed_node(model_dir: Path, alone: Alone) -> Iterator[tuple[Node, httpx2.Client]]:
     """A node that must be as good after all tests as before."""
-    with running(model_dir, shutdown_seconds=1.0, max_proof_tokens=1024, max_queued_nonces=100) as (node, http):
+    with running(model_dir, shutdown_seconds=1.0, **FUZZED_SETTINGS) as (node, http):
         before = text_of(http.post(CHAT, json=chat(max_tokens=4)))
         yield node, http
         begin(http, "validate")
@@ -35,92 +33,10 @@ def fuzzed(model_dir: Path, alone: Alone) -> Iterator[tuple[Node, httpx2.Client]
 
 
 @pytest.fixture(scope="module")
-def api(fuzzed: tuple[Node, httpx2.Client]) -> Any:
-    return schemathesis.openapi.from_asgi("/openapi.json", fuzzed[0].app).include(path_regex=f"^{POW}/")
+def fuzzed(fuzzed_node: tuple[Node, httpx2.Client]) -> httpx2.Client:
+    return fuzzed_node[1]
 
 
-ONE = "/validate/{job_id}"
-WITH_BODY = ["/init", "/init/generate", "/init/validate", "/validate"]
-POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-
-
-@pytest.mark.parametrize(
-    ("path", "mode"),
-    [
-        *((path, mode) for path in WITH_BODY for mode in (POSITIVE, NEGATIVE)),
-        *((path, POSITIVE) for path in ("/phase/generate", "/phase/validate", "/status", "/stop", ONE)),
-    ],
-)
-def test_routes_conform_to_their_schema(
-    fuzzed: tuple[Node, httpx2.Client], api: Any, path: str, mode: schemathesis.GenerationMode
-) -> None:
-    operation = api[POW + path]["GET" if path in ("/status", ONE) else "POST"]
-
-    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def conforms(case: Any) -> None:
-        if path == "/validate":
-            begin(fuzzed[1], "validate")
-        else:
-            posted(fuzzed[1], "/stop")
-        # A body that fits the schema may still have a value that no round takes.
-        case.call_and_validate(excluded_checks=[positive_data_acceptance])
-
-    conforms()
-
-
-TEXT = st.text(min_size=1, max_size=8)
-TAKEN = {
-    "block_hash": TEXT,
-    "block_height": st.integers(0, 2**63 - 1),
-    "public_key": TEXT,
-    "r_target": st.floats(0.0, exclude_min=True, allow_infinity=False) | st.integers(1, 10),
-    "fraud_threshold": st.floats(0, 1),
-    "node_id": st.integers(0, 2**62),
-    "node_count": st.integers(1, 2**20),
-    "batch_size": st.integers(1, 8),
-    "seq_len": st.integers(1, 32),
-    "callback_url": st.none() | st.sampled_from(["http://127.0.0.1:1", "http://[::1]:1/x?y"]),
-    "use_random_projection": st.none() | st.booleans(),
-    "group_id": st.integers(0, 2),
-    "n_groups": st.integers(3, 2**11),
-    "url": st.sampled_from(["", None]),
-    "params": st.sampled_from([None, {}, {"seq_len": 4, "dim": 1792}]),
-    "unknown": st.just(1),
-}
-NOT_TAKEN = st.one_of(
-    st.sampled_from([-2, -1, 2**31 + 1, 2**63, 10**30, "", "\ud800", "k" * 1025, "http://[::1", "https://a:b", "\x00"]),
-    st.floats(),
-    st.lists(st.integers(), max_size=2),
-    st.none() | st.booleans(),
-)
-CHANGES = st.builds(
-    lambda taken, other: {**taken, **other},
-    st.fixed_dictionaries({}, optional=TAKEN),
-    st.just({}) | st.dictionaries(st.sampled_from(sorted(TAKEN)), NOT_TAKEN, max_size=1),
-)
-NONCES = st.integers(0, 2**63 - 1) | st.sampled_from([-1, 0, 2**63 - 1, 2**63, 10**30])
-
-
-@settings(max_examples=80)
-@given(changes=CHANGES, phase=st.sampled_from(["generate", "validate"]), nonce=NONCES)
-def test_a_round_is_refused_or_runs(
-    fuzzed: tuple[Node, httpx2.Client], alone: Alone, changes: dict[str, Any], phase: str, nonce: int
-) -> None:
-    _, http = fuzzed
-    posted(http, "/stop")
-    body = {**ROUND, "batch_size": 2, "seq_len": 4, **changes}
-    answer = http.post(f"{POW}/init/{phase}", content=json.dumps(body), headers=JSON)
-    assert answer.status_code in (200, 400, 422)
-    if answer.status_code == 200:
-        proof = claim([nonce], **{key: body[key] for key in ("block_hash", "block_height", "public_key")})
-        verdict = http.post(f"{POW}/validate", content=json.dumps(proof), headers=JSON)
-        if 0 <= nonce < 2**63:
-            config = {
-                key: value for key, value in body.items() if key not in ("unknown", "callback_url", "url", "params")
-            }
-            config["use_random_projection"] = bool(config.get("use_random_projection"))
-            assert verdict.json()["distances"] == alone.distances([nonce], **config)
-        else:
-            assert verdict.status_code == 400
-    assert http.get("/health").status_code == 200
+@pytest.fixture(scope="module")
+def api(fuzzed_node: tuple[Node, httpx2.Client]) -> Any:
+    return schemathesis.openapi.from_asgi("/openapi.json", fuzzed_node[0].app).include(path_regex=f"^{POW}/")

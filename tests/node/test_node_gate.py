@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,57 +13,11 @@ import pytest
 import torch
 from nodes import Alone, Blocked, begin, checked, claim, posted, slowed, status
 from served import NAME
-from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
+from web import CHAT, DONE, TIMEOUT, Stream, chat, error_of, eventually, streamed, text_of
 
 from poc_kernels.node.node import Node
 
 pytest_plugins = ["node_fixtures"]
-
-DONE = "data: [DONE]"
-
-
-class Stream:
-    """A chat that is streamed in a thread; its text as it comes."""
-
-    def __init__(self, http: httpx2.Client, **fields: Any) -> None:
-        self.text: list[str] = []
-        self.first = threading.Event()
-        self.lines: list[str] = []
-        self._http, self._fields = http, fields
-        self._pool = ThreadPoolExecutor(1)
-        self._result = self._pool.submit(self._read)
-
-    def _read(self) -> str:
-        with self._http.stream("POST", CHAT, json=chat(stream=True, **self._fields)) as stream:
-            assert stream.status_code == 200
-            for piece in pieces(events(self._before_done(stream.iter_lines()))):
-                self.text.append(piece)
-                self.first.set()
-        return "".join(self.text)
-
-    def _before_done(self, lines: Iterator[str]) -> Iterator[str]:
-        for line in lines:
-            if line:
-                self.lines.append(line)
-            if line != DONE:
-                yield line
-
-    def result(self) -> str:
-        """The whole text."""
-        return self._result.result(TIMEOUT)
-
-    def __enter__(self) -> Stream:
-        assert self.first.wait(TIMEOUT)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-
-def streamed(http: httpx2.Client, **fields: Any) -> str:
-    """The text of a chat while nothing else runs. (Those that are not streamed lack the space at their beginning.)"""
-    with Stream(http, **fields) as stream:
-        return stream.result()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import httpx2
 import pytest
 from nodes import POW, begin, checked, claim, posted, settings, status
 from served import NAME
-from web import CHAT, TIMEOUT, chat, client, eventually
+from web import CHAT, DONE, TIMEOUT, chat, client, eventually
 
 import poc_kernels
 from poc_kernels.node.node import Node
@@ -30,7 +30,6 @@ from poc_kernels.node.server import serve
 pytest_plugins = ["node_fixtures"]
 
 READY_SECONDS = 120  # several processes import torch at once
-DONE = "data: [DONE]"
 
 
 class Process:

@@ -15,13 +15,14 @@ from nodes import (
     MAX_QUEUED,
     POW,
     ROUND,
-    VALIDATE_KEYS,
     Alone,
     Blocked,
     begin,
     claim,
     forwarded,
+    polled,
     posted,
+    queued,
     running,
     status,
 )
@@ -35,27 +36,6 @@ pytest_plugins = ["node_fixtures"]
 BATCH = ROUND["batch_size"]
 
 
-def queued(http: httpx2.Client, body: dict[str, Any], submitter: str | None = None) -> str:
-    """Post a batch whose verdict is asked for later; where."""
-    answer = http.post(f"{POW}/validate?wait=false", json=body, headers=forwarded(submitter))
-    assert answer.status_code == 202, answer.text
-    expected = {"status": answer.json()["status"], "nonces_done": answer.json()["nonces_done"]}
-    location: str = answer.headers["location"]
-    assert location == f"{POW}/validate/{answer.json()['id']}"
-    assert answer.json() == {**expected, "id": answer.json()["id"], "nonces": len(body["nonces"])}
-    return location
-
-
-def verdict(http: httpx2.Client, location: str) -> dict[str, Any]:
-    """The verdict once it is there."""
-    eventually(lambda: http.get(location).status_code != 202)
-    answer = http.get(location)
-    assert answer.status_code == 200, answer.text
-    result: dict[str, Any] = answer.json()
-    assert result.keys() == VALIDATE_KEYS
-    return result
-
-
 @pytest.fixture
 def blocked(http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch) -> Blocked:
     """A round in state VALIDATING whose forwards wait."""
@@ -63,19 +43,6 @@ def blocked(http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch) ->
     blocked = Blocked(node.engine.forward)
     monkeypatch.setattr(node.engine, "forward", blocked)
     return blocked
-
-
-def test_a_polled_verdict_is_the_one_that_is_waited_for(http: httpx2.Client, alone: Alone, receiver: Receiver) -> None:
-    begin(http, "validate", callback_url=receiver.url)
-    empty = http.post(f"{POW}/validate?wait=false", json=claim([]))  # there is nothing to wait for
-    assert (empty.status_code, empty.json()) == (200, posted(http, "/validate", claim([])))
-    for body in (claim(range(10), [1.2] * 10), claim(range(10))):
-        assert verdict(http, queued(http, body)) == posted(http, "/validate", body)
-        assert posted(http, "/validate?wait=true", body)["distances"] == alone.distances(body["nonces"])
-    location = queued(http, claim([3], [1.0]))
-    assert verdict(http, location) == verdict(http, location)  # as often as one likes
-    receiver.wait(4)
-    assert [batch["nonces"] for batch in receiver.contents(path="/validated")] == [list(range(10))] * 3 + [[3]]
 
 
 def test_progress(http: httpx2.Client, alone: Alone, blocked: Blocked) -> None:
@@ -97,8 +64,8 @@ def test_progress(http: httpx2.Client, alone: Alone, blocked: Blocked) -> None:
         assert "poc_validation_queue_batches 2.0" in metrics
     finally:
         blocked.release()
-    assert verdict(http, first)["distances"] == alone.distances(range(3 * BATCH))
-    assert verdict(http, second)["distances"] == alone.distances(range(5))
+    assert polled(http, first)["distances"] == alone.distances(range(3 * BATCH))
+    assert polled(http, second)["distances"] == alone.distances(range(5))
     told = status(http)["validation"]
     assert told["nonces_per_second"] > 0
     assert (told["queued_batches"], told["submitters"], told["running"]) == (0, 0, None)
@@ -122,7 +89,7 @@ def test_no_address_fills_the_queue_for_others(http: httpx2.Client, alone: Alone
     finally:
         blocked.release()
     for location, count in ((mine[0], MAX_QUEUED // 4), (mine[1], MAX_QUEUED // 4), (theirs, MAX_QUEUED // 2)):
-        assert verdict(http, location)["distances"] == alone.distances(range(count))
+        assert polled(http, location)["distances"] == alone.distances(range(count))
 
 
 def test_a_stop_is_told_to_all_at_once(http: httpx2.Client, metrics: Any, receiver: Receiver, blocked: Blocked) -> None:
@@ -167,7 +134,7 @@ def test_a_batch_that_fails_is_told_to_who_asks(
     assert answer.json()["detail"] == "the batch could not be computed: RuntimeError"
     assert int(answer.headers["retry-after"]) > 0
     assert metrics("poc_validations_total", outcome="failed") == before + 1
-    assert verdict(http, queued(http, claim([1])))["distances"] == alone.distances([1])
+    assert polled(http, queued(http, claim([1])))["distances"] == alone.distances([1])
 
 
 def test_results_end(http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,29 +142,10 @@ def test_results_end(http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> No
     for unknown in ("nothing", "0" * 32, "%00"):
         assert http.get(f"{POW}/validate/{unknown}").status_code == 404
     location = queued(http, claim([1]))
-    verdict(http, location)
+    polled(http, location)
     late = time.monotonic() + 3601.0
     monkeypatch.setattr(validation_queue, "time", types.SimpleNamespace(monotonic=lambda: late))
     assert http.get(location).status_code == 404
-
-
-@pytest.mark.parametrize("wait", ["0", "no", "", "False"])
-def test_wait_is_true_or_false(http: httpx2.Client, wait: str) -> None:
-    begin(http, "validate")
-    assert http.post(f"{POW}/validate", params={"wait": wait}, json=claim([1])).status_code == 422
-
-
-def test_batches_posted_without_waiting_are_refused_alike(http: httpx2.Client) -> None:
-    begin(http, "validate")
-    for body, code in (
-        (claim([1], block_hash="0xother"), 400),
-        (claim(range(MAX_QUEUED + 1)), 400),
-        (claim([1, 1]), 400),
-        (claim(["1"]), 422),  # type: ignore[list-item]
-    ):
-        assert http.post(f"{POW}/validate?wait=false", json=body).status_code == code
-    posted(http, "/stop")
-    verdict(http, queued(http, claim([1])))
 
 
 def test_shutdown_ends_what_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,8 @@ import httpx2
 import pytest
 from callback_receivers import Receiver
 from nodes import (
-    CALLBACK_KEY,
     MAX_BODY,
-    MAX_POW_BODY,
-    MAX_QUEUED,
+    SETTINGS,
     Alone,
     posted,
     running,
@@ -38,16 +36,7 @@ def alone(model_dir: Path) -> Alone:
 
 @pytest.fixture(scope="module")
 def running_node(model_dir: Path) -> Iterator[tuple[Node, httpx2.Client]]:
-    with running(
-        model_dir,
-        callback_key=CALLBACK_KEY,
-        max_queued_nonces=MAX_QUEUED,
-        max_pow_body_bytes=MAX_POW_BODY,
-        max_body_bytes=MAX_BODY,
-        body_seconds=1.0,
-        max_proof_tokens=8192,
-        shutdown_seconds=1.0,
-    ) as running_node:
+    with running(model_dir, max_body_bytes=MAX_BODY, **SETTINGS) as running_node:
         yield running_node
 
 

@@ -22,6 +22,16 @@ POW = "/api/v1/pow"
 JSON = {"content-type": "application/json"}
 CALLBACK_KEY = "shared key"
 MAX_QUEUED, MAX_POW_BODY, MAX_BODY = 64, 2**14, 2**13
+SETTINGS: dict[str, Any] = {
+    "callback_key": CALLBACK_KEY,
+    "max_queued_nonces": MAX_QUEUED,
+    "max_pow_body_bytes": MAX_POW_BODY,
+    "body_seconds": 1.0,
+    "max_proof_tokens": 8192,
+    "drain_seconds": 0.1,
+    "shutdown_seconds": 1.0,
+}
+"""Of the server that tests share."""
 ROUND: dict[str, Any] = {
     "block_hash": "0xb10c",
     "block_height": 7,
@@ -137,6 +147,27 @@ def claim(nonces: Iterable[int], dist: Iterable[float] = (), **changes: Any) -> 
     """A body for /validate."""
     common = {key: ROUND[key] for key in ("block_hash", "block_height", "public_key", "node_id")}
     return {**common, "nonces": list(nonces), "dist": list(dist), **changes}
+
+
+def queued(http: httpx2.Client, body: dict[str, Any], submitter: str | None = None) -> str:
+    """Post a batch whose verdict is asked for later; where."""
+    answer = http.post(f"{POW}/validate?wait=false", json=body, headers=forwarded(submitter))
+    assert answer.status_code == 202, answer.text
+    expected = {"status": answer.json()["status"], "nonces_done": answer.json()["nonces_done"]}
+    location: str = answer.headers["location"]
+    assert location == f"{POW}/validate/{answer.json()['id']}"
+    assert answer.json() == {**expected, "id": answer.json()["id"], "nonces": len(body["nonces"])}
+    return location
+
+
+def polled(http: httpx2.Client, location: str) -> dict[str, Any]:
+    """The verdict once it is there."""
+    eventually(lambda: http.get(location).status_code != 202)
+    answer = http.get(location)
+    assert answer.status_code == 200, answer.text
+    result: dict[str, Any] = answer.json()
+    assert result.keys() == VALIDATE_KEYS
+    return result
 
 
 def checked(http: httpx2.Client, minimum: int) -> dict[str, Any]:

@@ -6,17 +6,19 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import httpx2
 import uvicorn
 
 TIMEOUT = 20
 CHAT = "/v1/chat/completions"
+DONE = "data: [DONE]"
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
+def serving(app: Any, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
     """A real server of ``app`` on a free port of this machine; its URL."""
     # Idle connections are kept longer than clients keep theirs, or a request could meet one that closes.
     config = uvicorn.Config(
@@ -25,7 +27,7 @@ def serving(app: Any) -> Iterator[str]:
         port=0,
         log_config=None,
         log_level="error",
-        lifespan="off",
+        lifespan=lifespan,
         timeout_keep_alive=2 * TIMEOUT,
     )
     server = uvicorn.Server(config)
@@ -35,7 +37,7 @@ def serving(app: Any) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit, server.force_exit = True, lifespan == "off"  # the end of a lifespan is waited for
         thread.join(TIMEOUT)
         assert not thread.is_alive()
 
@@ -71,6 +73,50 @@ def pieces(stream: Iterator[dict[str, Any]]) -> Iterator[str]:
         content = event["choices"][0]["delta"].get("content")
         if content is not None:
             yield content
+
+
+class Stream:
+    """A chat that is streamed in a thread; its text as it comes."""
+
+    def __init__(self, http: httpx2.Client, **fields: Any) -> None:
+        self.text: list[str] = []
+        self.first = threading.Event()
+        self.lines: list[str] = []
+        self._http, self._fields = http, fields
+        self._pool = ThreadPoolExecutor(1)
+        self._result = self._pool.submit(self._read)
+
+    def _read(self) -> str:
+        with self._http.stream("POST", CHAT, json=chat(stream=True, **self._fields)) as stream:
+            assert stream.status_code == 200
+            for piece in pieces(events(self._before_done(stream.iter_lines()))):
+                self.text.append(piece)
+                self.first.set()
+        return "".join(self.text)
+
+    def _before_done(self, lines: Iterator[str]) -> Iterator[str]:
+        for line in lines:
+            if line:
+                self.lines.append(line)
+            if line != DONE:
+                yield line
+
+    def result(self) -> str:
+        """The whole text."""
+        return self._result.result(TIMEOUT)
+
+    def __enter__(self) -> Stream:
+        assert self.first.wait(TIMEOUT)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def streamed(http: httpx2.Client, **fields: Any) -> str:
+    """The text of a chat while nothing else runs. (Those that are not streamed lack the space at their beginning.)"""
+    with Stream(http, **fields) as stream:
+        return stream.result()
 
 
 def error_of(answer: httpx2.Response) -> dict[str, Any]:

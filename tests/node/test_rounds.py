@@ -1,0 +1,7 @@
+"""Rounds over HTTP, on our own server with a real, tiny model."""
+
+from __future__ import annotations
+
+from rounds_over_http import *  # noqa: F403
+
+pytest_plugins = ["node_fixtures"]
