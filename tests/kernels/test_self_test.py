@@ -30,6 +30,9 @@ SMALL = {
 }
 
 
+KEYS = ("sha256", "masked_sha256", "shard_sha256")
+
+
 def one_wrong_bit(*arguments):
     y = reference.project(*arguments)
     integer = torch.int32 if y.dtype == torch.float32 else torch.int16
@@ -113,6 +116,47 @@ def test_a_backend_that_ignores_an_argument_is_found(flaw):
         return reference.project(x, seed, request._replace(**flaw))
 
     assert self_test.wrong_answers(made("careless", project=careless), CPU)
+
+
+def rounded_otherwise(dtype, tie):
+    """A backend whose final rounding to ``dtype`` sends ties where ``tie`` (the exact result) says: up or down."""
+
+    def project(x, seed, request):
+        y = reference.project(x, seed, request)
+        if x.dtype != dtype:
+            return y
+        projected = reference.project(x.float(), seed, request._replace(residual=False, row_mask=None)).double()
+        shard = slice(request.column_start, request.column_start + request.columns)
+        exact = projected + x[:, shard].double() if request.residual else projected
+        nearest = y.double()
+        other = 2 * exact - nearest  # the neighbour on the other side, if this is a tie
+        ties = (nearest != exact) & (other.to(dtype).double() == other)
+        if request.row_mask is not None:
+            ties &= request.row_mask[:, None]
+        upper, lower = torch.maximum(nearest, other).to(dtype), torch.minimum(nearest, other).to(dtype)
+        return torch.where(ties, torch.where(tie(exact), upper, lower), y)
+
+    return made("rounds otherwise", project=project)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tie",
+    [
+        lambda exact: exact > -torch.inf,
+        lambda exact: exact < -torch.inf,
+        lambda exact: exact > 0,
+        lambda exact: exact < 0,
+    ],
+    ids=["up", "down", "away from zero", "towards zero"],
+)
+def test_ties_of_the_final_rounding_are_among_the_known_answers(dtype, tie):
+    """Each dtype has its own, with and without masks and shards, at both widths of activations."""
+    edges = {"entries": [], "residual": [], "projection": [], "edge": KNOWN["edge"]}
+    wrong = self_test.wrong_answers(rounded_otherwise(dtype, tie), CPU, edges)
+    name = str(dtype).removeprefix("torch.")
+    assert {f"residual {key} of {name}, K = 17, {bits} bits" for key in KEYS for bits in (16, 8)} <= set(wrong)
+    assert all(f"of {name}," in each for each in wrong)
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------
