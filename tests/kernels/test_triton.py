@@ -446,6 +446,35 @@ def test_old_cards_are_refused(capability, reason, monkeypatch):
     assert kernels.unavailable(torch.device("cuda", 0)) == reason
 
 
+@pytest.mark.parametrize(
+    ("release", "capability", "refused"),
+    [
+        ((3, 6, 0), (9, 0), True),
+        ((3, 7, 0), (9, 0), True),
+        ((3, 7, 1), (9, 0), False),
+        ((3, 10, 0), (9, 0), False),
+        ((3, 6, 0), (8, 9), False),
+        ((3, 6, 0), (10, 0), False),
+        ((3, 6, 0), tile_table.HIP, False),
+    ],
+)
+def test_a_triton_without_fences_is_refused_where_products_need_them(release, capability, refused, monkeypatch):
+    monkeypatch.setattr(tile_table, "TRITON", release)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 4))
+    version = ".".join(map(str, release))
+    sentence = (
+        f"Triton {version} leaves out a memory fence that products on compute capability 9.x need: "
+        "install Triton 3.7.1 or later"
+    )
+    assert kernels.unavailable(torch.device("cuda", 0)) == (sentence if refused else None)
+
+
+def test_the_interpreter_needs_no_fences(monkeypatch):
+    monkeypatch.setattr(tile_table, "TRITON", (3, 6, 0))
+    assert kernels.unavailable(CPU) is None
+
+
 @pytest.mark.parametrize(("capability", "forms"), [((9, 0), {1, 2}), (tile_table.HIP, {1})])
 @pytest.mark.parametrize("dim", [1, 200])
 def test_warmup_runs_every_tile(dim, capability, forms, monkeypatch):

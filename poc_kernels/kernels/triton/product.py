@@ -305,7 +305,7 @@ def unavailable(device: torch.device) -> str | None:
     if capability != tile_table.HIP and capability < (8, 0):
         return "needs compute capability 8.0"
     choose_arithmetic(capability)
-    return None
+    return None if INTERPRETED else tile_table.unsafe(capability)
 
 
 def project(

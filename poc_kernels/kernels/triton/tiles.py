@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import triton
@@ -24,8 +25,11 @@ class Tile(NamedTuple):
 _FEW = tuple((64, rows, 4) for rows in (16, 32, 64))
 """Columns, rows and warps of the tiles for few rows."""
 
+TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+"""Triton's release, such as (3, 7, 1)."""
+
 # mma.sync: Triton hands a thread of int8 operands runs of 8 consecutive k, since 3.7 runs of 4.
-_SYNC_RUN = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7) else 4
+_SYNC_RUN = 8 if TRITON < (3, 7) else 4
 
 
 def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> dict[int, tuple[Tile, ...]]:
@@ -51,6 +55,24 @@ _FP16_TILES = (Tile(64, 16, 4, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2))
 
 # Cards whose int8 rate is far below their float16 rate.
 _FP16 = {(10, 3)}
+
+_FENCES_SINCE = (3, 7, 1)
+
+
+def unsafe(capability: tuple[int, int]) -> str | None:
+    """Return why what this Triton compiles for a compute capability is not to be used, or None if it may be.
+
+    Before 3.7.1 (triton-lang/triton#10537) it puts no fence.proxy.async between the copies that fill shared memory and
+    the products (wgmma) that read it; a product may then read what was there before.
+    """
+    if (9, 0) <= capability < (10, 0) and TRITON < _FENCES_SINCE:
+        version = ".".join(map(str, TRITON))
+        return (
+            f"Triton {version} leaves out a memory fence that products on compute capability 9.x need: install Triton "
+            "3.7.1 or later"
+        )
+    return None
+
 
 BLOCKS_PER_SM = 4
 """Blocks per SM that a product of few tiles is cut into, along K."""
