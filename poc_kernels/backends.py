@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .kernels import Backend, cpu, self_test, trial
+from .kernels import Backend, cpu, self_test, trial, trial_process
 
 logger = logging.getLogger("poc_kernels")
 
@@ -68,6 +68,7 @@ def backends() -> tuple[Backend, ...]:
             unavailable=_triton_unavailable,
             by_name_only=("cpu",),  # by Triton's interpreter
             wrong=_imported_when_called(_TRITON_CHECK, "wrong_tiles"),
+            may_crash=True,
             warmup=_imported_when_called(_TRITON, "warmup"),
         ),
         Backend("reference", project=reference.project, entries=reference.entries, unavailable=lambda device: None),
@@ -96,14 +97,30 @@ def unavailable(backend: Backend, device: torch.device) -> str | None:
 def verdict(backend: Backend, device: torch.device) -> list[str]:
     """Return what ``backend`` gets wrong on ``device``: known answers, or else what the backend itself finds.
 
-    It is tried once, and logged as an error if anything is wrong.
+    It is tried once, and logged as an error if anything is wrong. One that `may_crash` is tried in another process if
+    the device is a GPU; if it ends that process, that is what is wrong.
 
     Raises:
         RuntimeError: it was not tried yet and a CUDA graph is being captured, in which it cannot be.
+        MemoryError: memory is too short to try it.
     """
-    return trial.verdict(
-        _trial_name(backend), device, lambda: self_test.wrong_answers(backend, device) or backend.wrong(device)
-    )
+
+    def find_wrong() -> list[str]:
+        return _wrong(backend, device)
+
+    def find_wrong_apart() -> list[str]:
+        return trial_process.on_gpu_apart(f"{__name__}:_wrong_by_name", backend.name, device, find_wrong)
+
+    return trial.verdict(_trial_name(backend), device, find_wrong_apart if backend.may_crash else find_wrong)
+
+
+def _wrong(backend: Backend, device: torch.device) -> list[str]:
+    return self_test.wrong_answers(backend, device) or backend.wrong(device)
+
+
+def _wrong_by_name(name: str, device: torch.device) -> list[str]:
+    """Try a backend, as another process has this one do."""
+    return _wrong(_named(name), device)
 
 
 def trust(name: str, device: torch.device) -> None:

@@ -33,4 +33,6 @@ class Backend:
     """Types of device that it serves only where it is asked for by name, for tests."""
     wrong: Callable[[torch.device], list[str]] = lambda device: []
     """What it gets wrong on a device where it gives the known answers (`self_test`): kernels that they do not reach."""
+    may_crash: bool = False
+    """It is tried on a GPU in a process of its own (`trial_process`)."""
     warmup: Warmup = lambda device, dim, *, dtype, activation_bits: None

@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..kernels import trial
+from ..kernels import trial, trial_process
 
 _C1 = 0xCC9E2D51 - 2**32
 _C2 = 0x1B873593
@@ -33,6 +33,8 @@ _CHUNK_CPU = 2**16
 _CHUNK_DEVICE = 2**24
 _CHECKED_SEEDS = (0, 1, 2**31, 2**32 - 1)
 _CHECKED_COUNT = 10_001
+
+_TRITON_INPUTS = "poc_kernels.protocol.triton_inputs"
 
 
 def seed32(text: str) -> int:
@@ -131,11 +133,18 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    name = "poc_kernels.protocol.triton_inputs"
-    wrong = trial.verdict(
-        "draw of inputs by Triton", device, lambda: _wrong_draws(importlib.import_module(name), device)
-    )
-    return None if wrong else importlib.import_module(name)
+
+    def find_wrong() -> list[str]:
+        return trial_process.on_gpu_apart(
+            f"{__name__}:_wrong_draws_of", _TRITON_INPUTS, device, lambda: _wrong_draws_of(_TRITON_INPUTS, device)
+        )
+
+    wrong = trial.verdict("draw of inputs by Triton", device, find_wrong)
+    return None if wrong else importlib.import_module(_TRITON_INPUTS)
+
+
+def _wrong_draws_of(kernels: str, device: torch.device) -> list[str]:
+    return _wrong_draws(importlib.import_module(kernels), device)
 
 
 def _wrong_draws(kernels: ModuleType, device: torch.device) -> list[str]:
