@@ -147,15 +147,25 @@ class InFlight:
         self._device, self._max_slices = device, max_slices
         self._events: collections.deque[Any] = collections.deque()
 
-    def mark(self) -> None:
-        """End a slice; wait on the host, without spinning, until fewer than max_slices are in flight."""
+    def mark(self, wait: bool = True) -> None:
+        """End a slice; wait on the host, without spinning, until fewer than max_slices are in flight.
+
+        Args:
+            wait: whether to; else ask `has_room` before the next slice.
+        """
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
-        while len(self._events) >= self._max_slices:
+        while wait and len(self._events) >= self._max_slices:
             self._events.popleft().synchronize()
+
+    def has_room(self) -> bool:
+        """Tell whether fewer than max_slices are in flight, without waiting for one."""
+        while self._events and self._events[0].query():
+            self._events.popleft()
+        return len(self._events) < self._max_slices
 
 
 def _priority_range() -> tuple[int, int]:

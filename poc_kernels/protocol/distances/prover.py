@@ -20,6 +20,7 @@ from ..pieces import Pieces
 from ..prover import Outcomes, Row
 from .distance import distances, permutation_seed, permutations_of, target
 from .form import DISTANCES
+from .limits import check_fits
 
 # What a GPU computes between two pauses before it was timed.
 _DRAWN_AT_ONCE = 2**24
@@ -67,13 +68,10 @@ class DistanceProver:
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the round does not fit the engine."""
-        if config.seq_len > self.engine.max_positions:
-            raise ValueError(
-                f"seq_len must be at most the {self.engine.max_positions} positions of the model, got {config.seq_len}"
-            )
-        rows = config.batch_size if self._max_logits is None else max(1, self._max_logits // self.engine.vocab_size)
-        if config.batch_size > rows:
-            raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")
+        engine = self.engine
+        check_fits(
+            config, max_positions=engine.max_positions, vocab_size=engine.vocab_size, max_logits=self._max_logits
+        )
 
     @torch.inference_mode()
     def prove(

@@ -1,0 +1,154 @@
+"""Calls from the threads of rounds to vLLM's engine, through its client, which lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from ...protocol.engine import never
+from ...scheduling import TurnsClosed
+from ...scheduling.slices import Pause
+from . import compat
+from .messages import METHOD
+
+Result = TypeVar("Result")
+
+_LOOK_SECONDS = 0.1
+"""Whoever waits for an answer looks that often whether it may still."""
+
+
+class EngineLost(TurnsClosed):
+    """There is no engine any more: it died, or the server shuts down."""
+
+
+class EngineError(RuntimeError):
+    """The engine answered a call with an error."""
+
+
+class Link:
+    """The engine of a server, as threads see it.
+
+    Args:
+        client: vLLM's ``EngineClient``.
+        loop: the event loop of the server, where its methods are called.
+        answer_seconds: how long an answer may take until the call fails.
+    """
+
+    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop, answer_seconds: float) -> None:
+        self.client = client
+        self.lost: str | None = None
+        """Why there is no engine any more; None while there is one."""
+        self._loop = loop
+        self._answer_seconds = answer_seconds
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Let whoever waits for the engine go, with `TurnsClosed`: now and from now on."""
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raise `EngineLost` if there is no engine any more, and `TurnsClosed` after `cancel`."""
+        if self.lost is not None:
+            raise EngineLost(self.lost)
+        if self._cancelled.is_set():
+            raise TurnsClosed("the device was cancelled")
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, at most until `cancel`."""
+        self._cancelled.wait(seconds)
+
+    def users(self) -> int:
+        """Return how many requests of users are in flight."""
+        count: int = self.client.get_num_unfinished_requests()
+        return count
+
+    def tell(self, command: str, message: Mapping[str, Any], pause: Pause = never) -> list[dict[str, Any]]:
+        """Send a command to all workers and return their answers, by rank: as `call`."""
+        return self.call(self.command(command, message), pause)
+
+    def command(self, command: str, message: Mapping[str, Any]) -> Callable[[], Coroutine[Any, Any, Any]]:
+        """Return what sends a command to all workers, for `call` and `drop`."""
+        return lambda: self.client.collective_rpc(METHOD, args=(command, dict(message)))
+
+    def drop(self, method: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Call a coroutine function on the loop and wait for nothing. What becomes of it is not told."""
+
+        async def send() -> None:
+            try:
+                await method()
+            except Exception as error:
+                self._translated(error)  # the next call tells of it
+
+        if self.lost is None:
+            coroutine = send()
+            try:
+                asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            except RuntimeError:  # the loop is closed
+                coroutine.close()
+
+    def call(
+        self, method: Callable[[], Coroutine[Any, Any, Result]], pause: Pause = never, *, even_cancelled: bool = False
+    ) -> Result:
+        """Call a coroutine function on the loop; return its result.
+
+        Args:
+            method: called on the loop.
+            pause: called now and then; what it raises ends the waiting and comes through. The call itself goes on.
+            even_cancelled: whether to call it after `cancel`, too.
+
+        Raises:
+            EngineLost: the engine died, or the server shuts down.
+            TurnsClosed: `cancel` was called.
+            EngineError: the engine answered with an error.
+            TimeoutError: it did not answer in time.
+        """
+        if not even_cancelled or self.lost is not None:
+            self.check()
+
+        async def called() -> Result:
+            return await method()
+
+        coroutine = called()
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError as error:
+            coroutine.close()
+            raise self._translated(error) from error
+        deadline = time.monotonic() + self._answer_seconds
+        while not concurrent.futures.wait([future], _LOOK_SECONDS).done:
+            if self._loop.is_closed():
+                raise self._lose("the server's event loop has ended")
+            if not even_cancelled:
+                self.check()
+            pause()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"vLLM's engine did not answer within {self._answer_seconds:g} s")
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError as error:
+            raise self._lose("the server's event loop has ended") from error
+        except Exception as error:
+            raise self._translated(error) from error
+
+    def _lose(self, reason: str) -> EngineLost:
+        self.lost = self.lost or reason
+        return EngineLost(self.lost)
+
+    def _translated(self, error: Exception) -> Exception:
+        """Return what a failed call means."""
+        if self._loop.is_closed():
+            return self._lose("the server's event loop has ended")
+        if compat.is_engine_dead(error):
+            return self._lose("vLLM's engine died")
+        if compat.is_shutting_down(error):
+            return self._lose("vLLM shuts down")
+        return EngineError(f"{type(error).__name__}: {error}")

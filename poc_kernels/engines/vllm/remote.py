@@ -1,0 +1,313 @@
+"""The prover and the device of rounds in vLLM's API server; what computes is a `Session` in each worker.
+
+The proofs' thread pumps: one bounded RPC after another, each saying which jobs are wanted. While users compute nothing,
+the RPCs compute slices; while users are served, slices run between their steps, and RPCs only fetch what is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from ...protocol import Outcomes, PoCConfig, Row
+from ...protocol.distances.form import DISTANCES
+from ...protocol.distances.limits import check_fits
+from ...protocol.engine import never
+from ...scheduling import Pacing, Slices
+from ...scheduling.slices import Pause
+from ...service.device import SliceTimes
+from .link import EngineError, Link
+from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, pack, unpack
+from .pacing import slices_per_1000_steps
+
+logger = logging.getLogger("poc_kernels")
+
+_MAX_LOGITS = 2**26
+"""Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
+
+_IDLE_SECONDS = 0.004
+"""Of slices per RPC while no user is served: a first token waits that much longer at most."""
+_PAUSED_SECONDS = 0.05
+"""While users are paused: the phase ends that much later at most."""
+_POLL_SECONDS = 0.02
+"""Between two RPCs while users are served: each delays their next step by its overhead."""
+_LOOK_SECONDS = 0.001
+"""Between two looks at whether users are still served: it costs the engine nothing."""
+_STILL_SECONDS = 0.25
+"""Without a step, users' requests do not compute, whatever they wait for."""
+_FIRST_SLICES = 4
+"""Of an RPC to several ranks, before a slice was timed."""
+_MAX_SLICES = 1000
+_AGAIN_SECONDS = (0.01, 0.1, 0.5)
+"""After which a call that failed is made again."""
+
+
+class RemoteDevice:
+    """The device of vLLM's workers: a `Device` of the service.
+
+    Args:
+        link: to the engine.
+        share: fraction of the device that validation is guaranteed while users' steps follow each other.
+        ranks: how many workers compute each forward.
+    """
+
+    def __init__(self, link: Link, *, share: float, ranks: int = 1) -> None:
+        self.link, self.ranks = link, ranks
+        self.pacing = Pacing(share=share)
+        self.counters: Mapping[str, float] = {}
+        """Of the first worker, as it told last: see `poc_kernels.engines.vllm.pacing.Counters`."""
+        self.waiting = False
+        self._users_paused = False
+        self._slice_seconds = self._taken_at = 0.0
+        self._steps, self._stepped = -1.0, time.monotonic()
+
+    # ---- for the proofs' thread ----
+
+    def lane(self) -> AbstractContextManager[None]:
+        """Return nothing to run in: slices have their lane in the workers."""
+        return contextlib.nullcontext()
+
+    def take(self) -> float:
+        """Have the device at once, for what the workers let through: see `Device.take`."""
+        self.link.check()
+        self._slice_seconds, self._taken_at = 0.0, time.monotonic()
+        return 0.0
+
+    def pause(self) -> SliceTimes:
+        """End what the workers computed since the last pause as one slice: see `Device.pause`."""
+        slice_seconds, began = self._slice_seconds, self._taken_at
+        self.take()
+        return SliceTimes(slice_seconds, max(0.0, self._taken_at - began - slice_seconds))
+
+    def give_back(self) -> float:
+        """End the last slice: see `Device.give_back`."""
+        seconds, self._slice_seconds = self._slice_seconds, 0.0
+        return seconds
+
+    def cancel(self) -> None:
+        """Let the proofs' thread never have the device again: see `Device.cancel`."""
+        self.link.cancel()
+
+    def drain_users(self, timeout_seconds: float) -> bool:
+        """Wait until no request is in flight: see `Device.drain_users`."""
+        deadline = time.monotonic() + timeout_seconds
+        while self.link.users() > 0:
+            left = deadline - time.monotonic()
+            if left <= 0 or self.link.cancelled:
+                return False
+            self.link.sleep(min(left, _LOOK_SECONDS))
+        return True
+
+    def pause_users(self) -> None:
+        """Have vLLM's scheduler give no tokens to requests in flight; they and their KV cache stay."""
+        client = self.link.client
+        try:
+            self.link.call(lambda: client.pause_generation(mode="keep", clear_cache=False))
+        except BaseException:  # perhaps it was done, and only its answer lost
+            self.link.drop(client.resume_generation)
+            raise
+        self._users_paused = True
+
+    def resume_users(self) -> None:
+        """Undo `pause_users`. Idempotent."""
+        if self._users_paused and self.link.lost is None:  # else there are none any more
+            self.link.call(self.link.client.resume_generation, even_cancelled=True)
+        self._users_paused = False
+
+    def status(self) -> dict[str, Any]:
+        """Return how users and proofs share the workers, for people."""
+        return {"ranks": self.ranks, "users_paused": self._users_paused, "lost": self.link.lost, **self.counters}
+
+    # ---- for the prover ----
+
+    def told(self, progress: Progress) -> None:
+        """Take what the first worker told of its steps and slices."""
+        now, before = time.monotonic(), self.counters
+        self.counters = progress.counters
+        self._slice_seconds += max(0.0, self.counters["slice_seconds"] - before.get("slice_seconds", 0.0))
+        if self.counters["steps"] != self._steps:
+            self._steps, self._stepped = self.counters["steps"], now
+
+    def budget(self) -> dict[str, Any]:
+        """Return the fields of the next `Run` that say how much to compute."""
+        share = self.pacing.share
+        alone, means = self._users_compute_nothing(), ("mean_step_seconds", "mean_slice_seconds")
+        step_seconds, slice_seconds = (self.counters.get(name, 0.0) for name in means)
+        seconds = _PAUSED_SECONDS if self._users_paused else _IDLE_SECONDS
+        if self.ranks == 1:
+            return {"alone": alone, "share": share, "seconds": seconds}
+        slices = _FIRST_SLICES if slice_seconds <= 0 else max(1, min(_MAX_SLICES, int(seconds / slice_seconds)))
+        between = slices_per_1000_steps(share, step_seconds, slice_seconds)
+        return {"alone": alone, "share": share, "slices": slices, "slices_per_1000_steps": between}
+
+    def wait_for_users(self) -> None:
+        """Wait until the next RPC is worth what it delays: a while, or until no user is served any more."""
+        self.waiting = True
+        deadline = time.monotonic() + _POLL_SECONDS
+        while time.monotonic() < deadline and not self._users_compute_nothing() and not self.link.cancelled:
+            self.link.sleep(_LOOK_SECONDS)
+        self.waiting = False
+
+    def _users_compute_nothing(self) -> bool:
+        return self._users_paused or self.link.users() == 0 or time.monotonic() - self._stepped > _STILL_SECONDS
+
+
+@dataclass
+class _Job:
+    """A forward that the workers were told of."""
+
+    rows: tuple[Row, ...]
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    put: bool = False
+    """Whether the workers have it, as far as is known."""
+    outcome: Mapping[str, Any] | None = None
+
+
+class RemoteProver:
+    """Computes distances in vLLM's workers: a `Prover` of the protocol.
+
+    Args:
+        device: of the workers.
+        opened: what the first of them told of its model.
+    """
+
+    form = DISTANCES
+    slices: Slices | None = None
+
+    def __init__(self, device: RemoteDevice, opened: Opened) -> None:
+        self.model = opened
+        self._device, self._link = device, device.link
+        self._config: PoCConfig | None = None
+        self._round = ""
+        self._jobs: list[_Job] = []
+        self.refreshed = 0
+        """How often weights were found to be replaced."""
+
+    def check(self, config: PoCConfig) -> None:
+        """Raise a ValueError if the round does not fit the model. It asks no worker."""
+        model = self.model
+        check_fits(config, max_positions=model.max_positions, vocab_size=model.vocab_size, max_logits=_MAX_LOGITS)
+
+    def prove(
+        self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
+    ) -> Outcomes:
+        """Have the workers compute rows and, while they are at it, what follows: see `Prover.prove`.
+
+        Raises:
+            EngineLost: there is no engine any more.
+            EngineError: a worker failed, at these rows or at every call.
+            TimeoutError: the engine did not answer in time.
+            ValueError: the round cannot be computed in the workers.
+        """
+        try:
+            self._want(config, [rows, *then])
+            job = self._jobs[0]
+            while job.outcome is None or not all(each.put for each in self._jobs):
+                if self._config != config:
+                    self._begin(config, pause)
+                busy = self._run(pause)
+                if job.outcome is None:
+                    pause()
+                    if busy:
+                        self._device.wait_for_users()
+        except BaseException:
+            self.cancel()
+            raise
+        self._jobs.remove(job)
+        if "error" in job.outcome:
+            raise EngineError(job.outcome["error"])
+        return Outcomes(job.outcome["values"], job.outcome["part_seconds"])
+
+    def cancel(self) -> None:
+        """Have the workers forget every job, without waiting for them."""
+        self._jobs.clear()
+        if self._config is not None:
+            self._link.drop(self._link.command("run", pack(Run(round=self._round))))
+
+    def _want(self, config: PoCConfig, forwards: Sequence[Sequence[Row]]) -> None:
+        """Keep the jobs that are wanted, make those that are missing, and give up the others."""
+        begun = {job.rows: job for job in self._jobs} if self._config == config else {}
+        keys = dict.fromkeys(tuple(rows) for rows in forwards)
+        self._jobs = [begun[rows] if rows in begun else _Job(rows) for rows in keys]
+
+    def _begin(self, config: PoCConfig, pause: Pause) -> None:
+        """Begin a round in all workers: none computes anything before all have agreed."""
+        self._config = None
+        self._round = uuid.uuid4().hex
+        # callback_url can hold secrets, and is no worker's business.
+        values = {**dataclasses.asdict(config), "callback_url": None}
+        answers = self._link.tell("begin", pack(Begin(round=self._round, config=values)), pause)
+        begun = [unpack(Begun, answer) for answer in answers]
+        for rank, each in enumerate(begun):
+            if each.refusal is not None:
+                raise EngineError(f"worker {rank} cannot compute this round: {each.refusal}")
+        if any(each.refreshed for each in begun):
+            self.refreshed += 1
+            logger.info("the served weights were replaced: proofs are of those that serve now")
+        self._config = config
+        for job in self._jobs:
+            job.put = False
+
+    def _run(self, pause: Pause) -> bool:
+        """Exchange what is wanted for what is done; return whether users are served."""
+        missing = {job.id: [(row.public_key, row.nonce) for row in job.rows] for job in self._jobs if not job.put}
+        wanted = [job.id for job in self._jobs if job.outcome is None]
+        message = Run(round=self._round, jobs=wanted, rows=missing, **self._device.budget())
+        answers = [unpack(Progress, answer) for answer in self._told_again(pack(message), pause)]
+        self._device.told(answers[0])
+        if any(answer.round != self._round for answer in answers):
+            logger.warning("a worker has lost the round: it is begun again")
+            self._config = None
+            return False
+        for job in self._jobs:
+            job.put = job.outcome is not None or all(job.id in answer.jobs for answer in answers)
+            ended = [answer.outcomes[job.id] for answer in answers if job.id in answer.outcomes]
+            if len(ended) == len(answers):
+                # The logits come together on the first rank; an error on any of them is the job's.
+                job.outcome = next((outcome for outcome in ended if "error" in outcome), ended[0])
+        return answers[0].busy
+
+    def _told_again(self, message: Mapping[str, Any], pause: Pause) -> list[dict[str, Any]]:
+        """Send a `Run`, again where it fails: it says what is wanted, and an answer that was lost is given again."""
+        for wait in _AGAIN_SECONDS:
+            try:
+                return self._link.tell("run", message, pause)
+            except EngineError as error:
+                logger.warning("a call of the workers failed and is made again: %s", error)
+                pause()
+                self._link.sleep(wait)
+        return self._link.tell("run", message, pause)
+
+
+async def open_engine(
+    client: Any, *, share: float, slice_seconds: float, cuda_graphs: bool, answer_seconds: float
+) -> tuple[RemoteProver, RemoteDevice]:
+    """Make the sessions of all workers; return what proves in them, and their device. Call it on the server's loop.
+
+    Args:
+        client: vLLM's ``EngineClient``.
+        share: see `RemoteDevice`.
+        slice_seconds: how long a slice should take at most.
+        cuda_graphs: whether to capture the forward on CUDA.
+        answer_seconds: how long an answer may take until a call fails.
+
+    Raises:
+        ValueError: proofs do not support the model or its configuration.
+    """
+    message = pack(Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS))
+    answers = await client.collective_rpc(METHOD, args=("open", message))
+    opened = [unpack(Opened, answer) for answer in answers]
+    for each in opened:
+        if each.refusal is not None:
+            raise ValueError(each.refusal)
+    link = Link(client, asyncio.get_running_loop(), answer_seconds)
+    device = RemoteDevice(link, share=share, ranks=len(opened))
+    return RemoteProver(device, opened[0]), device

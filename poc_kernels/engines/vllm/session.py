@@ -1,0 +1,318 @@
+"""Proofs in a worker of vLLM, in slices, in the thread that computes users' steps.
+
+Slices run where users wait for them least:
+
+- While users compute nothing, in the API server's RPC, which the engine runs between two looks at its queue. It is
+  bounded to some milliseconds, since the first token of whoever comes then waits for it.
+- While users' steps follow each other, before a step: by then the tokens of the step before are on their way to the
+  users, which they are not yet after the worker's ``execute_model`` or ``sample_tokens``. On CUDA the slice is only
+  launched there, on a stream of its own, and overlaps with the step. A first step, which nobody's step precedes, waits
+  for nothing.
+
+Never in a thread of their own: kernels of vLLM's CPU build keep scratch memory for which two threads would race.
+
+With several ranks, collectives of slices and of steps have to come in the same order on each. So all that decides is
+the messages and vLLM's own scheduler output, which are the same on all ranks, and never a clock.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from ...protocol import DistanceProver, Outcomes, PoCConfig, Row
+from ...scheduling import InFlight, PriorityLanes
+from ...scheduling.slices import Pause
+from .engine import VllmEngine
+from .messages import Begin, Begun, Open, Opened, Progress, Run, pack, unpack
+from .pacing import ClockedDebt, CountedDebt, Counters
+from .resumable import Resumable
+
+logger = logging.getLogger("poc_kernels")
+
+_ATTRIBUTE = "_poc_kernels_session"
+UNCUT_SECONDS = 1e9
+"""Length of slices outside the forward where ranks must pause at the same places: they are not cut by time."""
+_MAX_SLICES_IN_FLIGHT = 2
+
+
+class SessionEngine(Protocol):
+    """What a session needs of an engine besides what its prover does: see `VllmEngine`."""
+
+    device: torch.device
+
+    def refresh(self) -> bool:
+        """Use the weights that the served model has now; return whether they were replaced."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """Return what each slice runs in."""
+
+
+class Session:
+    """The proofs of one worker. Every method is called in the thread that computes its steps.
+
+    Args:
+        worker: vLLM's worker: its ``execute_model`` is wrapped until `close`.
+        engine: computes on its model.
+        prover: computes proofs on the engine.
+        lockstep: whether other ranks compute the same: then counts decide, not clocks.
+        clock: counts seconds.
+    """
+
+    def __init__(
+        self,
+        worker: Any,
+        engine: SessionEngine,
+        prover: DistanceProver,
+        *,
+        lockstep: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.counters = Counters()
+        self.engine, self.prover = engine, prover
+        self._lockstep, self._clock = lockstep, clock
+        self._clocked, self._counted = ClockedDebt(self.counters), CountedDebt()
+        self._debt = self._counted if lockstep else self._clocked
+        self._in_flight = InFlight(engine.device, _MAX_SLICES_IN_FLIGHT)
+        # Several ranks launch slices on the stream of steps: two streams would race for one communicator.
+        self._lane = nullcontext if lockstep else PriorityLanes(engine.device).validation
+        self._round: str | None = None
+        self._config: PoCConfig | None = None
+        self._rows: collections.OrderedDict[str, list[Row]] = collections.OrderedDict()
+        self._outcomes: dict[str, dict[str, Any]] = {}
+        self._running: tuple[str, Resumable[Outcomes]] | None = None
+        self._busy = False
+        self._step_began: float | None = None
+        self._sliced_since = 0.0  # seconds of slices since the last step began
+        self._worker, self._execute_model = worker, worker.execute_model
+        worker.execute_model = self._wrapped(worker.execute_model)
+
+    # ---- commands ----
+
+    def begin(self, message: Begin) -> Begun:
+        """Begin a round, in place of the one before, whose jobs are cancelled."""
+        self._cancel_all()
+        self._round = self._config = None
+        try:
+            config = PoCConfig(**message.config)
+            self.prover.check(config)
+            refreshed = self.engine.refresh()
+        except Exception as error:
+            logger.exception("a round cannot be computed in this worker")
+            return Begun(refusal=f"{type(error).__name__}: {error}")
+        self._round, self._config = message.round, config
+        return Begun(refreshed=refreshed)
+
+    def run(self, message: Run) -> Progress:
+        """Take on and cancel jobs as the message says, compute a while, and tell of it."""
+        if message.round == self._round:
+            self._reconcile(message.jobs, message.rows)
+            self._clocked.share = message.share
+            self._counted.slices_per_1000_steps = message.slices_per_1000_steps
+            if message.alone:
+                self._users_left()
+            if not self._busy:
+                self._run_between(message.slices, message.seconds)
+        return Progress(
+            round=self._round,
+            jobs=[*self._outcomes, *self._rows],
+            outcomes=dict(self._outcomes),
+            busy=self._busy,
+            counters=self.counters.told(),
+        )
+
+    def close(self) -> None:
+        """Cancel everything, and leave the worker as it was. Idempotent."""
+        self._cancel_all()
+        self._round = self._config = None
+        self._worker.execute_model = self._execute_model
+
+    # ---- steps ----
+
+    def _wrapped(self, execute_model: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(execute_model)
+        def after_what_is_owed(scheduler_output: Any, *arguments: Any, **named: Any) -> Any:
+            try:
+                self._before_step(scheduler_output)
+            except Exception:  # whatever it is, it is not the users'
+                logger.exception("proofs failed between two steps")
+            return execute_model(scheduler_output, *arguments, **named)
+
+        return after_what_is_owed
+
+    def _before_step(self, scheduler_output: Any) -> None:
+        tokens = scheduler_output.total_num_scheduled_tokens
+        if tokens == 0:  # the last request has ended, and is taken off the books
+            self._users_left()
+            return
+        self.counters.steps += 1
+        self.counters.tokens += tokens
+        if scheduler_output.scheduled_cached_reqs.num_reqs > 0:  # goes on where the step before ended
+            if self._step_began is not None:
+                seconds = max(0.0, self._clock() - self._step_began - self._sliced_since)
+                self.counters.count_step(seconds)
+                if self._waits:
+                    self._debt.owe(seconds)
+            self._run_between_steps()
+        self._busy = True
+        self._step_began, self._sliced_since = self._clock(), 0.0
+
+    def _users_left(self) -> None:
+        """Take it that no step follows the last: no user waits for slices now."""
+        self._busy, self._step_began = False, None
+        self._debt.forgive()
+
+    # ---- slices ----
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is something to compute."""
+        return self._running is not None or bool(self._rows)
+
+    def _run_between_steps(self) -> None:
+        """Run the slices that steps owe."""
+        if not (self._waits and self._debt.due()):
+            return
+        with self._computing():
+            # A GPU that is behind is not given more: the step would wait, and what is owed stays owed.
+            while self._waits and self._debt.due() and (self._lockstep or self._in_flight.has_room()):
+                self._debt.pay(self._run_slice(between_steps=True))
+
+    def _run_between(self, slices: int, seconds: float) -> None:
+        """Run at least so many slices, and more while seconds are left."""
+        began = self._clock()
+        if not self._waits:
+            return
+        with self._computing():
+            while self._waits and (slices > 0 or (seconds > 0 and self._clock() - began < seconds)):
+                self._run_slice(between_steps=False)
+                slices -= 1
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self._lane(), self.engine.context():
+            yield
+
+    def _run_slice(self, between_steps: bool) -> float:
+        """Run a slice of the first job; return its seconds."""
+        began = self._clock()
+        job, resumable = self._running or self._begin_job()
+        if resumable.step():
+            self._running = None
+            self._outcomes[job] = _outcome(resumable)
+            del self._rows[job]
+        self._in_flight.mark(wait=not between_steps)
+        seconds = self._clock() - began
+        self._sliced_since += seconds
+        slices = self.prover.slices
+        if self.engine.device.type == "cuda" and slices is not None:  # the clock saw the launch alone
+            seconds = sum(slices.seconds) / len(slices.seconds)
+        self.counters.count_slice(seconds, between_steps)
+        return seconds
+
+    def _begin_job(self) -> tuple[str, Resumable[Outcomes]]:
+        job, rows = next(iter(self._rows.items()))
+        config = self._config
+        assert config is not None
+
+        def body(pause: Pause) -> Outcomes:
+            return self.prover.prove(config, rows, pause)
+
+        self._running = job, Resumable(body)
+        return self._running
+
+    # ---- jobs ----
+
+    def _reconcile(self, wanted: list[str], rows: Mapping[str, list[tuple[str, int]]]) -> None:
+        """Have the jobs that are wanted, in their order; one that has begun goes on first."""
+        if self._running is not None and self._running[0] not in wanted:
+            self._cancel_running()
+        self._outcomes = {job: outcome for job, outcome in self._outcomes.items() if job in wanted}
+        known = self._rows
+        self._rows = collections.OrderedDict()
+        for job in wanted:
+            if job not in self._outcomes and (job in known or job in rows):
+                self._rows[job] = known.get(job) or [Row(*row) for row in rows[job]]
+
+    def _cancel_running(self) -> None:
+        if self._running is not None:
+            _, resumable = self._running
+            self._running = None
+            with self._computing():
+                resumable.cancel()
+
+    def _cancel_all(self) -> None:
+        self._cancel_running()
+        self._rows.clear()
+        self._outcomes.clear()
+
+
+def _outcome(resumable: Resumable[Outcomes]) -> dict[str, Any]:
+    """Return what a job came to, as a message."""
+    error = resumable.error
+    if error is not None:
+        logger.error("a proof batch failed in this worker", exc_info=error)
+        return {"error": f"{type(error).__name__}: {error}"}
+    values, part_seconds = resumable.result
+    return {"values": list(values), "part_seconds": dict(part_seconds)}
+
+
+# ---- the RPC method ----
+
+
+def call(worker: Any, command: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a command of the API server: see `poc_kernels.engines.vllm.messages`.
+
+    Raises:
+        ValueError: there is no such command, or no session yet.
+    """
+    if command == "open":
+        return pack(_open(worker, unpack(Open, payload)))
+    session: Session | None = getattr(worker, _ATTRIBUTE, None)
+    if session is None:
+        raise ValueError(f"command {command!r} needs a session, and there is none: open comes first")
+    if command == "begin":
+        return pack(session.begin(unpack(Begin, payload)))
+    if command == "run":
+        return pack(session.run(unpack(Run, payload)))
+    if command == "close":
+        delattr(worker, _ATTRIBUTE)
+        session.close()
+        return {}
+    raise ValueError(f"command must be open, begin, run or close, got {command!r}")
+
+
+def _open(worker: Any, message: Open) -> Opened:
+    """Make the session of a worker, in place of the one that it has."""
+    before: Session | None = getattr(worker, _ATTRIBUTE, None)
+    if before is not None:
+        delattr(worker, _ATTRIBUTE)
+        before.close()
+    lockstep = worker.vllm_config.parallel_config.world_size > 1
+    try:
+        engine = VllmEngine(
+            worker, slice_seconds=message.slice_seconds, cuda_graphs=message.cuda_graphs, lockstep=lockstep
+        )
+        slice_seconds = UNCUT_SECONDS if lockstep else message.slice_seconds
+        prover = DistanceProver(engine, slice_seconds=slice_seconds, max_logits=message.max_logits)
+    except ValueError as error:
+        return Opened(refusal=str(error))
+    with engine.context():
+        prover.compile_kernels()
+        prover.measure_slices()
+    setattr(worker, _ATTRIBUTE, Session(worker, engine, prover, lockstep=lockstep))
+    return Opened(
+        hidden_size=engine.hidden_size,
+        vocab_size=engine.vocab_size,
+        max_positions=engine.max_positions,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        device=str(engine.device),
+    )

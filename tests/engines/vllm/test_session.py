@@ -1,0 +1,489 @@
+"""A worker's proofs on stand-ins: slices between calls and steps, jobs, errors, and several ranks in lockstep."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("greenlet")
+
+from vllm_stepping import CONFIG, OPEN, Request, Worker, distances, rows, scheduled, small_session, text_of
+
+from poc_kernels.engines.vllm import session as session_module
+from poc_kernels.engines.vllm.messages import Begin, Progress, Run, pack, unpack
+from poc_kernels.engines.vllm.pacing import ClockedDebt, CountedDebt, Counters, slices_per_1000_steps
+from poc_kernels.engines.vllm.session import Session
+from poc_kernels.protocol import PoCConfig, Row
+
+ROUND = "round"
+PLENTY = 10**6
+
+
+class Clock:
+    """A clock of the test's own: each look at it takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class Rig:
+    """A session on a worker, and what tells it to run."""
+
+    def __init__(self, worker: Worker | None = None, **options: Any) -> None:
+        self.worker = worker or Worker()
+        self.session = small_session(self.worker, **options)
+        assert self.session.begin(Begin(round=ROUND, config=dataclasses.asdict(CONFIG))).refusal is None
+
+    def run(self, jobs: dict[str, list[Row]], **fields: Any) -> Progress:
+        message = Run(round=ROUND, jobs=[*jobs], rows={job: [(*row,) for row in of] for job, of in jobs.items()})
+        packed = pack(self.session.run(dataclasses.replace(message, **fields)))
+        return unpack(Progress, packed)
+
+    def values(self, job: str) -> list[float]:
+        return self.run({job: []}).outcomes[job]["values"]
+
+    def steps(self, request: Request, count: int) -> None:
+        for _ in range(count):
+            self.worker.execute_model(scheduled([request]))
+            request.begun = True
+
+    def users_leave(self) -> None:
+        self.worker.execute_model(scheduled([]))
+
+
+# ---- slices in calls ----
+
+
+def test_jobs_are_computed_in_order_and_their_outcomes_kept_until_nobody_wants_them() -> None:
+    rig = Rig()
+    jobs = {"a": rows(0), "b": rows(4, 3), "c": rows(7, 1)}
+    first = rig.run(jobs)
+    assert (first.jobs, first.outcomes, first.counters["slices"]) == (["a", "b", "c"], {}, 0)
+    done: list[str] = []
+    while len(done) < 3:
+        progress = rig.run(jobs, slices=1)
+        assert progress.jobs == ["a", "b", "c"]
+        done = [*progress.outcomes]
+        assert done == ["a", "b", "c"][: len(done)]
+    again = rig.run(jobs)  # the answer before may have been lost
+    assert {job: outcome["values"] for job, outcome in again.outcomes.items()} == {
+        job: distances(of) for job, of in jobs.items()
+    }
+    parts = {"inputs", "projection", "forward", "distance"}
+    assert all(set(outcome["part_seconds"]) == parts for outcome in again.outcomes.values())
+    assert rig.run({"b": jobs["b"]}).jobs == ["b"]
+    assert rig.run({}).jobs == []
+    slices = again.counters["slices"]
+    assert slices >= 3 * 6
+    assert rig.run({}, slices=PLENTY).counters["slices"] == slices
+
+
+def test_a_call_is_bounded_by_its_seconds() -> None:
+    """A slice takes some looks at the clock, each of a second."""
+    rig = Rig(clock=Clock())
+    of = {"a": rows(0), "b": rows(4)}
+    assert rig.run(of, seconds=0.0).counters["slices"] == 0
+    assert rig.run(of, seconds=0.5).counters["slices"] == 0  # the first look is later
+    assert rig.run(of, seconds=1.5).counters["slices"] == 1
+    assert rig.run(of, seconds=9.0).counters["slices"] < 5
+    assert rig.run(of, seconds=1e6).outcomes.keys() == {"a", "b"}
+
+
+def test_one_that_has_begun_goes_on_before_those_that_are_wanted_first() -> None:
+    rig = Rig()
+    rig.run({"a": rows(0), "b": rows(4)}, slices=3)
+    progress = rig.run({"b": rows(4), "a": rows(0)})
+    while not progress.outcomes:
+        progress = rig.run({"b": rows(4), "a": rows(0)}, slices=1)
+    assert [*progress.outcomes] == ["a"]
+
+
+@pytest.mark.parametrize("slices", [0, 1, 4, PLENTY])
+def test_jobs_are_cancelled_in_every_state(slices: int) -> None:
+    rig = Rig()
+    unwound: list[int] = []
+    prove = rig.session.prover.prove
+
+    def recorded(config: PoCConfig, of: list[Row], pause: Callable[[], None]) -> Any:
+        try:
+            return prove(config, of, pause)
+        finally:
+            unwound.append(of[0].nonce)
+
+    rig.session.prover.prove = recorded  # type: ignore[method-assign]
+    rig.run({"a": rows(0), "b": rows(4)}, slices=slices)
+    assert rig.run({"b": rows(4)}).jobs == ["b"]
+    assert unwound[:1] == ([0] if slices else [])
+    assert rig.run({"b": rows(4)}, slices=PLENTY).outcomes["b"]["values"] == distances(rows(4))
+    assert rig.run({"a": rows(0)}, slices=PLENTY).outcomes["a"]["values"] == distances(rows(0))
+
+
+def test_an_error_is_the_jobs_result() -> None:
+    rig = Rig()
+    layers = 0
+
+    def fail_once() -> None:
+        nonlocal layers
+        layers += 1
+        if layers == 3:
+            raise MemoryError("of one layer")
+
+    rig.worker.engine.before_layer = fail_once
+    progress = rig.run({"a": rows(0), "b": rows(4)}, slices=PLENTY)
+    assert progress.outcomes["a"] == {"error": "MemoryError: of one layer"}
+    assert progress.outcomes["b"]["values"] == distances(rows(4))
+
+
+def test_a_round_that_begins_ends_the_one_before() -> None:
+    rig = Rig()
+    rig.run({"a": rows(0), "b": rows(4)}, slices=3)
+    other = dataclasses.replace(CONFIG, block_hash="another")
+    assert rig.session.begin(Begin(round="other", config=dataclasses.asdict(other))).refusal is None
+    old = rig.run({"a": rows(0)}, slices=PLENTY)
+    assert (old.round, old.jobs) == ("other", [])
+    message = Run(round="other", jobs=["a"], rows={"a": [(*row,) for row in rows(0)]}, slices=PLENTY)
+    assert rig.session.run(message).outcomes["a"]["values"] == distances(rows(0), other)
+
+
+def test_a_round_that_cannot_be_computed_is_refused() -> None:
+    rig = Rig()
+    refusal = rig.session.begin(Begin(round="x", config={**dataclasses.asdict(CONFIG), "seq_len": 65})).refusal
+    assert refusal == "ValueError: seq_len must be at most the 64 positions of the model, got 65"
+    progress = rig.run({"a": rows(0)}, slices=PLENTY)
+    assert (progress.round, progress.jobs) == (None, [])
+
+    def fail() -> bool:
+        raise RuntimeError("a module has no twin")
+
+    rig.worker.engine.refresh = fail  # type: ignore[method-assign]
+    refusal = rig.session.begin(Begin(round="y", config=dataclasses.asdict(CONFIG))).refusal
+    assert refusal == "RuntimeError: a module has no twin"
+
+
+def test_weights_that_were_replaced_are_told_of() -> None:
+    rig = Rig()
+    begin = Begin(round="next", config=dataclasses.asdict(CONFIG))
+    assert not rig.session.begin(begin).refreshed
+    rig.worker.engine.replaced = True
+    assert rig.session.begin(begin).refreshed
+    assert not rig.session.begin(begin).refreshed
+
+
+# ---- slices between steps ----
+
+
+def test_steps_owe_slices_and_first_steps_wait_for_none() -> None:
+    rig = Rig()
+    rig.run({str(number): rows(4 * number) for number in range(100)}, share=0.5)
+    counters = rig.session.counters
+    request = Request(3, PLENTY)
+    rig.steps(request, 1)
+    assert counters.slices == 0
+    rig.steps(request, 200)
+    assert counters.slices_between_steps == counters.slices > 0
+    assert (counters.steps, counters.tokens) == (201, 201)
+    assert 0 < counters.mean_slice_seconds <= counters.longest_slice_seconds
+    # By clocks, at most what is owed and one slice more.
+    owed = counters.step_seconds * 1.0
+    assert counters.seconds_between_steps <= owed + 2 * counters.longest_slice_seconds
+    rig.users_leave()
+    before = counters.slices
+    rig.steps(Request(4, PLENTY), 1)
+    assert counters.slices == before
+
+
+def test_no_share_no_slice_and_while_users_step_calls_compute_nothing() -> None:
+    rig = Rig()
+    of = {"a": rows(0)}
+    rig.run(of, share=0.0)
+    request = Request(3, PLENTY)
+    rig.steps(request, 50)
+    assert rig.run(of, slices=PLENTY, seconds=1.0, share=0.0).busy
+    assert rig.session.counters.slices == 0
+    rig.users_leave()
+    assert not rig.run(of, share=0.0).busy
+    rig.steps(request, 2)
+    # Whoever knows that users compute nothing says so: their requests may wait for something else than steps.
+    progress = rig.run(of, slices=PLENTY, alone=True)
+    assert not progress.busy
+    assert "a" in progress.outcomes
+
+
+def test_a_failure_between_steps_is_not_the_users() -> None:
+    rig = Rig()
+    rig.run({"a": rows(0)}, share=0.9)
+
+    def fail() -> None:
+        raise RuntimeError("no lane")
+
+    rig.session._lane = fail  # type: ignore[assignment]
+    request = Request(3, 40)
+    rig.steps(request, 40)
+    assert request.tokens == text_of(3, 40)
+
+
+def test_step_seconds_leave_slices_out() -> None:
+    clock = Clock()
+    rig = Rig(clock=clock)
+    rig.worker.in_step = lambda: setattr(clock, "now", clock.now + 100.0)
+    rig.run({str(number): rows(4 * number) for number in range(100)}, share=0.5)
+    rig.steps(Request(3, PLENTY), 50)
+    counters = rig.session.counters
+    assert counters.slices > 1000
+    assert counters.mean_step_seconds == pytest.approx(101.0, abs=5.0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_users_text_and_distances_are_those_alone_in_every_schedule(seed: int) -> None:
+    choose = random.Random(seed)
+    rig = Rig()
+    wanted: dict[str, list[Row]] = {}
+    found: dict[str, list[float]] = {}
+    requests: list[Request] = []
+    ended: list[Request] = []
+    for _ in range(400):
+        action = choose.random()
+        if action < 0.2 and len(wanted) < 3:
+            wanted[uuid.uuid4().hex] = rows(choose.randrange(100), choose.randint(1, 4))
+        if action < 0.1:
+            requests.append(Request(choose.randrange(32), choose.randint(1, 12)))
+        if action > 0.4:
+            output = scheduled(requests)
+            rig.worker.execute_model(output)
+            for request in requests:
+                request.begun = True
+            ended += [request for request in requests if len(request.tokens) > request.count]
+            requests = [request for request in requests if request not in ended]
+            if not requests:
+                rig.users_leave()
+        elif action < 0.35:
+            share = choose.choice([0.0, 0.1, 0.5, 0.9])
+            progress = rig.run(wanted, slices=choose.randint(0, 5), share=share, alone=choose.random() < 0.1)
+            for job, outcome in progress.outcomes.items():
+                if choose.random() < 0.7:  # else the answer is lost
+                    found[job] = outcome["values"]
+                    assert outcome["values"] == distances(wanted.pop(job))
+        elif wanted and action < 0.36:
+            del wanted[choose.choice([*wanted])]
+    assert len(found) > 3
+    assert len(ended) > 3
+    assert all(request.tokens == text_of(request.tokens[0], request.count) for request in ended)
+
+
+# ---- debts ----
+
+
+def test_a_debt_is_paid_slice_by_slice_and_has_a_bound() -> None:
+    counters = Counters(mean_step_seconds=0.010, mean_slice_seconds=0.002)
+    debt = ClockedDebt(counters)
+    debt.share = 0.2  # a quarter of each step
+    debt.owe(0.004)
+    assert not debt.due()
+    debt.owe(0.005)
+    assert debt.due()
+    debt.pay(0.002)
+    assert not debt.due()
+    debt.owe(10.0)  # a long step is not paid at one go
+    slices = 0
+    while debt.due():
+        debt.pay(0.002)
+        slices += 1
+    assert slices == 3
+    debt.owe(10.0)
+    debt.forgive()
+    assert not debt.due()
+
+
+def test_counted_debts_are_fractions_of_a_slice() -> None:
+    debt = CountedDebt()
+    debt.slices_per_1000_steps = 375
+    slices = []
+    for step in range(1, 801):
+        debt.owe(0.0)
+        while debt.due():
+            debt.pay(0.0)
+            slices.append(step)
+    assert len(slices) == 300
+    assert slices[:3] == [3, 6, 8]
+    for _ in range(100):
+        debt.owe(0.0)
+    owed = 0
+    while debt.due():
+        debt.pay(0.0)
+        owed += 1
+    assert owed == 1
+
+
+def test_slices_per_step_follow_the_lengths_of_both() -> None:
+    assert slices_per_1000_steps(0.1, 0.018, 0.002) == 1000
+    assert slices_per_1000_steps(0.5, 0.001, 0.004) == 250
+    assert slices_per_1000_steps(0.1, 0.0, 0.002) == slices_per_1000_steps(0.1, 0.01, 0.0) == 0
+
+
+# ---- the RPC method ----
+
+
+@pytest.fixture
+def small_engine_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "VllmEngine", lambda worker, **options: worker.engine)
+
+
+def test_commands(small_engine_in_workers: None) -> None:
+    worker = Worker()
+    execute_model = worker.execute_model
+    with pytest.raises(ValueError, match="'run' needs a session"):
+        worker.poc_kernels_call("run", pack(Run(round=ROUND)))
+    opened = worker.poc_kernels_call("open", pack(OPEN))
+    assert opened == {
+        "refusal": None,
+        "hidden_size": 24,
+        "vocab_size": 101,
+        "max_positions": 64,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    assert worker.execute_model != execute_model
+    begin = pack(Begin(round=ROUND, config=dataclasses.asdict(CONFIG)))
+    assert worker.poc_kernels_call("begin", begin) == {"refusal": None, "refreshed": False}
+    message = Run(round=ROUND, jobs=["a"], rows={"a": [(*row,) for row in rows(0)]}, slices=3)
+    assert worker.poc_kernels_call("run", pack(message))["jobs"] == ["a"]
+    with pytest.raises(ValueError, match="command must be open, begin"):
+        worker.poc_kernels_call("dance", {})
+    worker.poc_kernels_call("open", pack(OPEN))  # in place of the one before, which ends
+    assert worker.poc_kernels_call("run", pack(message))["round"] is None
+    worker.poc_kernels_call("close", {})
+    assert worker.execute_model == execute_model
+    with pytest.raises(ValueError, match="'close' needs a session"):
+        worker.poc_kernels_call("close", {})
+
+
+def test_a_model_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(worker: Worker, **options: Any) -> None:
+        raise ValueError("proofs do not support alibi: serve another model")
+
+    monkeypatch.setattr(session_module, "VllmEngine", refuse)
+    worker = Worker()
+    assert worker.poc_kernels_call("open", pack(OPEN))["refusal"] == "proofs do not support alibi: serve another model"
+    with pytest.raises(ValueError, match="needs a session"):
+        worker.poc_kernels_call("run", pack(Run(round=ROUND)))
+
+
+# ---- several ranks ----
+
+
+class Collective:
+    """Meets all ranks, and fails where they come for different reasons."""
+
+    def __init__(self, ranks: int) -> None:
+        self._barrier = threading.Barrier(ranks)
+        self._reasons: list[str] = [""] * ranks
+        self.met: list[str] = []
+
+    def meet(self, rank: int, reason: str) -> None:
+        self._reasons[rank] = reason
+        self._barrier.wait(20)
+        assert len(set(self._reasons)) == 1, f"ranks meet for {self._reasons}"
+        self._barrier.wait(20)
+        if rank == 0:
+            self.met.append(reason)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ranks_run_the_same_slices_between_the_same_steps(seed: int) -> None:
+    """Whatever their clocks say: each rank has one of its own, at its own speed."""
+    ranks, collective = 2, Collective(2)
+    choose = random.Random(seed)
+    script: list[Callable[[Rig], Any]] = []
+    request_begun = False
+    jobs: dict[str, list[Row]] = {}
+    for number in range(150):
+        action = choose.random()
+        if action < 0.5:
+            output = scheduled([Request(1, PLENTY)])
+            output.scheduled_cached_reqs.num_reqs = int(request_begun)
+            request_begun = True
+            script.append(lambda rig, output=output: rig.worker.execute_model(output))
+        elif action < 0.55:
+            request_begun = False
+            script.append(lambda rig: rig.users_leave())
+        else:
+            if len(jobs) < 3:
+                jobs[str(number)] = rows(number)
+            elif action < 0.6:
+                del jobs[choose.choice([*jobs])]
+            fields = {
+                "slices": choose.randint(0, 4),
+                "alone": choose.random() < 0.1,
+                "slices_per_1000_steps": choose.randrange(3000),
+            }
+            script.append(lambda rig, jobs=dict(jobs), fields=fields: rig.run(jobs, **fields))
+    told: list[list[Any]] = [[] for _ in range(ranks)]
+    errors: list[BaseException] = []
+
+    def play(rank: int) -> None:
+        clock = random.Random(rank)
+        rig = Rig(Worker(world_size=ranks, rank=rank), lockstep=True, clock=lambda: clock.random() * 100)
+        rig.worker.engine.before_layer = lambda: collective.meet(rank, "slice")
+        rig.worker.in_step = lambda: collective.meet(rank, "step")
+        try:
+            for act in script:
+                answer = act(rig)
+                if isinstance(answer, Progress):
+                    values = {job: outcome["values"] for job, outcome in answer.outcomes.items()}
+                    told[rank].append((answer.jobs, values, answer.busy, answer.counters["slices"]))
+        except BaseException as error:
+            errors.append(error)
+            collective._barrier.abort()
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert told[0] == told[1]
+    assert {"step", "slice"} == set(collective.met)
+    for _, values, _, _ in told[0]:
+        for job, of in values.items():
+            assert of == distances(rows(int(job)))
+    assert any(values for _, values, _, _ in told[0])
+
+
+def test_ranks_with_pauses_by_time_would_fail_the_test_above() -> None:
+    """So the collective of the test notices: here one rank computes slices that the other does not."""
+    collective = Collective(2)
+    errors: list[str] = []
+
+    def play(rank: int) -> None:
+        try:
+            for reason in (["slice", "step"], ["step", "slice"])[rank]:
+                collective.meet(rank, reason)
+        except (AssertionError, threading.BrokenBarrierError) as error:
+            errors.append(str(error))
+            collective._barrier.abort()
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert any("ranks meet for" in error for error in errors)
+
+
+def test_a_session_ends_what_runs_when_it_is_closed() -> None:
+    rig = Rig()
+    rig.run({"a": rows(0), "b": rows(4)}, slices=3)
+    rig.session.close()
+    rig.session.close()
+    assert rig.run({"a": rows(0)}, slices=PLENTY).round is None
+    assert isinstance(rig.session, Session)
