@@ -167,8 +167,8 @@ def test_distances_beside_inference_are_those_alone(cuda_graphs: bool) -> None:
         expected = made.expected(8)
         assert made.validate(1) == expected[:1]  # measures, and captures
         if cuda_graphs:
-            assert made.engine._captured is not None
-            assert len(made.engine._captured.graphs) == len(made.engine.slices.seconds) > 1
+            assert made.engine.repeated.captured is not None
+            assert len(made.engine.repeated.captured.graphs) == len(made.engine.slices.seconds) > 1
         made.chat(1)
         answers, distances = together(made, 6, 8)
         assert distances == expected

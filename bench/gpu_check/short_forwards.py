@@ -47,7 +47,7 @@ def main(name: str) -> None:
     assert engine.slices is not None, "not measured"
     if device.type == "cuda":
         torch.cuda.synchronize()
-        assert engine._captured is not None, "not captured"
+        assert engine.repeated.captured is not None, "not captured"
     del product, states
     print(f"forwards in {len(engine.slices.seconds)} slices done")
 

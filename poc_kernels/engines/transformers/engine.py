@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,12 +16,10 @@ from transformers.utils.generic import ModelOutput
 
 from ...definition import DTYPES
 from ...protocol.engine import never
-from ...scheduling import SlicedForward, Slices
-from ...scheduling.slices import MEASURED_FORWARDS, Pause
+from ...scheduling import RepeatedForward, Slices
+from ...scheduling.slices import Pause
 from .config import max_positions
-from .graphs import CapturedForward, capture, masks_as_outside_a_capture
-
-logger = logging.getLogger("poc_kernels")
+from .masks import masks_as_outside_a_capture
 
 
 class _GivenOutput(BaseModelOutputWithPast):
@@ -68,6 +65,9 @@ class TransformersEngine:
         slice_seconds: how long a slice of the forward should take at most.
         alone: entered for a capture: nothing else may draw torch's random numbers on the device meanwhile.
 
+    Attributes:
+        repeated: runs the forward.
+
     Raises:
         ValueError: the model has no decoder or no head, its dtype is not one that projections take, its weights lie on
             several devices or are not finite, it does not take input embeddings, or the twin's logits are not
@@ -102,17 +102,20 @@ class TransformersEngine:
         self.max_positions: int = max_positions(model.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self._alone = alone
-        self._cuda_graphs = cuda_graphs and self.device.type == "cuda"
-        self._shape: tuple[int, ...] | None = None
-        self._captured: CapturedForward | None = None
-        self._sliced = SlicedForward(self.device, slice_seconds)
+        self.repeated = RepeatedForward(
+            lambda inputs_embeds: self._run(inputs_embeds),
+            self.device,
+            slice_seconds=slice_seconds,
+            cuda_graphs=cuda_graphs,
+            alone=alone,
+            as_captured=masks_as_outside_a_capture,
+        )
         self._divide(model)
 
     @property
     def slices(self) -> Slices | None:
         """The slices of the forward in its latest shape; None until they are measured."""
-        return self._sliced.slices
+        return self.repeated.slices
 
     @torch.inference_mode()
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
@@ -129,16 +132,7 @@ class TransformersEngine:
             )
         if inputs_embeds.dtype != self.dtype:
             raise TypeError(f"inputs_embeds must be {self.dtype}, got {inputs_embeds.dtype}")
-        shape = tuple(inputs_embeds.shape)
-        if shape != self._shape:
-            self._captured = self._shape = None  # one shape per round: the last one's memory is given back first
-            self._sliced.forget()
-            if self._cuda_graphs:
-                self._captured = self._capture_checked(inputs_embeds, pause)
-            self._shape = shape
-        if self._captured is not None:
-            return self._captured.replay(inputs_embeds, pause)
-        return self._sliced.run(lambda: self._run(inputs_embeds), pause)
+        return self.repeated(inputs_embeds, pause)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -149,33 +143,6 @@ class TransformersEngine:
     def _run(self, inputs_embeds: Tensor) -> Tensor:
         states: Tensor = self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return states
-
-    def _capture_checked(self, example: Tensor, pause: Pause) -> CapturedForward | None:
-        """Capture the forward of that shape; None, with a warning, if its replay would not be bit-identical."""
-        expected = self._sliced.run_unmeasured(lambda: self._run(example), pause)
-        with masks_as_outside_a_capture():  # measures the calls that will be captured
-            for _ in range(MEASURED_FORWARDS):
-                self._sliced.run(lambda: self._run(example), pause)
-        with self._alone():
-            try:
-                captured = self._capture(example)
-            except torch.OutOfMemoryError as error:
-                logger.warning("no memory to capture the model's forward as a CUDA graph; it runs without: %s", error)
-                return None  # another shape may have room
-            except (RuntimeError, NotImplementedError) as error:
-                self._give_up_graphs(str(error))
-                return None
-        if not torch.equal(captured.replay(example, pause), expected):
-            self._give_up_graphs("its replay is not bit-identical")
-            return None
-        return captured
-
-    def _give_up_graphs(self, reason: str) -> None:
-        logger.warning("the model's forward cannot be captured as a CUDA graph and runs without: %s", reason)
-        self._cuda_graphs = False
-
-    def _capture(self, example: Tensor) -> CapturedForward:
-        return capture(self._run, self._sliced, example)
 
     @torch.inference_mode()
     def _divide(self, model: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...protocol.engine import never
-from ...scheduling import SlicedForward, Slices
+from ...scheduling import PriorityLanes, RepeatedForward, Slices
 from ...scheduling.slices import Pause
 from . import compat
 from .support import unsupported_config
@@ -33,6 +33,7 @@ class VllmEngine:
             the same calls. Nothing is captured then.
 
     Attributes:
+        repeated: runs the forward, except in lockstep.
         twin: the twin of the served model.
         vllm_config: the worker's configuration.
         scores_are_logits: whether the server tells logits where log-probabilities are asked for.
@@ -58,9 +59,14 @@ class VllmEngine:
         self._runner = runner
         self._position_rows = 3 if getattr(runner, "uses_mrope", False) else 0
         self._lockstep, self._pause = lockstep, never
-        self._sliced = SlicedForward(self.device, slice_seconds)
-        self._shape: tuple[int, ...] | None = None
+        on_gpu = self.device.type == "cuda"
+        # In lockstep on the stream of the steps: what ranks exchange stays in one order.
+        self._lanes = PriorityLanes(self.device) if on_gpu and not lockstep else None
+        self._workspace = compat.new_workspace(self.device) if on_gpu else None
         self._ops = compat.kernels_of_ops()
+        self.repeated = RepeatedForward(
+            self.compute_states, self.device, slice_seconds=slice_seconds, cuda_graphs=cuda_graphs
+        )
         self._make_twin()
 
     @property
@@ -73,7 +79,7 @@ class VllmEngine:
     @property
     def slices(self) -> Slices | None:
         """The slices of the forward in its latest shape; None until they are measured, and in lockstep."""
-        return self._sliced.slices
+        return self.repeated.slices
 
     def refresh(self) -> bool:
         """Make the twin anew if modules or weights of the served model were replaced; return whether they were.
@@ -89,12 +95,17 @@ class VllmEngine:
     def context(self) -> Iterator[None]:
         """Have vLLM's layers find what proofs need: to be entered around each slice, by the thread that steps.
 
-        What it sets belongs to the process, so no step may run inside the block.
+        What it sets belongs to the process, so no step may run inside the block. On a GPU, work given to the current
+        stream inside the block has the lowest priority.
         """
         with contextlib.ExitStack() as stack:
             for op, providers in self._ops:
                 stack.enter_context(op.set_priority(providers))
             stack.enter_context(compat.in_forward_context(self._forward_context))
+            if self._workspace is not None:
+                stack.enter_context(compat.in_workspace(self._workspace))
+            if self._lanes is not None:
+                stack.enter_context(self._lanes.validation())
             yield
 
     @torch.inference_mode()
@@ -118,11 +129,7 @@ class VllmEngine:
                 return self.compute_states(inputs_embeds)
             finally:
                 self._pause = never
-        shape = tuple(inputs_embeds.shape)
-        if shape != self._shape:
-            self._sliced.forget()
-            self._shape = shape
-        return self._sliced.run(lambda: self.compute_states(inputs_embeds), pause)
+        return self.repeated(inputs_embeds, pause)
 
     @torch.inference_mode()
     def compute_states(self, inputs_embeds: Tensor) -> Tensor:
@@ -165,9 +172,10 @@ class VllmEngine:
         return embeddings.to(self.dtype)
 
     def _make_twin(self) -> None:
-        self._sliced.forget()
-        self._shape = None
+        self.repeated.forget()
         self.twin = Twin(self._runner.get_model())
+        if self._lanes is not None:
+            self._lanes.wait_for_current_stream()
         self._forward_context = compat.forward_context(self.vllm_config, self.twin.clones)
         if self._lockstep:
             for layer in self.twin.decoder_layers():

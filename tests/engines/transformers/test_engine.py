@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
-from poc_kernels.engines.transformers.graphs import CapturedForward, masks_as_outside_a_capture
+from poc_kernels.engines.transformers.masks import masks_as_outside_a_capture
 from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, ProofBatch
+from poc_kernels.scheduling.repeated import CapturedForward
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 
 SMALL = {
@@ -302,7 +303,7 @@ def test_a_pause_may_give_the_replay_of_graphs_up():
     for _ in range(2):
         with pytest.raises(KeyError, match="enough"):
             graphs.forward(x, give_up)
-        assert graphs._captured is None  # measuring was given up: the next forward begins anew
+        assert graphs.repeated.captured is None  # measuring was given up: the next forward begins anew
     assert_same_bits(graphs.forward(x), plain.forward(x))
     with pytest.raises(KeyError, match="enough"):
         graphs.forward(x, give_up)
@@ -327,7 +328,7 @@ def test_a_capture_is_alone():
             return super()._capture(example)
 
     graphs = Watched(make(CONFIGS["qwen3"]))
-    graphs._alone = alone
+    graphs.repeated._alone = alone
     for _ in range(2):
         graphs.forward(random_inputs(graphs))
     assert entered == [True, False]
@@ -347,7 +348,7 @@ class _Graphs(TransformersEngine):
 
     def __init__(self, model, failure=None, error=0.0, **options):
         super().__init__(model, **options)
-        self._cuda_graphs = True
+        self.repeated._cuda_graphs, self.repeated._capture = True, self._capture
         self.captured, self.failure, self.error = [], failure, error
 
     def _capture(self, example):
@@ -447,7 +448,7 @@ def test_cuda_graphs_give_the_bits_of_the_model(name):
         for seed in range(3):
             x = random_inputs(plain, batch=8, seq_len=seq_len, seed=seed)
             assert_same_bits(graphs.forward(x), plain.forward(x))
-        assert graphs._captured is not None
+        assert graphs.repeated.captured is not None
 
 
 @pytest.mark.gpu
@@ -468,6 +469,6 @@ def test_a_broken_capture_leaves_the_device_usable(monkeypatch):
     x = random_inputs(plain, batch=8)
     for _ in range(2):
         assert_same_bits(graphs.forward(x), plain.forward(x))
-    assert graphs._captured is None
+    assert graphs.repeated.captured is None
     assert torch.cuda.current_stream() == stream
     assert torch.rand(4, device="cuda").isfinite().all()

@@ -1,14 +1,18 @@
 """VllmEngine on stand-ins for what it meets of vLLM: an `Engine`, its slices, its context, weights that change."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import assert_same_bits
 from torch import nn
 from vllm_stand_ins import Model, worker
 
+from poc_kernels.engines.vllm import compat
 from poc_kernels.engines.vllm.engine import VllmEngine
 from poc_kernels.protocol import DistanceProver, PoCConfig
 from poc_kernels.protocol.prover import Row
+from poc_kernels.scheduling.repeated import CapturedForward
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 
 ROWS = [Row("key", nonce) for nonce in range(4)]
@@ -139,6 +143,117 @@ def test_distances_do_not_depend_on_place_and_neighbours():
     assert len(set(together)) == 4
     assert [prover.prove(CONFIG, [row]).values[0] for row in ROWS] == together
     assert prover.prove(CONFIG, ROWS[::-1]).values == together[::-1]
+
+
+class Graph:
+    """A captured forward on a CPU: replayed by running it again."""
+
+    def __init__(self, engine, example, error):
+        self.run, self.error = engine.compute_states, error
+        self.input, self.output = example.clone(), engine.compute_states(example).clone()
+
+    def replay(self):
+        self.output.copy_(self.run(self.input) + self.error)
+
+
+def with_graphs(error=0.0, **options):
+    """An engine that takes the path of CUDA graphs on a CPU, and the shapes that it captured."""
+    engine, captured = VllmEngine(worker(), **options), []
+
+    def capture(example):
+        captured.append(tuple(example.shape))
+        graph = Graph(engine, example, error)
+        return CapturedForward([graph], graph.input, graph.output)
+
+    engine.repeated._cuda_graphs, engine.repeated._capture = True, capture
+    return engine, captured
+
+
+def test_graphs_are_captured_when_the_shape_or_a_weight_changes():
+    plain, (graphs, captured) = VllmEngine(worker()), with_graphs()
+    for length in (5, 5, 9):
+        x = random_inputs(length=length)
+        assert_same_bits(graphs.forward(x), plain.forward(x))
+    graphs.twin._made_of = []
+    assert graphs.refresh()
+    assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert captured == [(3, 5, 32), (3, 9, 32), (3, 9, 32)]
+
+
+def test_a_replay_with_other_bits_is_not_used(caplog):
+    plain, (graphs, captured) = VllmEngine(worker()), with_graphs(error=1e-3)
+    for length in (5, 9):
+        x = random_inputs(length=length)
+        assert_same_bits(graphs.forward(x), plain.forward(x))
+    assert captured == [(3, 5, 32)]
+    assert "its replay is not bit-identical" in caplog.text
+
+
+def test_nothing_is_captured_in_lockstep():
+    graphs, captured = with_graphs(lockstep=True)
+    graphs.forward(random_inputs())
+    assert captured == []
+
+
+class Lanes:
+    """The streams of a GPU, and which of them is the current one."""
+
+    current = "default"
+
+    def __init__(self, device):
+        self.waited = 0
+
+    @contextlib.contextmanager
+    def validation(self):
+        Lanes.current = "lowest priority"
+        yield
+        Lanes.current = "default"
+
+    def wait_for_current_stream(self):
+        self.waited += 1
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A worker on a GPU, of which nothing is used but its name; the workspaces that are entered."""
+    entered = []
+
+    @contextlib.contextmanager
+    def in_workspace(manager):
+        entered.append(manager)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr("poc_kernels.engines.vllm.engine.PriorityLanes", Lanes)
+    monkeypatch.setattr(compat, "new_workspace", lambda device: f"workspace of {device}")
+    monkeypatch.setattr(compat, "in_workspace", in_workspace)
+    made = worker()
+    made.model_runner.device = torch.device("cuda:0")
+    return made, entered
+
+
+def test_on_a_gpu_slices_have_the_lowest_priority_and_scratch_of_their_own(gpu):
+    made, entered = gpu
+    engine = VllmEngine(made)
+    with engine.context():
+        assert Lanes.current == "lowest priority"
+        assert entered == ["workspace of cuda:0"]
+    assert Lanes.current == "default"
+    assert entered[-1] is None
+    assert engine.repeated._cuda_graphs
+    assert engine._lanes.waited == 1  # for the weights
+    made.model_runner.served[0] = Model()
+    assert engine.refresh()
+    assert engine._lanes.waited == 2
+    assert not VllmEngine(made, cuda_graphs=False).repeated._cuda_graphs
+
+
+def test_in_lockstep_slices_are_on_the_stream_of_the_steps(gpu):
+    made, entered = gpu
+    engine = VllmEngine(made, lockstep=True)
+    with engine.context():
+        assert Lanes.current == "default"
+        assert entered == ["workspace of cuda:0"]
 
 
 def test_the_context_is_there_inside_the_block_only(stand_ins):
