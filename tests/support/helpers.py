@@ -245,12 +245,17 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 # ---- other processes -----------------------------------------------------------------------------------------------
 
 
-def run_python(code: str, directory: Path, package_root: Path | None = None, **environment: str) -> str:
-    """What ``code`` prints in a fresh interpreter that has the package; fails with its errors if it fails."""
+def run_python(
+    code: str, directory: Path, package_root: Path | None = None, launcher: Sequence[str] = (), **environment: str
+) -> str:
+    """What ``code`` prints in a fresh interpreter that has the package; fails with its errors if it fails.
+
+    ``launcher`` is a command that starts the interpreter, which follows as its arguments.
+    """
     root = package_root or Path(poc_kernels.__file__).parent.parent
     inherited = {name: value for name, value in os.environ.items() if name != "POC_KERNELS_BACKEND"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [*launcher, sys.executable, "-c", code],
         cwd=directory,
         env={**inherited, "PYTHONPATH": str(root), **environment},
         capture_output=True,
