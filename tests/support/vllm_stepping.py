@@ -10,10 +10,11 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from small_engine import SmallEngine
 
-from poc_kernels.engines.vllm import session
+from poc_kernels.engines.vllm import compat, session, trial
 from poc_kernels.engines.vllm.messages import METHOD, Open
 from poc_kernels.protocol import DistanceProver, PoCConfig, Row
 from poc_kernels.protocol.engine import never
@@ -32,6 +33,7 @@ class LayeredEngine(SmallEngine):
     """A `SmallEngine` of several layers, which pauses before each: a session's engine."""
 
     layers = 5
+    windows = (16,)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -248,6 +250,25 @@ class Client:
 
         self.core.inbox.put(run)
         return await future
+
+
+def install(monkeypatch: pytest.MonkeyPatch, differs: str | None = None) -> list[Any]:
+    """Have sessions compute with stand-ins, and trials say what differs; return what trials are given."""
+    given: list[Any] = []
+
+    async def scored(client: Any, prompt: list[int]) -> Any:
+        told = {token: types.SimpleNamespace(logprob=-float(token)) for token in prompt}
+        return types.SimpleNamespace(prompt_token_ids=prompt, prompt_logprobs=[None, *([told] * (len(prompt) - 1))])
+
+    def compare(engine: Any, prompts: list[list[int]], served: list[list[float]]) -> str | None:
+        given.append((prompts, served))
+        return differs
+
+    monkeypatch.setattr(session, "VllmEngine", lambda worker, **options: worker.engine)
+    monkeypatch.setattr(trial, "compare", compare)
+    monkeypatch.setattr(trial, "independence", given.append)
+    monkeypatch.setattr(compat, "scored", scored)
+    return given
 
 
 def small_session(worker: Worker, **options: Any) -> session.Session:

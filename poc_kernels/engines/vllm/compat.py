@@ -6,6 +6,7 @@ vLLM is imported where a function is called, so that importing this takes no tim
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -125,3 +126,17 @@ def is_engine_dead(error: BaseException) -> bool:
 def is_shutting_down(error: BaseException) -> bool:
     """Whether a call failed because the engine takes none any more while it shuts down."""
     return "Server shutting down" in str(error)
+
+
+async def scored(client: Any, prompt: Sequence[int]) -> Any:
+    """Have the server compute how likely each token of a prompt is; return vLLM's ``RequestOutput``.
+
+    Args:
+        client: vLLM's EngineClient.
+        prompt: token ids.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
+    request = client.generate({"prompt_token_ids": list(prompt)}, params, f"poc_kernels-{uuid.uuid4().hex}")
+    return [output async for output in request][-1]

@@ -95,15 +95,12 @@ class Link:
             except RuntimeError:  # the loop is closed
                 coroutine.close()
 
-    def call(
-        self, method: Callable[[], Coroutine[Any, Any, Result]], pause: Pause = never, *, even_cancelled: bool = False
-    ) -> Result:
+    def call(self, method: Callable[[], Coroutine[Any, Any, Result]], pause: Pause = never) -> Result:
         """Call a coroutine function on the loop; return its result.
 
         Args:
             method: called on the loop.
             pause: called now and then; what it raises ends the waiting and comes through. The call itself goes on.
-            even_cancelled: whether to call it after `cancel`, too.
 
         Raises:
             EngineLost: the engine died, or the server shuts down.
@@ -111,8 +108,7 @@ class Link:
             EngineError: the engine answered with an error.
             TimeoutError: it did not answer in time.
         """
-        if not even_cancelled or self.lost is not None:
-            self.check()
+        self.check()
 
         async def called() -> Result:
             return await method()
@@ -127,8 +123,7 @@ class Link:
         while not concurrent.futures.wait([future], _LOOK_SECONDS).done:
             if self._loop.is_closed():
                 raise self._lose("the server's event loop has ended")
-            if not even_cancelled:
-                self.check()
+            self.check()
             pause()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"vLLM's engine did not answer within {self._answer_seconds:g} s")

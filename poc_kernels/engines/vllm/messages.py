@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 METHOD = "poc_kernels_call"
-"""The RPC method of workers: ``(command, payload) -> payload``; commands are open, begin, run, trial and close."""
+"""The RPC method of workers: ``(command, payload) -> payload``; commands are open, trial, begin, run and close."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,27 @@ class Opened:
     hidden_size: int = 0
     vocab_size: int = 0
     max_positions: int = 0
+    windows: list[int] = field(default_factory=list)
+    """How many positions attention layers look back."""
     dtype: str = ""
     device: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Compare what proofs are computed with to the served model, and its rows with each other."""
+
+    prompts: list[list[int]]
+    """Token ids."""
+    served: list[list[float]]
+    """How likely the served model finds their tokens: see `poc_kernels.engines.vllm.trial.scores`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """The sentence that says what is wrong; None if nothing is."""
+
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from ...protocol.engine import never
 from ...scheduling import Pacing, Slices
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
+from . import compat, trial
 from .link import EngineError, Link
-from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, pack, unpack
+from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
 from .pacing import slices_per_1000_steps
 
 logger = logging.getLogger("poc_kernels")
@@ -118,9 +119,13 @@ class RemoteDevice:
 
     def resume_users(self) -> None:
         """Undo `pause_users`. Idempotent."""
-        if self._users_paused and self.link.lost is None:  # else there are none any more
-            self.link.call(self.link.client.resume_generation, even_cancelled=True)
-        self._users_paused = False
+        if self._users_paused:
+            resume = self.link.client.resume_generation
+            if self.link.lost is not None or self.link.cancelled:  # the loop may wait for this very thread
+                self.link.drop(resume)
+            else:
+                self.link.call(resume)
+            self._users_paused = False
 
     def status(self) -> dict[str, Any]:
         """Return how users and proofs share the workers, for people."""
@@ -290,7 +295,9 @@ class RemoteProver:
 async def open_engine(
     client: Any, *, share: float, slice_seconds: float, cuda_graphs: bool, answer_seconds: float
 ) -> tuple[RemoteProver, RemoteDevice]:
-    """Make the sessions of all workers; return what proves in them, and their device. Call it on the server's loop.
+    """Make the sessions of all workers, try them, and return what proves in them, and their device.
+
+    Call it on the server's loop, before it has users.
 
     Args:
         client: vLLM's ``EngineClient``.
@@ -300,7 +307,7 @@ async def open_engine(
         answer_seconds: how long an answer may take until a call fails.
 
     Raises:
-        ValueError: proofs do not support the model or its configuration.
+        ValueError: proofs do not support the model or its configuration, or the trial failed.
     """
     message = pack(Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS))
     answers = await client.collective_rpc(METHOD, args=("open", message))
@@ -308,6 +315,17 @@ async def open_engine(
     for each in opened:
         if each.refusal is not None:
             raise ValueError(each.refusal)
+    await _try(client, opened[0])
     link = Link(client, asyncio.get_running_loop(), answer_seconds)
     device = RemoteDevice(link, share=share, ranks=len(opened))
     return RemoteProver(device, opened[0]), device
+
+
+async def _try(client: Any, opened: Opened) -> None:
+    """Have all workers compare what they prove with to what the server serves; raise a ValueError if it differs."""
+    prompts = trial.tokens(opened.vocab_size, max_positions=opened.max_positions, windows=opened.windows)
+    served = [trial.scores(await compat.scored(client, prompt)) for prompt in prompts]
+    answers = await client.collective_rpc(METHOD, args=("trial", pack(Trial(prompts=prompts, served=served))))
+    for answer in answers:
+        if (refusal := unpack(Tried, answer).refusal) is not None:
+            raise ValueError(refusal)

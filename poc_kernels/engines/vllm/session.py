@@ -24,15 +24,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from ...protocol import DistanceProver, Outcomes, PoCConfig, Row
 from ...scheduling import InFlight, PriorityLanes
 from ...scheduling.slices import Pause
+from . import trial
 from .engine import VllmEngine
-from .messages import Begin, Begun, Open, Opened, Progress, Run, pack, unpack
+from .messages import Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
 from .pacing import ClockedDebt, CountedDebt, Counters
 from .resumable import Resumable
 
@@ -279,6 +280,8 @@ def call(worker: Any, command: str, payload: Mapping[str, Any]) -> dict[str, Any
     session: Session | None = getattr(worker, _ATTRIBUTE, None)
     if session is None:
         raise ValueError(f"command {command!r} needs a session, and there is none: open comes first")
+    if command == "trial":
+        return pack(_try(session, unpack(Trial, payload)))
     if command == "begin":
         return pack(session.begin(unpack(Begin, payload)))
     if command == "run":
@@ -287,7 +290,13 @@ def call(worker: Any, command: str, payload: Mapping[str, Any]) -> dict[str, Any
         delattr(worker, _ATTRIBUTE)
         session.close()
         return {}
-    raise ValueError(f"command must be open, begin, run or close, got {command!r}")
+    raise ValueError(f"command must be open, trial, begin, run or close, got {command!r}")
+
+
+def _try(session: Session, message: Trial) -> Tried:
+    """Try the engine of a session, which has no jobs yet."""
+    engine = cast(VllmEngine, session.engine)
+    return Tried(refusal=trial.compare(engine, message.prompts, message.served) or trial.independence(engine))
 
 
 def _open(worker: Any, message: Open) -> Opened:
@@ -313,6 +322,7 @@ def _open(worker: Any, message: Open) -> Opened:
         hidden_size=engine.hidden_size,
         vocab_size=engine.vocab_size,
         max_positions=engine.max_positions,
+        windows=list(engine.windows),
         dtype=str(engine.dtype).removeprefix("torch."),
         device=str(engine.device),
     )

@@ -17,7 +17,7 @@ from web import TIMEOUT, eventually
 
 pytest.importorskip("greenlet")
 
-from vllm_stepping import CONFIG, Client, Request, Worker, distances, rows, text_of
+from vllm_stepping import CONFIG, Client, Request, Worker, distances, install, rows, text_of
 
 from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.link import EngineError, EngineLost
@@ -54,7 +54,7 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     """Makes servers."""
-    monkeypatch.setattr(session_module, "VllmEngine", lambda worker, **options: worker.engine)
+    install(monkeypatch)
     with contextlib.ExitStack() as stack:
 
         def make(ranks: int = 1, answer_seconds: float = TIMEOUT) -> Server:
@@ -330,7 +330,7 @@ def test_users_are_resumed_even_by_a_device_that_was_cancelled(serve: Callable[.
     server.device.pause_users()
     server.device.cancel()
     server.device.resume_users()
-    assert not server.client.core.paused
+    eventually(lambda: not server.client.core.paused)
 
 
 def test_a_slice_is_what_the_workers_computed_since_the_last(serve: Callable[..., Server]) -> None:
@@ -405,16 +405,46 @@ def test_a_service_whose_engine_goes_first_ends(serve: Callable[..., Server], st
             future.result(TIMEOUT)
 
 
+# ---- before there are users ----
+
+
+def opened(workers: list[Worker]) -> tuple[RemoteProver, RemoteDevice]:
+    """What proves in the workers."""
+    client = Client(workers)
+    client.start()
+    try:
+        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
+        return asyncio.run_coroutine_threadsafe(opening, client.loop).result(TIMEOUT)
+    finally:
+        client.close()
+
+
 def test_a_model_that_is_refused_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = install(monkeypatch)
+
     def refuse(worker: Worker, **options: Any) -> None:
         raise ValueError("proofs do not support alibi: serve another model")
 
     monkeypatch.setattr(session_module, "VllmEngine", refuse)
-    client = Client([Worker()])
-    client.start()
-    try:
-        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
-        with pytest.raises(ValueError, match="do not support alibi"):
-            asyncio.run_coroutine_threadsafe(opening, client.loop).result(TIMEOUT)
-    finally:
-        client.close()
+    with pytest.raises(ValueError, match="do not support alibi"):
+        opened([Worker()])
+    assert given == []
+
+
+def test_every_worker_is_tried_with_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = install(monkeypatch)
+    workers = [Worker(2, 0), Worker(2, 1)]
+    prover, device = opened(workers)
+    first, engine, second, other = given
+    assert first == second
+    assert (engine, other) == tuple(worker.engine for worker in workers)
+    prompts, served = first
+    assert [-token for prompt in prompts for token in prompt[1:]] == [score for scores in served for score in scores]
+    assert max(map(len, prompts)) == 40  # longer than the window of the stand-in's model
+    assert (prover.model.vocab_size, device.ranks) == (101, 2)
+
+
+def test_a_model_whose_trial_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, differs="proofs would not be of the model that is served")
+    with pytest.raises(ValueError, match="not be of the model that is served"):
+        opened([Worker()])

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("greenlet")
 
-from vllm_stepping import CONFIG, OPEN, Request, Worker, distances, rows, scheduled, small_session, text_of
+from vllm_stepping import CONFIG, OPEN, Request, Worker, distances, install, rows, scheduled, small_session, text_of
 
 from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.messages import Begin, Progress, Run, pack, unpack
@@ -335,7 +335,7 @@ def test_slices_per_step_follow_the_lengths_of_both() -> None:
 
 @pytest.fixture
 def small_engine_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "VllmEngine", lambda worker, **options: worker.engine)
+    install(monkeypatch)
 
 
 def test_commands(small_engine_in_workers: None) -> None:
@@ -349,6 +349,7 @@ def test_commands(small_engine_in_workers: None) -> None:
         "hidden_size": 24,
         "vocab_size": 101,
         "max_positions": 64,
+        "windows": [16],
         "dtype": "float32",
         "device": "cpu",
     }
@@ -357,7 +358,7 @@ def test_commands(small_engine_in_workers: None) -> None:
     assert worker.poc_kernels_call("begin", begin) == {"refusal": None, "refreshed": False}
     message = Run(round=ROUND, jobs=["a"], rows={"a": [(*row,) for row in rows(0)]}, slices=3)
     assert worker.poc_kernels_call("run", pack(message))["jobs"] == ["a"]
-    with pytest.raises(ValueError, match="command must be open, begin"):
+    with pytest.raises(ValueError, match="command must be open, trial"):
         worker.poc_kernels_call("dance", {})
     worker.poc_kernels_call("open", pack(OPEN))  # in place of the one before, which ends
     assert worker.poc_kernels_call("run", pack(message))["round"] is None
