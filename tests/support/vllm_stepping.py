@@ -256,12 +256,15 @@ def install(monkeypatch: pytest.MonkeyPatch, differs: str | None = None) -> list
     """Have sessions compute with stand-ins, and trials say what differs; return what trials are given."""
     given: list[Any] = []
 
-    async def scored(client: Any, prompt: list[int]) -> Any:
-        told = {token: types.SimpleNamespace(logprob=-float(token)) for token in prompt}
-        return types.SimpleNamespace(prompt_token_ids=prompt, prompt_logprobs=[None, *([told] * (len(prompt) - 1))])
+    async def scored(client: Any, prompt: list[int], count: int) -> Any:
+        answer = types.SimpleNamespace(
+            token_ids=[*range(count)],
+            logprobs=[{token: types.SimpleNamespace(logprob=-float(token))} for token in range(count)],
+        )
+        return types.SimpleNamespace(prompt_token_ids=prompt, outputs=[answer])
 
-    def compare(engine: Any, prompts: list[list[int]], served: list[list[float]]) -> str | None:
-        given.append((prompts, served))
+    def compare(engine: Any, texts: list[list[int]], served: list[list[float]]) -> str | None:
+        given.append((texts, served))
         return differs
 
     monkeypatch.setattr(session, "VllmEngine", lambda worker, **options: worker.engine)

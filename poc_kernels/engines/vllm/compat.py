@@ -128,15 +128,17 @@ def is_shutting_down(error: BaseException) -> bool:
     return "Server shutting down" in str(error)
 
 
-async def scored(client: Any, prompt: Sequence[int]) -> Any:
-    """Have the server compute how likely each token of a prompt is; return vLLM's ``RequestOutput``.
+async def scored(client: Any, prompt: Sequence[int], count: int) -> Any:
+    """Have the server give the likeliest tokens after a prompt, and how likely each is; return its ``RequestOutput``.
 
     Args:
         client: vLLM's EngineClient.
         prompt: token ids.
+        count: tokens of the answer.
     """
     from vllm import SamplingParams
 
-    params = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
+    # Not the prompt's own log-probabilities: with adapters of users enabled, vLLM 0.32 fails to compute them.
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=0, detokenize=False)
     request = client.generate({"prompt_token_ids": list(prompt)}, params, f"poc_kernels-{uuid.uuid4().hex}")
     return [output async for output in request][-1]

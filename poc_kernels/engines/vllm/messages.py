@@ -45,10 +45,10 @@ class Opened:
 class Trial:
     """Compare what proofs are computed with to the served model, and its rows with each other."""
 
-    prompts: list[list[int]]
-    """Token ids."""
+    texts: list[list[int]]
+    """Token ids of prompts with their answers."""
     served: list[list[float]]
-    """How likely the served model finds their tokens: see `poc_kernels.engines.vllm.trial.scores`."""
+    """Log-probabilities of the tokens of the answers: see `poc_kernels.engines.vllm.trial.scores`."""
 
 
 @dataclass(frozen=True, kw_only=True)

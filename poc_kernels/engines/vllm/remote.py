@@ -324,8 +324,9 @@ async def open_engine(
 async def _try(client: Any, opened: Opened) -> None:
     """Have all workers compare what they prove with to what the server serves; raise a ValueError if it differs."""
     prompts = trial.tokens(opened.vocab_size, max_positions=opened.max_positions, windows=opened.windows)
-    served = [trial.scores(await compat.scored(client, prompt)) for prompt in prompts]
-    answers = await client.collective_rpc(METHOD, args=("trial", pack(Trial(prompts=prompts, served=served))))
+    scored = [trial.scores(await compat.scored(client, prompt, trial.ANSWER)) for prompt in prompts]
+    message = Trial(texts=[text for text, _ in scored], served=[told for _, told in scored])
+    answers = await client.collective_rpc(METHOD, args=("trial", pack(message)))
     for answer in answers:
         if (refusal := unpack(Tried, answer).refusal) is not None:
             raise ValueError(refusal)

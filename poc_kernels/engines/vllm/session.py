@@ -33,6 +33,7 @@ from ...scheduling import InFlight, PriorityLanes
 from ...scheduling.slices import Pause
 from . import trial
 from .engine import VllmEngine
+from .memory import lacking_memory
 from .messages import Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
 from .pacing import ClockedDebt, CountedDebt, Counters
 from .resumable import Resumable
@@ -296,7 +297,9 @@ def call(worker: Any, command: str, payload: Mapping[str, Any]) -> dict[str, Any
 def _try(session: Session, message: Trial) -> Tried:
     """Try the engine of a session, which has no jobs yet."""
     engine = cast(VllmEngine, session.engine)
-    return Tried(refusal=trial.compare(engine, message.prompts, message.served) or trial.independence(engine))
+    differs = trial.compare(engine, message.texts, message.served)
+    depends = trial.independence(engine)  # in any case: other ranks compute it, and would wait for this one
+    return Tried(refusal=differs or depends)
 
 
 def _open(worker: Any, message: Open) -> Opened:
@@ -314,9 +317,10 @@ def _open(worker: Any, message: Open) -> Opened:
         prover = DistanceProver(engine, slice_seconds=slice_seconds, max_logits=message.max_logits)
     except ValueError as error:
         return Opened(refusal=str(error))
+    if (lacking := lacking_memory(engine)) is not None:
+        return Opened(refusal=lacking)
     with engine.context():
         prover.compile_kernels()
-        prover.measure_slices()
     setattr(worker, _ATTRIBUTE, Session(worker, engine, prover, lockstep=lockstep))
     return Opened(
         hidden_size=engine.hidden_size,

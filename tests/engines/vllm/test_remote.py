@@ -438,9 +438,9 @@ def test_every_worker_is_tried_with_what_is_served(monkeypatch: pytest.MonkeyPat
     first, engine, second, other = given
     assert first == second
     assert (engine, other) == tuple(worker.engine for worker in workers)
-    prompts, served = first
-    assert [-token for prompt in prompts for token in prompt[1:]] == [score for scores in served for score in scores]
-    assert max(map(len, prompts)) == 40  # longer than the window of the stand-in's model
+    texts, served = first
+    assert [[-token for token in text[-8:]] for text in texts] == served == [[-token for token in range(8)]] * 5
+    assert max(map(len, texts)) == 48  # longer than the window of the stand-in's model
     assert (prover.model.vocab_size, device.ranks) == (101, 2)
 
 

@@ -35,27 +35,30 @@ def served_attention(layer, query, key, value):
 
 
 def serve(model, prompts, score=lambda logits: logits.log_softmax(-1), attention=served_attention):
-    """The scores of prompts by the served model itself."""
+    """Prompts with the served model's own answers, and its scores of these."""
     for layer in model.layers:
         layer.attn.forward = types.MethodType(attention, layer.attn)
-    scores = []
+    texts, served = [], []
     for prompt in prompts:
-        ids = torch.tensor(prompt)
-        states = model(None, torch.arange(len(ids)), None, model.embed_input_ids(ids).clone())
-        logits = score(model.compute_logits(states)[:-1, :101].float())
-        scores.append(logits.gather(1, ids[1:].unsqueeze(1)).squeeze(1).tolist())
+        text, told = list(prompt), []
+        for _ in range(trial.ANSWER):
+            states = model(None, torch.arange(len(text)), None, model.embed_input_ids(torch.tensor(text)).clone())
+            likely = score(model.compute_logits(states)[-1, :101].float())
+            text.append(int(likely.argmax()))
+            told.append(float(likely.max()))
+        texts.append(text)
+        served.append(told)
     for layer in model.layers:
         del layer.attn.forward
-    return scores
+    return texts, served
 
 
 def tried(model, break_it=lambda engine: None, **changes):
     """What a comparison says of the twin of a model, after something was done to the twin."""
     engine = VllmEngine(worker(model, dtype=model.tokens.dtype, **changes))
-    prompts = trial.tokens(101, max_positions=128, windows=engine.windows)
-    served = serve(model, prompts)
+    said = serve(model, trial.tokens(101, max_positions=128, windows=engine.windows))
     break_it(engine)
-    return trial.compare(engine, prompts, served)
+    return trial.compare(engine, *said)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -132,19 +135,17 @@ def test_a_kv_cache_of_few_bits_explains_more():
 
     model = Model()
     engine = VllmEngine(worker(model))
-    prompts = trial.tokens(101)
-    served = serve(model, prompts, attention=rounded)
-    assert trial.compare(engine, prompts, served) is not None
+    said = serve(model, trial.tokens(101), attention=rounded)
+    assert trial.compare(engine, *said) is not None
     engine.vllm_config.cache_config.cache_dtype = "fp8"
-    assert trial.compare(engine, prompts, served) is None
+    assert trial.compare(engine, *said) is None
 
 
 def test_a_server_that_tells_logits():
     model = Model()
-    engine = VllmEngine(worker(model, logprobs_mode="raw_logits"))
-    prompts = trial.tokens(101)
-    assert trial.compare(engine, prompts, serve(model, prompts, score=lambda logits: logits)) is None
-    assert trial.compare(engine, prompts, serve(model, prompts)) is not None
+    engine, prompts = VllmEngine(worker(model, logprobs_mode="raw_logits")), trial.tokens(101)
+    assert trial.compare(engine, *serve(model, prompts, score=lambda logits: logits)) is None
+    assert trial.compare(engine, *serve(model, prompts)) is not None
 
 
 def test_a_rank_without_logits_has_nothing_to_say_and_computes_all_the_same():
@@ -158,17 +159,14 @@ def test_a_rank_without_logits_has_nothing_to_say_and_computes_all_the_same():
         def compute_logits(self, hidden_states):
             return None
 
-    prompts = trial.tokens(101)
-    assert (
-        trial.compare(VllmEngine(worker(Gathered())), prompts, [[0.0] * (len(prompt) - 1) for prompt in prompts])
-        is None
-    )
-    assert Gathered.forwards == 3 * len(prompts)
+    texts = [prompt + [1] * trial.ANSWER for prompt in trial.tokens(101)]
+    assert trial.compare(VllmEngine(worker(Gathered())), texts, [[0.0] * trial.ANSWER] * len(texts)) is None
+    assert Gathered.forwards == 3 * len(texts)
 
 
 def test_prompts():
     assert [len(prompt) for prompt in trial.tokens(101)] == [17, 3, 40, 9]
-    assert [len(prompt) for prompt in trial.tokens(101, max_positions=20, windows=[6])] == [17, 3, 19, 9, 19]
+    assert [len(prompt) for prompt in trial.tokens(101, max_positions=20, windows=[6])] == [12, 3, 12, 9, 12]
     assert [len(prompt) for prompt in trial.tokens(101, windows=[6, 4096])] == [17, 3, 40, 9, 30]
     prompts = trial.tokens(7)
     assert {token for prompt in prompts for token in prompt} == set(range(7))
@@ -177,10 +175,9 @@ def test_prompts():
 
 def test_scores_of_an_answer():
     token = types.SimpleNamespace
-    output = token(
-        prompt_token_ids=[5, 6, 5], prompt_logprobs=[None, {6: token(logprob=-1.5)}, {5: token(logprob=-0.5)}]
-    )
-    assert trial.scores(output) == [-1.5, -0.5]
+    answer = token(token_ids=[6, 5], logprobs=[{6: token(logprob=-1.5)}, {5: token(logprob=-0.5)}])
+    output = token(prompt_token_ids=[5, 7], outputs=[answer])
+    assert trial.scores(output) == ([5, 7, 6, 5], [-1.5, -0.5])
 
 
 def test_windows_of_an_engine():
