@@ -32,7 +32,9 @@ def test_on_a_cpu_there_are_no_streams() -> None:
     assert lanes.prioritise_streams(types.SimpleNamespace()) == 0
     in_flight = InFlight(torch.device("cpu"), 1)
     for _ in range(5):
+        assert in_flight.has_room()
         in_flight.mark()
+        in_flight.mark(wait=False)
 
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
@@ -297,6 +299,9 @@ def test_never_more_than_the_maximum_in_flight(cuda: Device, monkeypatch: pytest
             assert all(event.seen_done for event in made[: made.index(self)]), "oldest first"
             self.seen_done = True
 
+        def query(self) -> bool:
+            return self.seen_done
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     in_flight = InFlight(CUDA, max_slices)
     for marked in range(1, 10):
@@ -305,6 +310,12 @@ def test_never_more_than_the_maximum_in_flight(cuda: Device, monkeypatch: pytest
         assert made[-1].recorded is cuda.current
         # One more slice may be launched now, and then the maximum is in flight.
         assert sum(not event.seen_done for event in made) == min(marked, max_slices - 1)
+    # Or whoever may not wait looks whether there is room.
+    assert in_flight.has_room()
+    in_flight.mark(wait=False)
+    assert not in_flight.has_room()
+    made[-max_slices].seen_done = True
+    assert in_flight.has_room()
 
 
 def test_the_priorities_of_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,18 +18,17 @@ the messages and vLLM's own scheduler output, which are the same on all ranks, a
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import torch
 
 from ...protocol import DistanceProver, Outcomes, PoCConfig, Row
-from ...scheduling import InFlight, PriorityLanes
+from ...scheduling import InFlight
 from ...scheduling.slices import Pause
 from . import trial
 from .engine import VllmEngine
@@ -55,7 +54,7 @@ class SessionEngine(Protocol):
         """Use the weights that the served model has now; return whether they were replaced."""
 
     def context(self) -> AbstractContextManager[None]:
-        """Return what each slice runs in."""
+        """Return what each slice runs in: on a GPU, a stream of low priority as well."""
 
 
 class Session:
@@ -84,8 +83,6 @@ class Session:
         self._clocked, self._counted = ClockedDebt(self.counters), CountedDebt()
         self._debt = self._counted if lockstep else self._clocked
         self._in_flight = InFlight(engine.device, _MAX_SLICES_IN_FLIGHT)
-        # Several ranks launch slices on the stream of steps: two streams would race for one communicator.
-        self._lane = nullcontext if lockstep else PriorityLanes(engine.device).validation
         self._round: str | None = None
         self._config: PoCConfig | None = None
         self._rows: collections.OrderedDict[str, list[Row]] = collections.OrderedDict()
@@ -107,9 +104,14 @@ class Session:
             config = PoCConfig(**message.config)
             self.prover.check(config)
             refreshed = self.engine.refresh()
+            lacking = lacking_memory(
+                cast(VllmEngine, self.engine), batch_size=config.batch_size, seq_len=config.seq_len
+            )
         except Exception as error:
             logger.exception("a round cannot be computed in this worker")
             return Begun(refusal=f"{type(error).__name__}: {error}")
+        if lacking is not None:
+            return Begun(refusal=lacking)
         self._round, self._config = message.round, config
         return Begun(refreshed=refreshed)
 
@@ -144,8 +146,9 @@ class Session:
         def after_what_is_owed(scheduler_output: Any, *arguments: Any, **named: Any) -> Any:
             try:
                 self._before_step(scheduler_output)
-            except Exception:  # whatever it is, it is not the users'
+            except Exception as error:  # whatever it is, it is not the users'
                 logger.exception("proofs failed between two steps")
+                self._give_up(error)
             return execute_model(scheduler_output, *arguments, **named)
 
         return after_what_is_owed
@@ -183,7 +186,7 @@ class Session:
         """Run the slices that steps owe."""
         if not (self._waits and self._debt.due()):
             return
-        with self._computing():
+        with self.engine.context():
             # A GPU that is behind is not given more: the step would wait, and what is owed stays owed.
             while self._waits and self._debt.due() and (self._lockstep or self._in_flight.has_room()):
                 self._debt.pay(self._run_slice(between_steps=True))
@@ -193,15 +196,10 @@ class Session:
         began = self._clock()
         if not self._waits:
             return
-        with self._computing():
+        with self.engine.context():
             while self._waits and (slices > 0 or (seconds > 0 and self._clock() - began < seconds)):
                 self._run_slice(between_steps=False)
                 slices -= 1
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        with self._lane(), self.engine.context():
-            yield
 
     def _run_slice(self, between_steps: bool) -> float:
         """Run a slice of the first job; return its seconds."""
@@ -248,8 +246,14 @@ class Session:
         if self._running is not None:
             _, resumable = self._running
             self._running = None
-            with self._computing():
+            with self.engine.context():
                 resumable.cancel()
+
+    def _give_up(self, error: Exception) -> None:
+        """End every job with an error that is none of its own."""
+        self._running = None
+        self._outcomes.update((job, _failed(error)) for job in self._rows)
+        self._rows.clear()
 
     def _cancel_all(self) -> None:
         self._cancel_running()
@@ -262,9 +266,13 @@ def _outcome(resumable: Resumable[Outcomes]) -> dict[str, Any]:
     error = resumable.error
     if error is not None:
         logger.error("a proof batch failed in this worker", exc_info=error)
-        return {"error": f"{type(error).__name__}: {error}"}
+        return _failed(error)
     values, part_seconds = resumable.result
     return {"values": list(values), "part_seconds": dict(part_seconds)}
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}"}
 
 
 # ---- the RPC method ----

@@ -61,6 +61,11 @@ class Rig:
         self.worker.execute_model(scheduled([]))
 
 
+@pytest.fixture
+def small_engine_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
 # ---- slices in calls ----
 
 
@@ -170,6 +175,19 @@ def test_a_round_that_cannot_be_computed_is_refused() -> None:
     assert refusal == "RuntimeError: a module has no twin"
 
 
+def test_memory_that_is_lacking_is_told_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch, small_engine_in_workers: None
+) -> None:
+    lacking = "take 0.02 off --gpu-memory-utilization"
+    rig = Rig()
+    shapes: list[dict[str, int]] = []
+    monkeypatch.setattr(session_module, "lacking_memory", lambda engine, **shape: shapes.append(shape) or lacking)
+    assert rig.session.begin(Begin(round="x", config=dataclasses.asdict(CONFIG))).refusal == lacking
+    assert rig.run({"a": rows(0)}, slices=PLENTY).round is None
+    assert Worker().poc_kernels_call("open", pack(OPEN))["refusal"] == lacking
+    assert shapes == [{"batch_size": 4, "seq_len": 8}, {}]
+
+
 def test_weights_that_were_replaced_are_told_of() -> None:
     rig = Rig()
     begin = Begin(round="next", config=dataclasses.asdict(CONFIG))
@@ -224,12 +242,17 @@ def test_a_failure_between_steps_is_not_the_users() -> None:
     rig.run({"a": rows(0)}, share=0.9)
 
     def fail() -> None:
-        raise RuntimeError("no lane")
+        raise RuntimeError("no context")
 
-    rig.session._lane = fail  # type: ignore[assignment]
+    rig.worker.engine.context = fail  # type: ignore[method-assign]
     request = Request(3, 40)
     rig.steps(request, 40)
     assert request.tokens == text_of(3, 40)
+    del rig.worker.engine.context
+    rig.users_leave()
+    progress = rig.run({"a": rows(0), "b": rows(4)}, slices=PLENTY)
+    assert progress.outcomes["a"] == {"error": "RuntimeError: no context"}
+    assert progress.outcomes["b"]["values"] == distances(rows(4))
 
 
 def test_step_seconds_leave_slices_out() -> None:
@@ -331,11 +354,6 @@ def test_slices_per_step_follow_the_lengths_of_both() -> None:
 
 
 # ---- the RPC method ----
-
-
-@pytest.fixture
-def small_engine_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
 
 
 def test_commands(small_engine_in_workers: None) -> None:
