@@ -247,6 +247,7 @@ constexpr Form tiles_form(const char* name, int max_limb_rows, int max_groups, i
           min_whole_groups,
           kPanelBudget,
           task_rows,
+          task_rows,
           tiles_memory_bytes,
           run};
 }

@@ -210,8 +210,9 @@ struct Panels {
 
 const Kernels& avx2_kernels() {
   static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kMaxRows, kMaxRows, /*whole_tiles=*/false,
-                                    kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10, /*task_rows=*/0,
-                                    panels_memory_bytes<Panels>, run_panels<Panels>}};
+                                    kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10,
+                                    /*task_rows_16=*/384, /*task_rows_8=*/384, panels_memory_bytes<Panels>,
+                                    run_panels<Panels>}};
   static constexpr Kernels kernels = {"avx2",
                                       has_avx2,
                                       kColumns,

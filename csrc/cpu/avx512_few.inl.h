@@ -108,7 +108,8 @@ constexpr Form as_drawn_form(int max_groups) {
           max_groups,
           /*min_whole_groups=*/0,
           /*panel_budget=*/0,
-          /*task_rows=*/0,
+          /*task_rows_16=*/0,
+          /*task_rows_8=*/0,
           drawer_memory_bytes,
           run_as_drawn};
 }

@@ -78,7 +78,8 @@ struct Form {
   int max_groups;        // of a panel
   int min_whole_groups;  // a panel is narrowed, down to this many groups, if it then holds all k; 0: it is not
   int64_t panel_budget;  // bytes of a panel that stay close to the core; 0: it keeps no panel, and a task has all k
-  int64_t task_rows;     // rows of a task whose limbs stay close to the core; 0: as many as there are
+  int64_t task_rows_16;  // rows of a task whose limbs stay close to the core at 16 activation_bits; 0: all there are
+  int64_t task_rows_8;   // the same at 8
 
   // Bytes that run takes for each thread, a multiple of kAlignment.
   int64_t (*memory_bytes)(const Job&);

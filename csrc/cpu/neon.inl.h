@@ -193,8 +193,8 @@ struct Panels {
 };
 
 constexpr Form kForms[] = {{"panels", /*max_limb_rows=*/0, kMaxLimbRows / 2, kMaxLimbRows, /*whole_tiles=*/false,
-                            kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10, /*task_rows=*/0,
-                            panels_memory_bytes<Panels>, run_panels<Panels>}};
+                            kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10, /*task_rows_16=*/384,
+                            /*task_rows_8=*/768, panels_memory_bytes<Panels>, run_panels<Panels>}};
 
 constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
   return {name,

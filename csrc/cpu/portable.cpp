@@ -76,7 +76,8 @@ struct Panels {
 const Kernels& portable_kernels() {
   static constexpr Form forms[] = {{"panels", /*max_limb_rows=*/0, kRowsPerTile, kRowsPerTile, /*whole_tiles=*/false,
                                     /*max_groups=*/4, /*min_whole_groups=*/0, /*panel_budget=*/256 << 10,
-                                    /*task_rows=*/0, panels_memory_bytes<Panels>, run_panels<Panels>}};
+                                    /*task_rows_16=*/0, /*task_rows_8=*/0, panels_memory_bytes<Panels>,
+                                    run_panels<Panels>}};
   static constexpr Kernels kernels = {"portable",
                                       [] { return true; },
                                       kColumns,

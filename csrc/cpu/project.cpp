@@ -53,13 +53,15 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   job.tile_rows = p.x.activation_bits == 16 ? form.rows_per_tile_16 : form.rows_per_tile_8;
   job.tile_bytes = job.tile_rows * k * q_bytes;
 
+  const int64_t task_rows = p.x.activation_bits == 16 ? form.task_rows_16 : form.task_rows_8;
   const int64_t fitting_rows = std::max(kMinBlockRows, kLimbBudget / (k * q_bytes));
   int64_t block_rows = fitting_rows;
   if (p.tiling.block_rows > 0) {
     block_rows = p.tiling.block_rows;
-  } else if (p.threads == 1 && form.task_rows > 0) {
-    block_rows =
-        form.task_rows;  // limbs are multiplied while they are close; several threads would wait block by block
+  } else if (p.threads == 1 && task_rows > 0) {
+    // Limbs are multiplied while they are close; several threads would wait block by block.
+    const int64_t blocks = divide_up(p.rows, std::min(task_rows, fitting_rows));
+    block_rows = round_up(divide_up(p.rows, blocks), job.tile_rows);
   }
   block_rows = std::min(p.rows, block_rows);
   job.rows = block_rows;
@@ -83,7 +85,7 @@ Plan make_plan(const Kernels& kernels, const Projection& p) {
   // Few columns and many rows: each part of the rows draws the same panels again.
   const int64_t wanted_tasks = p.threads > 1 ? kTasksPerThread * p.threads : 1;
   job.parts = std::clamp<int64_t>(wanted_tasks / column_tasks(job), 1, divide_up(block_rows, kMinBlockRows));
-  if (form.task_rows > 0) job.parts = std::max(job.parts, divide_up(block_rows, form.task_rows));
+  if (task_rows > 0) job.parts = std::max(job.parts, divide_up(block_rows, task_rows));
 
   Plan plan{kernels, form, block_rows, job, 0, 0, 0, 0};
   plan.states_bytes = round_up(block_rows * static_cast<int64_t>(sizeof(RowState)), kAlignment);

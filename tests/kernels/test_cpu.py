@@ -263,6 +263,18 @@ def test_rows_beyond_one_block_give_the_same_bits(name):
 
 @each_form
 @pytest.mark.parametrize("bits", [16, 8])
+def test_rows_of_several_tasks_give_the_same_bits(name, form, bits):
+    rows = 1700  # more than two tasks take at 8 bits
+    x = rows_of_every_kind(rows, 35, torch.bfloat16, 19)
+    mask = torch.arange(rows) % 11 != 3
+    options = {"activation_bits": bits, "row_mask": mask}
+    y = expected(x, **options)
+    for threads in (1, 2):
+        assert_same_bits(native_project(x, name, tiling=Tiling(form=form), threads=threads, **options), y)
+
+
+@each_form
+@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("k", [32768, 32784, definition.MAX_FEATURES])
 def test_the_largest_sums_are_exact(name, form, bits, k):
     """Every product of a column has the same sign: sums far beyond 32 bits, near the limit of each accumulator."""
