@@ -57,7 +57,7 @@ class VllmEngine:
         self.vllm_config = config
         self.scores_are_logits: bool = "logits" in model_config.logprobs_mode
         self._runner = runner
-        self._position_rows = 3 if getattr(runner, "uses_mrope", False) else 0
+        self._position_rows = 3 if getattr(model_config, "uses_mrope", False) else 0
         self._lockstep, self._pause = lockstep, never
         on_gpu = self.device.type == "cuda"
         # In lockstep on the stream of the steps: what ranks exchange stays in one order.

@@ -123,7 +123,7 @@ def test_positions_of_models_that_take_three_of_them():
             return super().forward(None, positions[2], None, inputs_embeds)
 
     made = worker(Multimodal())
-    made.model_runner.uses_mrope = True
+    made.vllm_config.model_config.uses_mrope = True
     x = random_inputs()
     assert_same_bits(VllmEngine(made).forward(x), VllmEngine(worker()).forward(x))
 
