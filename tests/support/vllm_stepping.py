@@ -203,6 +203,10 @@ class Client:
             self._thread.join(20)
             self.loop.close()
 
+    @property
+    def errored(self) -> bool:
+        return self.dead
+
     def request(self, prompt: int, count: int) -> Request:
         """Have ``count`` tokens made."""
         request = Request(prompt, count)

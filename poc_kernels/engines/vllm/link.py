@@ -17,6 +17,8 @@ from .messages import METHOD
 
 Result = TypeVar("Result")
 
+_DIED = "vLLM's engine died"
+_LOOP_ENDED = "the server's event loop has ended"
 _LOOK_SECONDS = 0.1
 """Whoever waits for an answer looks that often whether it may still."""
 
@@ -57,6 +59,8 @@ class Link:
 
     def check(self) -> None:
         """Raise `EngineLost` if there is no engine any more, and `TurnsClosed` after `cancel`."""
+        if self.lost is None and self.client.errored:  # vLLM leaves calls that were under way without an answer
+            self._lose(_DIED)
         if self.lost is not None:
             raise EngineLost(self.lost)
         if self._cancelled.is_set():
@@ -122,7 +126,7 @@ class Link:
         deadline = time.monotonic() + self._answer_seconds
         while not concurrent.futures.wait([future], _LOOK_SECONDS).done:
             if self._loop.is_closed():
-                raise self._lose("the server's event loop has ended")
+                raise self._lose(_LOOP_ENDED)
             self.check()
             pause()
             if time.monotonic() > deadline:
@@ -130,7 +134,7 @@ class Link:
         try:
             return future.result()
         except concurrent.futures.CancelledError as error:
-            raise self._lose("the server's event loop has ended") from error
+            raise self._lose(_LOOP_ENDED) from error
         except Exception as error:
             raise self._translated(error) from error
 
@@ -141,9 +145,9 @@ class Link:
     def _translated(self, error: Exception) -> Exception:
         """Return what a failed call means."""
         if self._loop.is_closed():
-            return self._lose("the server's event loop has ended")
+            return self._lose(_LOOP_ENDED)
         if compat.is_engine_dead(error):
-            return self._lose("vLLM's engine died")
+            return self._lose(_DIED)
         if compat.is_shutting_down(error):
             return self._lose("vLLM shuts down")
         return EngineError(f"{type(error).__name__}: {error}")

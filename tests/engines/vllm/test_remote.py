@@ -20,7 +20,7 @@ pytest.importorskip("greenlet")
 from vllm_stepping import CONFIG, Client, Request, Worker, distances, install, rows, text_of
 
 from poc_kernels.engines.vllm import session as session_module
-from poc_kernels.engines.vllm.link import EngineError, EngineLost
+from poc_kernels.engines.vllm.link import EngineError, EngineLost, Link
 from poc_kernels.engines.vllm.remote import RemoteDevice, RemoteProver, open_engine
 from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, RoundEndedError
 from poc_kernels.scheduling import TurnsClosed
@@ -251,6 +251,34 @@ def test_an_engine_that_is_gone_ends_every_call(serve: Callable[..., Server], ho
     server.device.resume_users()
     server.prover.cancel()
     assert server.device.status()["lost"] == server.device.link.lost
+
+
+def test_calls_that_were_under_way_when_the_engine_died_are_answered(serve: Callable[..., Server]) -> None:
+    """By vLLM they are not."""
+    server = serve()
+    go, reached = threading.Event(), threading.Event()
+    server.workers[0].engine.before_layer = lambda: (reached.set(), go.wait(TIMEOUT))
+    threading.Thread(target=lambda: (reached.wait(TIMEOUT), setattr(server.client, "dead", True))).start()
+    try:
+        with pytest.raises(EngineLost, match="vLLM's engine died"):
+            server.prover.prove(CONFIG, rows(0))
+    finally:
+        go.set()
+
+
+def test_a_loop_that_has_ended_takes_no_call() -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    link = Link(Client([Worker()]), loop, TIMEOUT)
+
+    async def method() -> None:
+        raise AssertionError("it was called")
+
+    link.drop(method)
+    for _ in range(2):
+        with pytest.raises(EngineLost, match="the server's event loop has ended"):
+            link.call(method)
+    link.drop(method)
 
 
 def test_one_who_waits_for_the_engine_is_let_go(serve: Callable[..., Server]) -> None:
