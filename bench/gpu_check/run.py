@@ -118,7 +118,8 @@ def _tests(device: str) -> list[Command]:
     paths = [path for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
     files = [str(path) for path in paths if path != ROOT / OVERLAP_TESTS]
     shards = [_module("gpu_check.shard", f"{shard}/{SHARDS}", *MARKED_GPU, *files) for shard in range(1, SHARDS + 1)]
-    return [Command(arguments) for arguments in (*shards, *_short_runs(device))]
+    vllm = _module("gpu_check.short_vllm", device)
+    return [Command(arguments) for arguments in (*shards, *_short_runs(device), vllm)]
 
 
 def _short_runs(device: str) -> tuple[list[str], list[str]]:

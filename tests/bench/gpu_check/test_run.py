@@ -14,7 +14,7 @@ from helpers import CPU
 
 import poc_kernels
 from bench.gpu_check import run as gpu_check
-from bench.gpu_check import short_run, steps
+from bench.gpu_check import short_run, short_vllm, steps
 from poc_kernels import backends
 
 RIGHT, WRONG = "gives the known answers", "FAILED, never used: a tile"
@@ -146,6 +146,13 @@ def test_the_short_run_of_a_model_measures_its_slices():
     done = run_python("-m", "bench.gpu_check.short_forwards", "cpu")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"forwards in [1-9]\d* slices done\n", done.stdout)
+
+
+def test_the_short_run_in_vllm_is_skipped_in_a_word_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    short_vllm.main("cpu")
+    assert capsys.readouterr().out.startswith("SKIPPED [1] proofs in vLLM: ")
 
 
 @pytest.mark.usefixtures("fresh_choice")
