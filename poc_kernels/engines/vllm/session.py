@@ -43,6 +43,8 @@ _ATTRIBUTE = "_poc_kernels_session"
 UNCUT_SECONDS = 1e9
 """Length of slices outside the forward where ranks must pause at the same places: they are not cut by time."""
 _MAX_SLICES_IN_FLIGHT = 2
+_MAX_STEPS_UNASKED = 256
+"""After so many steps without a message, nobody waits for proofs any more: users' steps owe nothing then."""
 
 
 class SessionEngine(Protocol):
@@ -89,6 +91,7 @@ class Session:
         self._outcomes: dict[str, dict[str, Any]] = {}
         self._running: tuple[str, Resumable[Outcomes]] | None = None
         self._busy = False
+        self._steps_unasked = 0
         self._step_began: float | None = None
         self._sliced_since = 0.0  # seconds of slices since the last step began
         self._worker, self._execute_model = worker, worker.execute_model
@@ -117,6 +120,7 @@ class Session:
 
     def run(self, message: Run) -> Progress:
         """Take on and cancel jobs as the message says, compute a while, and tell of it."""
+        self._steps_unasked = 0
         if message.round == self._round:
             self._reconcile(message.jobs, message.rows)
             self._clocked.share = message.share
@@ -160,11 +164,12 @@ class Session:
             return
         self.counters.steps += 1
         self.counters.tokens += tokens
+        self._steps_unasked += 1
         if scheduler_output.scheduled_cached_reqs.num_reqs > 0:  # goes on where the step before ended
             if self._step_began is not None:
                 seconds = max(0.0, self._clock() - self._step_began - self._sliced_since)
                 self.counters.count_step(seconds)
-                if self._waits:
+                if self._waits and self._steps_unasked <= _MAX_STEPS_UNASKED:
                     self._debt.owe(seconds)
             self._run_between_steps()
         self._busy = True

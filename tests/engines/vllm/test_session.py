@@ -237,6 +237,21 @@ def test_no_share_no_slice_and_while_users_step_calls_compute_nothing() -> None:
     assert "a" in progress.outcomes
 
 
+def test_proofs_that_nobody_asks_for_any_more_cost_users_nothing() -> None:
+    rig = Rig()
+    of = {str(number): rows(4 * number) for number in range(1000)}
+    rig.run(of, share=0.9)
+    request = Request(3, PLENTY)
+    rig.steps(request, 300)
+    slices = rig.session.counters.slices
+    assert slices > 0
+    rig.steps(request, 50)
+    assert rig.session.counters.slices == slices
+    rig.run(of, share=0.9)
+    rig.steps(request, 50)
+    assert rig.session.counters.slices > slices
+
+
 def test_a_failure_between_steps_is_not_the_users() -> None:
     rig = Rig()
     rig.run({"a": rows(0)}, share=0.9)
