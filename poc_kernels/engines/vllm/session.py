@@ -217,10 +217,18 @@ class Session:
         self._in_flight.mark(wait=not between_steps)
         seconds = self._clock() - began
         self._sliced_since += seconds
-        slices = self.prover.slices
-        if self.engine.device.type == "cuda" and slices is not None:  # the clock saw the launch alone
-            seconds = sum(slices.seconds) / len(slices.seconds)
+        if self.engine.device.type == "cuda":
+            seconds = self._device_seconds(seconds, between_steps)
         self.counters.count_slice(seconds, between_steps)
+        return seconds
+
+    def _device_seconds(self, seconds: float, between_steps: bool) -> float:
+        """Return how long a GPU computes a slice, where the clock of the host saw its launch."""
+        slices = self.prover.slices
+        if slices is not None:
+            return sum(slices.seconds) / len(slices.seconds)
+        if between_steps:  # nobody waited for it; in calls, slices are launched as fast as they are computed
+            return self.counters.mean_slice_seconds or seconds
         return seconds
 
     def _begin_job(self) -> tuple[str, Resumable[Outcomes]]:

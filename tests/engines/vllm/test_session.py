@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
+import types
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("greenlet")
 
@@ -20,6 +22,7 @@ from poc_kernels.engines.vllm.messages import Begin, Progress, Run, pack, unpack
 from poc_kernels.engines.vllm.pacing import ClockedDebt, CountedDebt, Counters, slices_per_1000_steps
 from poc_kernels.engines.vllm.session import Session
 from poc_kernels.protocol import PoCConfig, Row
+from poc_kernels.scheduling import Slices
 
 ROUND = "round"
 PLENTY = 10**6
@@ -316,6 +319,23 @@ def test_users_text_and_distances_are_those_alone_in_every_schedule(seed: int) -
     assert len(found) > 3
     assert len(ended) > 3
     assert all(request.tokens == text_of(request.tokens[0], request.count) for request in ended)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_on_a_gpu_slices_count_as_long_as_they_are_computed(measured: bool) -> None:
+    """And not as long as their launch takes, which is all that happens between two steps."""
+    rig = Rig(clock=Clock())
+    engine, counters = rig.worker.engine, rig.session.counters
+    rig.session.engine = types.SimpleNamespace(device=torch.device("cuda"), context=engine.context)
+    engine.slices = Slices((1,), (2.0, 6.0)) if measured else None
+    rig.run({str(number): rows(4 * number) for number in range(100)}, slices=5, share=0.9)
+    in_calls = counters.mean_slice_seconds
+    assert in_calls == pytest.approx(4.0 if measured else 1.0)
+    rig.session._clock = lambda: 0.0  # between steps the clock sees nothing
+    rig.session._debt.owe(50.0)
+    rig.steps(Request(3, PLENTY), 20)
+    assert counters.slices_between_steps > 0
+    assert counters.seconds_between_steps == pytest.approx(counters.slices_between_steps * in_calls)
 
 
 # ---- debts ----
