@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 import threading
 import types
 from collections import Counter
@@ -667,7 +669,7 @@ def test_upcoming_forwards_are_those_that_come(puts: list[tuple[str, int, int]],
     assert first == []
     of = [forward[0][0].round for forward in computed]
     for place, forwards in enumerate(after_first):
-        same_round = itertools.takewhile(of[place].__eq__, of[place + 1 : place + 3])
+        same_round = itertools.takewhile(functools.partial(operator.is_, of[place]), of[place + 1 : place + 3])
         assert forwards == computed[place + 1 :][: len(list(same_round))]
 
 

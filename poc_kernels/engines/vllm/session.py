@@ -120,8 +120,8 @@ class Session:
 
     def run(self, message: Run) -> Progress:
         """Take on and cancel jobs as the message says, compute a while, and tell of it."""
-        self._steps_unasked = 0
         if message.round == self._round:
+            self._steps_unasked = 0
             self._reconcile(message.jobs, message.rows)
             self._clocked.share = message.share
             self._counted.slices_per_1000_steps = message.slices_per_1000_steps
