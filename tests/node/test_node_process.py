@@ -8,9 +8,7 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,86 +19,23 @@ import httpx2
 import pytest
 from nodes import POW, begin, checked, claim, posted, settings, status
 from served import NAME
+from server_process import ServerProcess
 from web import CHAT, DONE, TIMEOUT, chat, client, eventually
 
-import poc_kernels
 from poc_kernels.node.node import Node
 from poc_kernels.node.server import serve
 
 pytest_plugins = ["node_fixtures"]
 
-READY_SECONDS = 120  # several processes import torch at once
 
-
-class Process:
-    """`poc-kernels serve` on a free port, in a process group of its own; its log as it comes, unless `deaf`."""
+class Process(ServerProcess):
+    """`poc-kernels serve` on a free port; its log is read as it comes, unless it is deaf."""
 
     def __init__(self, model_dir: Path, *arguments: str, max_descriptors: int | None = None) -> None:
         limited = [] if max_descriptors is None else ["prlimit", f"--nofile={max_descriptors}"]
-        command = [
-            *limited,
-            sys.executable,
-            "-m",
-            "poc_kernels.cli",
-            "serve",
-            "--model",
-            str(model_dir),
-            "--served-name",
-            NAME,
-        ]
-        packages = os.pathsep.join([str(Path(poc_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        self.popen = subprocess.Popen(
-            [*command, "--port", "0", "--device", "cpu", "--temperature", "0", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=model_dir,
-            env={**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        self.log: list[str] = []
-        self._url = ""
-        self._listens = threading.Event()
-        self.deaf = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.log.append(line)
-            if found := re.search(r"listening\W.*port\W+([0-9]+)", line):
-                self._url = f"http://127.0.0.1:{found[1]}"
-                self._listens.set()
-            if self.deaf.is_set():
-                self.popen.wait(TIMEOUT)
-
-    def url(self) -> str:
-        """Where it listens, once it does."""
-        eventually(lambda: self._listens.is_set() or self.popen.poll() is not None, READY_SECONDS)
-        assert self._listens.is_set(), "".join(self.log)
-        return self._url
-
-    def end(self, number: signal.Signals, within_seconds: float) -> int:
-        """Send a signal; the exit status, once nothing of the process is left."""
-        self.popen.send_signal(number)
-        code = self.popen.wait(within_seconds)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(self.popen.pid, 0)
-        self._reader.join(TIMEOUT)
-        assert not self._reader.is_alive()
-        return code
-
-    def logged(self) -> list[str]:
-        """What the process wrote to standard error, to its end."""
-        return self.log
-
-    def kill(self) -> None:
-        """Whatever it does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait(TIMEOUT)
+        serve = [sys.executable, "-m", "poc_kernels.cli", "serve", "--model", str(model_dir), "--served-name", NAME]
+        options = ["--port", "0", "--device", "cpu", "--temperature", "0", *arguments]
+        super().__init__([*limited, *serve, *options], model_dir, r"listening\W.*port\W+([0-9]+)")
 
 
 ARGUMENTS = {

@@ -105,6 +105,10 @@ class Stream:
         """The whole text."""
         return self._result.result(TIMEOUT)
 
+    def ended(self) -> None:
+        """Wait until it is over, in order or not."""
+        self._result.exception(TIMEOUT)
+
     def __enter__(self) -> Stream:
         assert self.first.wait(TIMEOUT)
         return self

@@ -6,8 +6,10 @@ vLLM is imported where a function is called, so that importing this takes no tim
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -142,3 +144,51 @@ async def scored(client: Any, prompt: Sequence[int], count: int) -> Any:
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=0, detokenize=False)
     request = client.generate({"prompt_token_ids": list(prompt)}, params, f"poc_kernels-{uuid.uuid4().hex}")
     return [output async for output in request][-1]
+
+
+# ---- the server ----
+
+
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let vLLM's ``collective_rpc`` call ``method`` by its name, on each worker."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, name, method)
+
+
+def check_server_configs(check: Callable[[Any], None]) -> None:
+    """Have each configuration of a server go through ``check``, which may raise, before an engine is started with it.
+
+    No hook of vLLM's sees one so early: without this, a refusal would come after the model was loaded.
+    """
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is None:  # this process makes no configuration
+        return
+    make = arg_utils.EngineArgs.create_engine_config
+    if hasattr(make, "checked"):
+        return
+
+    @functools.wraps(make)
+    def checked(self: Any, usage_context: Any = None, **options: Any) -> Any:
+        config = make(self, usage_context, **options)
+        if usage_context == "OPENAI_API_SERVER":
+            check(config)
+        return config
+
+    checked.checked = True  # type: ignore[attr-defined]
+    arg_utils.EngineArgs.create_engine_config = checked
+
+
+def rust_frontend() -> bool:
+    """Return whether the server's front end is vLLM's in Rust, which loads no plugins."""
+    from vllm import envs
+
+    return bool(envs.VLLM_USE_RUST_FRONTEND)
+
+
+def metrics_text() -> bytes:
+    """Return vLLM's metrics in Prometheus' text format."""
+    from prometheus_client import generate_latest
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return generate_latest(get_prometheus_registry())

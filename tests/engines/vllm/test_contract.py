@@ -32,6 +32,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
 from poc_kernels.engines.vllm import compat
+from poc_kernels.engines.vllm.plugin import PoCEndpoints
 from poc_kernels.engines.vllm.support import unsupported_version
 
 
@@ -187,3 +188,28 @@ def test_answers_tell_how_likely_their_tokens_are():
 
 def test_the_rust_front_end_has_a_variable():
     assert envs.VLLM_USE_RUST_FRONTEND in (False, True, 0, 1, None)
+
+
+def test_the_server_and_its_plugins():
+    from vllm.entrypoints.launchers import app, launcher
+    from vllm.entrypoints.serve.middleware import authenticate
+    from vllm.plugins import load_plugins_by_group
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    assert isinstance(PoCEndpoints(), EndpointPlugin)
+    assert takes(EndpointPlugin.init_state) == takes(PoCEndpoints.init_state)
+    assert takes(EndpointPlugin.attach_router) == takes(PoCEndpoints.attach_router)
+    assert UsageContext.OPENAI_API_SERVER == "OPENAI_API_SERVER"
+    assert "VLLM_PLUGINS" in inspect.getsource(load_plugins_by_group)
+    # The node is made after the app and before it starts; vLLM's own middleware comes before the gate.
+    built = inspect.getsource(app.build_app)
+    assert built.index("attach_endpoint_plugins") < built.index("init_entrypoints_middleware")
+    # A server that ends calls it first, of the instance.
+    assert "engine_client.shutdown" in inspect.getsource(launcher.serve_http)
+    assert takes(AsyncLLM.shutdown) == ["self", "timeout"]
+    assert {"errored", "get_num_unfinished_requests"} <= set(dir(AsyncLLM))
+    assert not any(prefix.startswith("/api") for prefix in authenticate.GUARDED_PREFIX)
+    assert get_prometheus_registry() is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,17 @@ def test_a_variable_that_is_none_of_a_setting_is_told(caplog: pytest.LogCaptureF
         assert VllmSettings.from_environment(environ) == VllmSettings(token="t")
     (record,) = caplog.records
     assert record.getMessage() == "no settings in vLLM, and without effect: POC_KERNELS_VALIDATION_SHAR"
+
+
+def test_the_documentation_has_the_table() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "vllm.md").read_text()
+    shown = page.partition("<!-- settings: begin")[2].partition("<!-- settings: end -->")[0]
+
+    def rows(text: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("| `")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    assert rows(shown) == rows(table()), "it is what python -m poc_kernels.engines.vllm.settings prints"
 
 
 def test_the_table_has_the_settings_with_an_effect() -> None:
