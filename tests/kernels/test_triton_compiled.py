@@ -12,7 +12,8 @@ import pytest
 from poc_kernels import definition
 
 triton = pytest.importorskip("triton")
-from triton_compiled import CAPABILITIES, compile_for, shared_bytes_on_amd
+from triton_compiled import CAPABILITIES, Code, compile_for, shared_bytes_on_amd
+from wgmma_hazards import overwritten_operands, products_without_proxy_fence
 
 from poc_kernels.kernels.triton import device as triton_device
 from poc_kernels.kernels.triton import product as kernels
@@ -210,6 +211,34 @@ def test_on_hopper_entries_go_from_registers_to_the_matrix_unit(bits):
             left = each.operands.split(",")[1].strip()
             assert left.startswith("R"), each
         assert not loop.count(r"\b(STS|STL)")
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "fp16"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_on_hopper_products_are_fenced_and_nothing_writes_what_they_read(bits, arithmetic):
+    if tile_table.unsafe((9, 0)):
+        pytest.skip(tile_table.unsafe((9, 0)))
+    for tile, split in itertools.product(tiles(90, bits, arithmetic), (False, True)):
+        code = product(90, bits, tile, split, arithmetic).code
+        assert code.count("GMMA")
+        assert overwritten_operands(code) == (code.count("GMMA"), []), tile
+        assert products_without_proxy_fence(code) == [], tile
+
+
+def changed(code, pattern, change):
+    """``code`` with what ``change`` makes of the instructions that match."""
+    kept = (change(each) if re.search(pattern, str(each)) else each for each in code)
+    return Code(tuple(each for each in kept if each is not None))
+
+
+def test_missing_fences_and_waits_are_found_in_machine_code():
+    """In a float16 product several wgmma are under way while registers of the next ones are filled."""
+    if tile_table.unsafe((9, 0)):
+        pytest.skip(tile_table.unsafe((9, 0)))
+    for bits, arithmetic in ((16, "int8"), (16, "fp16")):
+        code = product(90, bits, tiles(90, bits, arithmetic)[0], False, arithmetic).code
+        assert products_without_proxy_fence(changed(code, "FENCE.VIEW", lambda each: None))
+        assert overwritten_operands(changed(code, "WARPGROUP.DEPBAR", lambda each: None)).wrong
 
 
 def assert_not_fused(compiled):
