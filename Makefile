@@ -39,7 +39,7 @@ $(SMOLLM2): | $(VENV)/installed-smollm2
 # Tests of the kernels and of the protocol compute and can share the cores; others have clocks, and threads of low
 # priority; those of vLLM have an environment of their own. All parts always run; each of them fails the target, and so
 # does their coverage together.
-COMPUTING := tests/kernels tests/protocol
+COMPUTING := tests/kernels tests/protocol tests/ptx
 # Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores, where
 # 300 s were too few for five tests.
 TIMEOUT := --timeout=600
@@ -75,6 +75,14 @@ stress: $(VENV)/installed-dev
 # Larger scenarios of threads in every order, for many minutes.
 interleavings: $(VENV)/installed-dev
 	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling tests/service
+
+# Everything that the emulator of PTX can run of the compiled Triton kernels, and every mutation of them, in half an hour
+# on 2 cores; EMULATE_ARGS=--usual has only the cases of make test, with every mutation.
+EMULATE_RESULT ?= bench/results/emulator.md
+EMULATE_ARGS ?=
+.PHONY: emulate
+emulate: $(VENV)/installed-dev
+	PYTHONPATH=tests/support $(BIN)/python -m ptx_emulator.report $(EMULATE_RESULT) $(EMULATE_ARGS)
 
 # Random products of the native core under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 .PHONY: sanitize
