@@ -138,6 +138,21 @@ def test_the_plugin_takes_no_more_than_the_package_where_it_is_not_named(tmp_pat
     assert run_python(code, tmp_path, VLLM_PLUGINS="another").strip() == "set()"
 
 
+def test_vllm_is_as_it_was_where_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "from vllm.plugins import load_endpoint_plugins, load_general_plugins\n"
+        "from vllm.v1.worker.worker_base import WorkerBase\n"
+        "load_general_plugins()\n"
+        "print(load_endpoint_plugins(('generate',)), hasattr(WorkerBase, 'poc_kernels_call'))\n"
+        "print(hasattr(EngineArgs.create_engine_config, 'checked'))"
+    )
+    printed = run_python(code, tmp_path, VLLM_LOGGING_STREAM="ext://sys.stderr").splitlines()
+    assert printed[-2:] == ["[] False", "False"]
+
+
 def test_the_entry_points_lead_here() -> None:
     pytest.importorskip("vllm")
     found = {each.group: each for each in importlib.metadata.distribution("poc-kernels").entry_points}
