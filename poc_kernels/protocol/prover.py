@@ -52,7 +52,8 @@ class Prover(Protocol):
         """Compute the outcomes of one forward.
 
         Args:
-            config: the round; every forward of a round has the same shape, whatever the number of rows.
+            config: the round; every forward of a round has the same shape, whatever the number of rows. An equal
+                configuration that is another object is another round, before which weights may have been replaced.
             rows: 1 to batch_size, of one node or of several.
             pause: called between two slices of the work; what it raises ends the work and comes through.
             then: rows of the forwards of this round that are likely to be asked for next, in their order. A prover far

@@ -160,7 +160,7 @@ class PoCManager:
             if current is None or current.config != config or self._state == PoCState.STOPPED:
                 if current is not None:
                     current.ended = True
-                self._round = Round(config)
+                self._round = Round(dataclasses.replace(config))  # to a prover, a round is this very object
                 self._enter(state)
             elif state in PHASES:
                 self._enter(state)

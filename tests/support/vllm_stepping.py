@@ -111,16 +111,13 @@ class Request:
     def __init__(self, prompt: int, count: int) -> None:
         self.tokens = [prompt]
         self.count = count
-        self.begun = False
         self.done = threading.Event()
 
 
 def scheduled(requests: list[Request]) -> Any:
     """What vLLM's scheduler tells a worker of a step."""
-    cached = [request for request in requests if request.begun]
     return types.SimpleNamespace(
         total_num_scheduled_tokens=len(requests),
-        scheduled_cached_reqs=types.SimpleNamespace(num_reqs=len(cached)),
         requests=requests,
     )
 
@@ -162,8 +159,6 @@ class Core(threading.Thread):
         output = scheduled(self.requests)
         for worker in self.workers:
             worker.execute_model(output)
-        for request in self.requests:
-            request.begun = True
         ended = [request for request in self.requests if len(request.tokens) > request.count]
         self.requests = [request for request in self.requests if request not in ended]
         if not self.requests:

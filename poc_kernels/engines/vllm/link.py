@@ -31,6 +31,22 @@ class EngineError(RuntimeError):
     """The engine answered a call with an error."""
 
 
+async def unless_lost(client: Any, call: Coroutine[Any, Any, Result]) -> Result:
+    """Return what ``call`` of the engine gives, on the server's loop.
+
+    Raises:
+        EngineLost: the engine died meanwhile: vLLM leaves such a call without an answer.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait([task], timeout=_LOOK_SECONDS))[0]:
+            if client.errored:
+                raise EngineLost(_DIED)
+        return task.result()
+    finally:
+        task.cancel()
+
+
 class Link:
     """The engine of a server, as threads see it.
 

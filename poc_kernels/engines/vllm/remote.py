@@ -25,7 +25,7 @@ from ...scheduling import Pacing, Slices
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
 from . import compat, trial
-from .link import EngineError, Link
+from .link import EngineError, Link, unless_lost
 from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
 from .pacing import slices_per_1000_steps
 
@@ -216,7 +216,7 @@ class RemoteProver:
             self._want(config, [rows, *then])
             job = self._jobs[0]
             while job.outcome is None or not all(each.put for each in self._jobs):
-                if self._config != config:
+                if self._config is not config:
                     self._begin(config, pause)
                 busy = self._run(pause)
                 if job.outcome is None:
@@ -239,7 +239,7 @@ class RemoteProver:
 
     def _want(self, config: PoCConfig, forwards: Sequence[Sequence[Row]]) -> None:
         """Keep the jobs that are wanted, make those that are missing, and give up the others."""
-        begun = {job.rows: job for job in self._jobs} if self._config == config else {}
+        begun = {job.rows: job for job in self._jobs} if self._config is config else {}
         keys = dict.fromkeys(tuple(rows) for rows in forwards)
         self._jobs = [begun[rows] if rows in begun else _Job(rows) for rows in keys]
 
@@ -308,17 +308,24 @@ async def open_engine(
 
     Raises:
         ValueError: proofs do not support the model or its configuration, or the trial failed.
+        EngineLost: the engine died meanwhile.
     """
-    message = pack(Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS))
-    answers = await client.collective_rpc(METHOD, args=("open", message))
+    message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS)
+    opened = await unless_lost(client, _open_and_try(client, message))
+    link = Link(client, asyncio.get_running_loop(), answer_seconds)
+    device = RemoteDevice(link, share=share, ranks=len(opened))
+    return RemoteProver(device, opened[0]), device
+
+
+async def _open_and_try(client: Any, message: Open) -> list[Opened]:
+    """Make the sessions of all workers, and try them; raise a ValueError if one is refused."""
+    answers = await client.collective_rpc(METHOD, args=("open", pack(message)))
     opened = [unpack(Opened, answer) for answer in answers]
     for each in opened:
         if each.refusal is not None:
             raise ValueError(each.refusal)
     await _try(client, opened[0])
-    link = Link(client, asyncio.get_running_loop(), answer_seconds)
-    device = RemoteDevice(link, share=share, ranks=len(opened))
-    return RemoteProver(device, opened[0]), device
+    return opened
 
 
 async def _try(client: Any, opened: Opened) -> None:

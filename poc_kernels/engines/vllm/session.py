@@ -18,6 +18,7 @@ the messages and vLLM's own scheduler output, which are the same on all ranks, a
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
 import time
@@ -165,12 +166,11 @@ class Session:
         self.counters.steps += 1
         self.counters.tokens += tokens
         self._steps_unasked += 1
-        if scheduler_output.scheduled_cached_reqs.num_reqs > 0:  # goes on where the step before ended
-            if self._step_began is not None:
-                seconds = max(0.0, self._clock() - self._step_began - self._sliced_since)
-                self.counters.count_step(seconds)
-                if self._waits and self._steps_unasked <= _MAX_STEPS_UNASKED:
-                    self._debt.owe(seconds)
+        if self._step_began is not None:  # of whomever: where each asks for one token, all steps are first ones
+            seconds = max(0.0, self._clock() - self._step_began - self._sliced_since)
+            self.counters.count_step(seconds)
+            if self._waits and self._steps_unasked <= _MAX_STEPS_UNASKED:
+                self._debt.owe(seconds)
             self._run_between_steps()
         self._busy = True
         self._step_began, self._sliced_since = self._clock(), 0.0
@@ -264,7 +264,11 @@ class Session:
 
     def _give_up(self, error: Exception) -> None:
         """End every job with an error that is none of its own."""
-        self._running = None
+        if self._running is not None:
+            _, resumable = self._running
+            self._running = None
+            with contextlib.suppress(Exception):  # not in the engine's context, which may be what failed
+                resumable.cancel()
         self._outcomes.update((job, _failed(error)) for job in self._rows)
         self._rows.clear()
 

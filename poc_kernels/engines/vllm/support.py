@@ -56,6 +56,11 @@ _REFUSALS = (
         "--prefill-context-parallel-size",
     ),
     _Refusal(
+        # Others may call a worker's model without its own method, between whose calls slices run, or in another thread.
+        lambda config: getattr(config.parallel_config, "distributed_executor_backend", "mp") not in ("mp", "uni"),
+        "proofs need workers that are processes of vLLM's own: start vLLM with --distributed-executor-backend mp",
+    ),
+    _Refusal(
         lambda config: bool(getattr(config.parallel_config, "enable_eplb", False)),
         "proofs need experts that stay where they are: start vLLM without --enable-eplb",
     ),

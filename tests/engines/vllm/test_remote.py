@@ -22,7 +22,7 @@ from vllm_stepping import CONFIG, Client, Request, Worker, distances, install, r
 from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.link import EngineError, EngineLost, Link
 from poc_kernels.engines.vllm.remote import RemoteDevice, RemoteProver, open_engine
-from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, RoundEndedError
+from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch, RoundEndedError
 from poc_kernels.scheduling import TurnsClosed
 from poc_kernels.service.round_service import RoundService
 from poc_kernels.service.settings import ServiceSettings
@@ -150,6 +150,22 @@ def test_weights_that_were_replaced_are_counted(serve: Callable[..., Server]) ->
     server.workers[0].engine.replaced = True
     server.prover.prove(CONFIG, rows(0))
     assert server.prover.refreshed == 1
+
+
+def test_a_round_that_is_begun_anew_has_the_weights_of_then(serve: Callable[..., Server]) -> None:
+    """Though its configuration is that of the round before: to a manager, a round that was stopped is another one."""
+    server = serve()
+    manager = PoCManager(server.prover)
+    config = dataclasses.replace(CONFIG, node_id=0, node_count=1)
+    for replaced in (False, True):
+        server.workers[0].engine.replaced = replaced
+        manager.start_round(config)
+        for _ in range(3):
+            manager.run_batch()
+        assert server.prover.refreshed == int(replaced)
+        manager.stop_round()
+    manager.validate(ProofBatch("key", "block", 1, [0], [1.0]))  # belongs to the round that was stopped
+    assert [command for command, _ in server.client.calls].count("begin") == 2
 
 
 # ---- faults ----
@@ -457,6 +473,29 @@ def test_a_model_that_is_refused_opens_nothing(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="do not support alibi"):
         opened([Worker()])
     assert given == []
+
+
+def test_an_engine_that_dies_before_there_are_users_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM, a call that was under way then gets no answer."""
+    install(monkeypatch)
+    go, worker = threading.Event(), Worker()
+    client = Client([worker])
+
+    def die(command: str, payload: dict[str, Any]) -> dict[str, Any]:
+        client.dead = True
+        go.wait(TIMEOUT)
+        return {}
+
+    monkeypatch.setattr(worker, "poc_kernels_call", die)
+    client.start()
+    try:
+        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
+        future = asyncio.run_coroutine_threadsafe(opening, client.loop)
+        with pytest.raises(EngineLost, match="vLLM's engine died"):
+            future.result(TIMEOUT / 2)
+    finally:
+        go.set()
+        client.close()
 
 
 def test_every_worker_is_tried_with_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,6 @@ class Rig:
     def steps(self, request: Request, count: int) -> None:
         for _ in range(count):
             self.worker.execute_model(scheduled([request]))
-            request.begun = True
 
     def users_leave(self) -> None:
         self.worker.execute_model(scheduled([]))
@@ -223,6 +222,19 @@ def test_steps_owe_slices_and_first_steps_wait_for_none() -> None:
     assert counters.slices == before
 
 
+def test_users_of_one_token_each_leave_proofs_their_share() -> None:
+    """Each of their steps is the first of somebody, and no step without tokens comes in between."""
+    clock = Clock()
+    rig = Rig(clock=clock)
+    rig.worker.in_step = lambda: setattr(clock, "now", clock.now + 100.0)
+    rig.run({str(number): rows(4 * number) for number in range(1000)}, share=0.5)
+    for number in range(50):
+        rig.steps(Request(number % 32, 1), 1)
+    counters = rig.session.counters
+    assert counters.slices_between_steps == counters.slices > 1000
+    assert counters.seconds_between_steps == pytest.approx(counters.step_seconds, rel=0.1)
+
+
 def test_no_share_no_slice_and_while_users_step_calls_compute_nothing() -> None:
     rig = Rig()
     of = {"a": rows(0)}
@@ -257,7 +269,17 @@ def test_proofs_that_nobody_asks_for_any_more_cost_users_nothing() -> None:
 
 def test_a_failure_between_steps_is_not_the_users() -> None:
     rig = Rig()
-    rig.run({"a": rows(0)}, share=0.9)
+    unwound: list[int] = []
+    prove = rig.session.prover.prove
+
+    def recorded(config: PoCConfig, of: list[Row], pause: Callable[[], None]) -> Any:
+        try:
+            return prove(config, of, pause)
+        finally:
+            unwound.append(of[0].nonce)
+
+    rig.session.prover.prove = recorded  # type: ignore[method-assign]
+    rig.run({"a": rows(0)}, share=0.9, slices=2)
 
     def fail() -> None:
         raise RuntimeError("no context")
@@ -266,6 +288,7 @@ def test_a_failure_between_steps_is_not_the_users() -> None:
     request = Request(3, 40)
     rig.steps(request, 40)
     assert request.tokens == text_of(3, 40)
+    assert unwound == [0]
     del rig.worker.engine.context
     rig.users_leave()
     progress = rig.run({"a": rows(0), "b": rows(4)}, slices=PLENTY)
@@ -301,8 +324,6 @@ def test_users_text_and_distances_are_those_alone_in_every_schedule(seed: int) -
         if action > 0.4:
             output = scheduled(requests)
             rig.worker.execute_model(output)
-            for request in requests:
-                request.begun = True
             ended += [request for request in requests if len(request.tokens) > request.count]
             requests = [request for request in requests if request not in ended]
             if not requests:
@@ -458,17 +479,13 @@ def test_ranks_run_the_same_slices_between_the_same_steps(seed: int) -> None:
     ranks, collective = 2, Collective(2)
     choose = random.Random(seed)
     script: list[Callable[[Rig], Any]] = []
-    request_begun = False
     jobs: dict[str, list[Row]] = {}
     for number in range(150):
         action = choose.random()
         if action < 0.5:
             output = scheduled([Request(1, PLENTY)])
-            output.scheduled_cached_reqs.num_reqs = int(request_begun)
-            request_begun = True
             script.append(lambda rig, output=output: rig.worker.execute_model(output))
         elif action < 0.55:
-            request_begun = False
             script.append(lambda rig: rig.users_leave())
         else:
             if len(jobs) < 3:

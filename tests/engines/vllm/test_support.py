@@ -44,6 +44,9 @@ def test_a_configuration(changes, refusal):
     ("part", "name", "value", "refusal"),
     [
         ("parallel_config", "enable_eplb", True, "experts that stay where they are: start vLLM without --enable-eplb"),
+        ("parallel_config", "distributed_executor_backend", "ray", "processes of vLLM's own: start vLLM with --distri"),
+        ("parallel_config", "distributed_executor_backend", "external_launcher", "processes of vLLM's own: start vLLM"),
+        ("parallel_config", "distributed_executor_backend", object, "processes of vLLM's own: start vLLM with --dis"),
         ("parallel_config", "decode_context_parallel_size", 2, "no context parallelism: start vLLM without --decode"),
         ("parallel_config", "prefill_context_parallel_size", 2, "no context parallelism: start vLLM without --decode"),
         ("model_config", "is_encoder_decoder", True, "no encoder-decoder model: serve a decoder-only one"),
