@@ -20,8 +20,10 @@ class Counters:
     """Steps of users."""
     tokens: int = 0
     """Tokens in them."""
+    steps_followed: int = 0
+    """Those that another follows at once."""
     step_seconds: float = 0.0
-    """From the beginning of each step to that of the next, without slices; of those that another follows at once."""
+    """Of these, from the beginning of each to that of the next, without slices."""
     mean_step_seconds: float = 0.0
     slices: int = 0
     slice_seconds: float = 0.0
@@ -33,6 +35,7 @@ class Counters:
 
     def count_step(self, seconds: float) -> None:
         """Count the seconds of a step that another follows."""
+        self.steps_followed += 1
         self.step_seconds += seconds
         self.mean_step_seconds = _averaged(self.mean_step_seconds, seconds)
 

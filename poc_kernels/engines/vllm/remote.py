@@ -34,8 +34,11 @@ logger = logging.getLogger("poc_kernels")
 _MAX_LOGITS = 2**26
 """Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
 
-_IDLE_SECONDS = 0.004
-"""Of slices per RPC while no user is served: a first token waits that much longer at most."""
+_IDLE_SECONDS, _MAX_IDLE_SECONDS = 0.004, 0.02
+"""Of slices per RPC while no user is served: a first token waits that much longer at most. Between two RPCs a worker
+computes nothing for half a millisecond, so the longer nobody has come, the longer they get."""
+_IDLE_FRACTION = 0.01
+"""Their part of the time since users' last step, between the two."""
 _PAUSED_SECONDS = 0.05
 """While users are paused: the phase ends that much later at most."""
 _POLL_SECONDS = 0.02
@@ -146,7 +149,7 @@ class RemoteDevice:
         share = self.pacing.share
         alone, means = self._users_compute_nothing(), ("mean_step_seconds", "mean_slice_seconds")
         step_seconds, slice_seconds = (self.counters.get(name, 0.0) for name in means)
-        seconds = _PAUSED_SECONDS if self._users_paused else _IDLE_SECONDS
+        seconds = _PAUSED_SECONDS if self._users_paused else self._idle_seconds()
         if self.ranks == 1:
             return {"alone": alone, "share": share, "seconds": seconds}
         slices = _FIRST_SLICES if slice_seconds <= 0 else max(1, min(_MAX_SLICES, int(seconds / slice_seconds)))
@@ -160,6 +163,10 @@ class RemoteDevice:
         while time.monotonic() < deadline and not self._users_compute_nothing() and not self.link.cancelled:
             self.link.sleep(_LOOK_SECONDS)
         self.waiting = False
+
+    def _idle_seconds(self) -> float:
+        since_step = time.monotonic() - self._stepped
+        return min(max(_IDLE_SECONDS, _IDLE_FRACTION * since_step), _MAX_IDLE_SECONDS)
 
     def _users_compute_nothing(self) -> bool:
         return self._users_paused or self.link.users() == 0 or time.monotonic() - self._stepped > _STILL_SECONDS
@@ -189,7 +196,7 @@ class RemoteProver:
 
     def __init__(self, device: RemoteDevice, opened: Opened) -> None:
         self.model = opened
-        self._device, self._link = device, device.link
+        self.device, self._link = device, device.link
         self._config: PoCConfig | None = None
         self._round = ""
         self._jobs: list[_Job] = []
@@ -222,7 +229,7 @@ class RemoteProver:
                 if job.outcome is None:
                     pause()
                     if busy:
-                        self._device.wait_for_users()
+                        self.device.wait_for_users()
         except BaseException:
             self.cancel()
             raise
@@ -265,9 +272,9 @@ class RemoteProver:
         """Exchange what is wanted for what is done; return whether users are served."""
         missing = {job.id: [(row.public_key, row.nonce) for row in job.rows] for job in self._jobs if not job.put}
         wanted = [job.id for job in self._jobs if job.outcome is None]
-        message = Run(round=self._round, jobs=wanted, rows=missing, **self._device.budget())
+        message = Run(round=self._round, jobs=wanted, rows=missing, **self.device.budget())
         answers = [unpack(Progress, answer) for answer in self._told_again(pack(message), pause)]
-        self._device.told(answers[0])
+        self.device.told(answers[0])
         if any(answer.round != self._round for answer in answers):
             logger.warning("a worker has lost the round: it is begun again")
             self._config = None
