@@ -20,7 +20,8 @@ GPU_CHECK_OUT ?= bench/results
 gpu-check: DEVICE = cuda
 gpu-check: BEGAN := $(shell date +%s)
 
-.PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-interference gpu-check clean
+.PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-interference
+.PHONY: bench-interference-vllm gpu-check clean
 
 # make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model, MODEL=smollm2 with one from PyPI. Forwards
 # of smollm2 are small enough for a few minutes on 2 cores.
@@ -148,6 +149,13 @@ bench-round: $(VENV)/installed-dev
 bench-interference: $(VENV)/installed-dev
 	mkdir -p $(dir $(INTERFERENCE_RESULT))
 	$(BIN)/python -m bench.interference $(INTERFERENCE_RESULT).json --device $(DEVICE) $(INTERFERENCE_ARGS)
+	$(BIN)/python -m bench.interference.report $(INTERFERENCE_RESULT).json
+
+# The same inside vLLM for CPUs, whose environment is that of its tests: about 8 minutes.
+bench-interference-vllm: INTERFERENCE_RESULT = bench/results/interference-vllm-cpu
+bench-interference-vllm: $(VENV)/installed-dev $(VLLM_VENV)/installed
+	mkdir -p $(dir $(INTERFERENCE_RESULT))
+	$(BIN)/python -m bench.interference $(INTERFERENCE_RESULT).json --engine vllm $(INTERFERENCE_ARGS)
 	$(BIN)/python -m bench.interference.report $(INTERFERENCE_RESULT).json
 
 # For a machine with a GPU, even without a network. Installs into PYTHON's own packages, which need torch, transformers,

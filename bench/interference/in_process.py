@@ -163,10 +163,14 @@ class InProcessRig:
 
     # ---- Rig ----
 
-    def switch(self, condition: Condition) -> None:
+    async def switch(self, condition: Condition) -> None:
         share = condition.share
         self._turns.pacing = None if share is None else Pacing(share=share, paced=condition.paced)
         self._validation = self._validations[condition.lanes]
+
+    async def counters(self) -> dict[str, float] | None:
+        """Return None: what the node counts is known slice by slice."""
+        return None
 
     def begin(self, request: Request, ended: Callable[[Request], None]) -> None:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ import asyncio
 import bisect
 import dataclasses
 import gc
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
@@ -48,8 +49,11 @@ class Rig(Protocol):
     slice_waits: list[float] | None
     """Seconds that slices of proofs waited for their turn; None where they are unknown."""
 
-    def switch(self, condition: Condition) -> None:
+    async def switch(self, condition: Condition) -> None:
         """Change to the pacing of a condition, while nothing computes."""
+
+    async def counters(self) -> dict[str, float] | None:
+        """Return what the engine counts of its steps and slices; None where that is unknown."""
 
     def begin(self, request: Request, ended: Callable[[Request], None]) -> None:
         """Submit a request; ``ended`` is called on the loop once it has its times and its answer or error."""
@@ -103,6 +107,7 @@ class Condition:
         validation: whether proofs come.
         share, paced: of the `Pacing`; a share of None for no pacing.
         lanes: `PRIORITIES`, `EQUAL` or `PARTITION`.
+        whole_batches: whether each batch of proofs is computed in one go, whoever waits.
     """
 
     name: str
@@ -111,6 +116,7 @@ class Condition:
     share: float | None = None
     paced: bool = True
     lanes: str = PRIORITIES
+    whole_batches: bool = False
 
 
 @dataclasses.dataclass
@@ -126,6 +132,15 @@ class Block:
     slices: list[float]
     step_waits: list[float]
     slice_waits: list[float]
+    counters: dict[str, float] | None = None
+    """What the engine counted from the block's beginning until its requests had ended, and the ``seconds`` of that."""
+
+
+def regular(every_seconds: float, seconds: float, prompts: int, seed: str) -> list[tuple[float, int]]:
+    """Return arrivals at regular intervals, with prompts drawn as by `poisson`."""
+    generator = random.Random(seed)
+    count = math.ceil(seconds / every_seconds)
+    return [(at * every_seconds, generator.randrange(prompts)) for at in range(count)]
 
 
 def poisson(per_second: float, seconds: float, prompts: int, seed: str) -> list[tuple[float, int]]:
@@ -206,7 +221,7 @@ async def run_block(
     """
     loop = asyncio.get_running_loop()
     gc.collect()  # what earlier blocks left is not collected in this one
-    rig.switch(condition)
+    await rig.switch(condition)
     proofs = Proofs(rig)
     if condition.validation:
         await proofs.start(timeout_seconds)
@@ -215,6 +230,7 @@ async def run_block(
     in_flight = refused = 0
     drained = asyncio.Event()
     requests: list[Request] = []
+    counted, counted_at = await rig.counters(), loop.time()
     begin = loop.time() + 0.02
     end = begin + seconds
 
@@ -245,6 +261,7 @@ async def run_block(
     )
     if in_flight > 0:
         await wait_for(rig, drained.wait(), timeout_seconds)
+    counters = _counted_since(counted, await rig.counters(), loop.time() - counted_at)
     if condition.validation:
         await proofs.stop(timeout_seconds)
     rig.check(requests)
@@ -259,7 +276,16 @@ async def run_block(
         slices=slices,
         step_waits=step_waits,
         slice_waits=slice_waits,
+        counters=counters,
     )
+
+
+def _counted_since(
+    before: dict[str, float] | None, after: dict[str, float] | None, seconds: float
+) -> dict[str, float] | None:
+    if before is None or after is None:
+        return None
+    return {"seconds": seconds, **{name: after[name] - before[name] for name in after}}
 
 
 async def saturation(rig: Rig, in_flight: int, seconds: float, timeout_seconds: float) -> float:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench import ROOT
 from bench.common import models
 from bench.interference import results
 from bench.interference.load import EQUAL, PARTITION, PRIORITIES, Condition
@@ -25,12 +26,17 @@ validated. At each rate the conditions take turns in short blocks, with the same
 answer is compared with the one computed alone: if one differs, the run ends with status 1 and writes nothing.
 """
 
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 DEFAULT_SHARE = Settings(model="").validation_share
 ALONE = Condition(results.ALONE, validation=False)
 SOLO = Condition(results.SOLO, chat=False)
 UNPACED = Condition("no pacing")
 NEITHER = Condition("no pacing, no priorities", lanes=EQUAL)
 PART = Condition("no pacing, a part of the GPU", lanes=PARTITION)
+
+
+WHOLE = Condition("whole batches", whole_batches=True)
+"""What a batch in one call does, as other stacks compute proofs in vLLM."""
 
 
 class Rate(NamedTuple):
@@ -40,6 +46,12 @@ class Rate(NamedTuple):
     fraction: float
     rounds: int
     every_share: bool
+    every_seconds: float | None = None
+    """In place of a part of the saturation rate and of random arrivals: one request each time."""
+
+    def per_second(self, saturated: float) -> float:
+        """Return the requests per second, where ``saturated`` of them are the most."""
+        return self.fraction * saturated if self.every_seconds is None else 1 / self.every_seconds
 
 
 class Plan(NamedTuple):
@@ -61,16 +73,19 @@ class Plan(NamedTuple):
     """Shares of free validation, besides `MAX_SHARE` and the default."""
 
 
-NAMES, FRACTIONS = ("light", "half", "near saturation"), (0.15, 0.5, 0.85)
+NAMES, FRACTIONS = (results.LIGHT, results.HALF, results.NEAR_SATURATION), (0.15, 0.5, 0.85)
+EVERY_SECONDS = 0.25
+"""Of `results.STEADY`."""
 MIN_SHARE, MAX_SHARE = 0.05, 0.8
 """The ends of the setting: the share of paced validation that spares users most, and the free one that does least."""
 PLANS = {
     "quick": Plan("demo@4x16", 6, 8, 6, 4, 1.0, 0.6, (1, 1, 1), (), ()),
     "cpu": Plan("demo@16x64", 32, 64, 24, 32, 12.0, 10.0, (8, 4, 3), (), (0.5,)),
     "cuda": Plan("qwen3-8b@32x256", 64, 256, 24, 32, 12.0, 10.0, (4, 4, 2), (0.2, 0.4), (DEFAULT_SHARE,)),
+    results.VLLM: Plan("demo@8x64", 40, 50, 24, 32, 10.0, 5.0, (4, 0, 0), (0.3, 0.5, MAX_SHARE), ()),
     "short": Plan("qwen3-8b@32x256", 48, 128, 8, 16, 4.0, 4.0, (0, 2, 0), (), (DEFAULT_SHARE,)),
 }
-"""By device, or by --quick and --short; "short" takes about two minutes on a GPU."""
+"""By device or engine, or by --quick and --short; "short" takes about two minutes on a GPU."""
 
 
 def default_of(device: torch.device) -> Condition:
@@ -102,6 +117,22 @@ def conditions_at(
     return [ALONE, *both, UNPACED, *([PART] if partition else []), NEITHER, SOLO]
 
 
+def conditions_of_vllm(paced: Sequence[float]) -> list[Condition]:
+    """Return the conditions that take turns in vLLM, where validation is always paced; ``paced`` are more shares."""
+    default = _vllm_condition(DEFAULT_SHARE)
+    both = [_vllm_condition(share) for share in sorted({MIN_SHARE, default.share, *paced})]
+    return [ALONE, *both, WHOLE, SOLO]
+
+
+def _vllm_condition(share: float) -> Condition:
+    return condition_of(torch.device("cpu"), share, True, ", the default" if share == DEFAULT_SHARE else "")
+
+
+def default_name(engine: str, device: torch.device) -> str:
+    """Return the name of the condition with the default settings of an engine on a device."""
+    return (_vllm_condition(DEFAULT_SHARE) if engine == results.VLLM else default_of(device)).name
+
+
 def in_order(conditions: list[Condition], turn: int, rounds: int) -> list[Condition]:
     """Return the conditions in the order of one round: rotated, so that each comes early in some and late in others."""
     shift = turn * len(conditions) // max(rounds, 1)
@@ -117,6 +148,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("out", type=Path, help="JSON to write; its folder must exist")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="float32; bfloat16 on a GPU")
+    add("--engine", choices=results.ENGINES, default=results.TRANSFORMERS, help="whose server it is")
+    add("--vllm-python", type=Path, default=VLLM_PYTHON, help="of the environment with vLLM and this package")
     add("--http", action="store_true", help="a node in a process of its own, over HTTP; the demonstration's model")
     add("--quick", action="store_true", help="small cases in seconds, as POC_BENCH_QUICK=1")
     add("--short", action="store_true", help="only the half rate, on a GPU in about two minutes")
@@ -135,6 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--slices-in-flight", type=int, default=2, help="slices that a GPU is given before the first is done")
     add("--sms", type=int, help="adds a condition in which validation is kept to this many SMs of a GPU")
     add("--no-projection", dest="projection", action="store_false", help="rounds without the random projection")
+    add("--prefill-rounds", type=int, default=5, help="of proofs alone and vLLM's prompts alone; 0 for none")
     add("--max-in-flight", type=int, default=256, help="requests that come when this many are in flight are refused")
     add("--timeout-seconds", type=float, default=120.0, help="limit for each thing that is waited for")
     add(
@@ -146,9 +180,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of arrivals and prompts")
     options = parser.parse_args(arguments)
     quick = options.quick or os.environ.get("POC_BENCH_QUICK") == "1"
-    plan = PLANS["quick" if quick else "short" if options.short else options.device]
+    vllm = options.engine == results.VLLM
+    if vllm:
+        options.http = True
+    plan = PLANS["quick" if quick else results.VLLM if vllm else "short" if options.short else options.device]
     for name in ("case", "new_tokens", "prompt_tokens", "prompts", "in_flight", "saturation_seconds", "block_seconds"):
-        if name == "case" and options.http and options.case is None:
+        if name == "case" and options.http and not vllm and options.case is None:
             options.case = PLANS["quick" if quick else "cpu"].case
         if getattr(options, name) is None:
             setattr(options, name, getattr(plan, name))
@@ -160,7 +197,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.paced_shares = _numbers(options.paced_shares, plan.paced)
         options.free_shares = _numbers(options.free_shares, plan.free)
         fractions = _numbers(options.fractions, FRACTIONS)
-        if options.http and options.rounds is None:
+        if vllm and quick and options.rounds is None:
+            options.rounds = "1,0,0"
+        if options.http and not vllm and options.rounds is None:
             options.rounds = "0,1,0" if quick else "0,4,0" if options.device == "cuda" else "4,0,0"
         rounds = plan.rounds if options.rounds is None else tuple(map(int, options.rounds.split(",")))
         options.rates = [
@@ -168,6 +207,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             for name, fraction, count in zip(NAMES, fractions, rounds, strict=True)
             if count > 0
         ]
+        if vllm and rounds[0] > 0:
+            options.rates.insert(0, Rate(results.STEADY, 0.0, rounds[0], True, EVERY_SECONDS))
         for share in (*options.paced_shares, *options.free_shares):
             Pacing(share=share)
         (options.case,) = models.parse_cases(options.case)
@@ -179,7 +220,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     half_on_gpu = "bfloat16" if options.device.type == "cuda" and not options.http else "float32"
     options.dtype = options.dtype or half_on_gpu
     if options.http and (options.case.model, options.dtype) != ("demo", "float32"):
-        parser.error(f"--http takes the demonstration's model in float32, got {options.case} in {options.dtype}")
+        option = "--engine vllm" if vllm else "--http"
+        parser.error(f"{option} takes the demonstration's model in float32, got {options.case} in {options.dtype}")
+    if vllm and options.device.type != "cpu":
+        parser.error(f"--engine vllm is measured with vLLM for CPUs, got --device {options.device.type}")
+    if vllm:
+        from bench.interference.over_vllm import unusable  # not above: a bare GPU machine has no HTTP client
+
+        if (reason := unusable(options.vllm_python)) is not None:
+            parser.error(reason)
     options.quick = quick
     options.deadline = time.monotonic() + options.limit_seconds
     if not options.out.absolute().parent.is_dir():

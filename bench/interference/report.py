@@ -16,7 +16,20 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.common.report_text import device_name, figures, milliseconds, model_header, read_results, table
-from bench.interference.results import ALONE, FEW_ABOVE, GRID, KEY, KINDS, NAMES, STRETCH_SECONDS, judge
+from bench.interference.results import (
+    ALONE,
+    FEW_ABOVE,
+    GRID,
+    KEY,
+    KINDS,
+    NAMES,
+    STEADY,
+    STRETCH_SECONDS,
+    VLLM,
+    bound,
+    engine_of,
+    judge,
+)
 
 MET = {True: "**met**", False: "**missed**", None: "not measured"}
 _COLOURS = {
@@ -24,11 +37,17 @@ _COLOURS = {
     "no pacing": "tab:orange",
     "no pacing, no priorities": "tab:red",
     "no pacing, a part of the GPU": "tab:pink",
+    "whole batches": "tab:red",
 }
-_RATES = {"light": "tab:blue", "half": "tab:orange", "near saturation": "tab:green"}
+_RATES = {"light": "tab:blue", "half": "tab:orange", "near saturation": "tab:green", STEADY: "tab:purple"}
 _MARKERS = "osDPv^Xx*"
 SHOWN = (0.02, 0.998)
 """The quantiles that the plot of distributions shows."""
+
+
+def _percentile(run: dict[str, Any], kind: str) -> str:
+    """Return the percentile of a kind of times that is compared with that of chat alone: that of the engine's goals."""
+    return "p95" if engine_of(run) == VLLM and kind == "first" else "p99"
 
 
 def _percent(value: float | None) -> str:
@@ -38,6 +57,8 @@ def _percent(value: float | None) -> str:
 def _setting(run: dict[str, Any]) -> str:
     model = run["model"]
     where = "a node in a process of its own, over HTTP on loopback" if run["http"] else "in process, without HTTP"
+    if engine_of(run) == VLLM:
+        where = "vllm serve with the plugin, over HTTP on loopback"
     slices = run["planned_slices"]
     planned = (
         ""
@@ -55,7 +76,7 @@ def _setting(run: dict[str, Any]) -> str:
         [
             f"- model: {model['name']}, {model['layers']} layers, {model['parameters']:,} parameters, random weights, "
             f"{model['dtype']}; {where}",
-            f"- chat: {run['prompts']} prompts of about {run['prompt_tokens']} {'words' if run['http'] else 'tokens'}, "
+            f"- chat: {run['prompts']} prompts of about {run['prompt_tokens']} {_unit(run)}, "
             f"answers of {run['new_tokens']} tokens, greedy; Poisson arrivals, seed {run['seed']}; at most "
             f"{run['max_in_flight']} in flight",
             f"- saturation, chat alone: {figures(run['saturation_requests_per_second'])} requests/s in a closed loop "
@@ -67,6 +88,10 @@ def _setting(run: dict[str, Any]) -> str:
             f"- blocks of {run['block_seconds']:g} s; the whole run took {run['run_seconds']:.0f} s",
         ]
     )
+
+
+def _unit(run: dict[str, Any]) -> str:
+    return "words" if run["http"] and engine_of(run) != VLLM else "tokens"
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -85,34 +110,33 @@ def _samples(cell: dict[str, Any], kind: str) -> str:
     return f"{summary['samples']}, {summary['above_p99']}{few}"
 
 
-def _ratio(cell: dict[str, Any], kind: str) -> str:
+def _ratio(cell: dict[str, Any], kind: str, percentile: str) -> str:
     ratios = None if cell["ratios"] is None else cell["ratios"][kind]
     if ratios is None:
         return ""
-    point, low, high = ratios["p99"]
+    point, low, high = ratios[percentile]
     return f"{point:.2f} ({low:.2f} to {high:.2f})"
 
 
-_COLUMNS = (
-    "condition",
-    *(
+def _columns(run: dict[str, Any]) -> list[str]:
+    latencies = [
         column
         for kind in KINDS
         for column in (
             f"{NAMES[kind]}, p50 / p95 / p99, ms",
             "samples, above p99",
-            "p99 / alone (95 %)",
+            f"{_percentile(run, kind)} / alone (95 %)",
         )
-    ),
-    "output tokens/s",
-    "requests done, refused",
-    "nonces/s",
-    "share of solo rate",
-)
+    ]
+    return ["condition", *latencies, "output tokens/s", "requests done, refused", "nonces/s", "share of solo rate"]
 
 
-def _row(cell: dict[str, Any]) -> list[str]:
-    latencies = [text for kind in KINDS for text in (_three(cell, kind), _samples(cell, kind), _ratio(cell, kind))]
+def _row(run: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+    latencies = [
+        text
+        for kind in KINDS
+        for text in (_three(cell, kind), _samples(cell, kind), _ratio(cell, kind, _percentile(run, kind)))
+    ]
     nonces = cell["nonces_per_second"]
     return [
         cell["condition"],
@@ -154,6 +178,58 @@ def _schedule_row(cell: dict[str, Any]) -> list[str]:
     ]
 
 
+_ENGINE_COLUMNS = (
+    "condition",
+    "steps",
+    "tokens per step",
+    "a step, mean, ms",
+    "slices before a step, mean, ms",
+    "a slice, mean, ms",
+    "steps' share of the time",
+    "slices' share of the time",
+    "of it, before steps",
+    "share of the time with neither",
+)
+
+
+def _engine_row(cell: dict[str, Any]) -> list[str]:
+    engine = cell["engine"]
+    return [
+        cell["condition"],
+        f"{engine['steps']:.0f}",
+        "" if engine["tokens_per_step"] is None else figures(engine["tokens_per_step"]),
+        milliseconds(engine["step_seconds"]),
+        milliseconds(engine["seconds_before_steps"]),
+        milliseconds(engine["slice_seconds"]),
+        _percent(engine["steps_share"]),
+        _percent(engine["slices_share"]),
+        _percent(engine["slices_share_before_steps"]),
+        _percent(1 - engine["steps_share"] - engine["slices_share"]),
+    ]
+
+
+def _bound(rate: dict[str, Any]) -> str:
+    alone = next(cell for cell in rate["cells"] if cell["condition"] == ALONE)
+    share = bound(alone)
+    return (
+        f"With chat alone, steps take {_percent(alone['engine']['steps_share'])} of the time. A schedule that never "
+        f"idles and computes the same steps leaves validation **{_percent(share)}** of its solo rate, whatever it does "
+        "to latencies."
+    )
+
+
+def _prefill(prefill: dict[str, Any]) -> str:
+    ratio, low, high = prefill["ratio"]
+    rounds = prefill["rounds"]
+    mean = {name: sum(each[name] for each in rounds) / len(rounds) for name in rounds[0]}
+    return (
+        f"Proofs alone: {figures(mean['proof_tokens_per_second'])} tokens per second; prompts alone in the same "
+        f"server: {figures(mean['tokens_per_second'])}, in steps of {figures(mean['tokens_per_step'])} tokens. The "
+        f"median ratio of {len(rounds)} rounds of {prefill['seconds']:g} s each is "
+        f"**{ratio:.3f}** ({low:.3f} to {high:.3f})."
+    )
+
+
 _NOTE = f"""\
 All conditions of a rate get the same arrivals and take turns in blocks, whose order rotates; samples of all blocks are
 pooled. Time to first token counts from when the request was due. The share of the solo rate is that of the blocks of
@@ -165,6 +241,12 @@ Paced (in earlier results: held): slices wait while inference computes, except f
 same time as steps, and a step waits for them only where they got less than their share. No pacing: they run at the same
 time as steps, and nothing is guaranteed. Validation has a stream of low priority on a GPU, and threads of low priority
 on a CPU; with no priorities it has those of inference."""
+
+_VLLM_NOTE = """\
+Whole batches: each batch of proofs is computed in one call of the worker, whoever waits, and no other is put ahead:
+what other stacks do. The engine's figures are its own counters, from the beginning of a block until its last request
+has ended. A step's time is that from its beginning to the next step's, without slices, of steps that another follows
+at once; the steps' share of the time is their number times that mean."""
 
 _SCHEDULE_NOTE = """\
 Times of slices and waits are taken on the host. There a step waits for a slice only with free pacing, where one is
@@ -183,7 +265,7 @@ def markdown(results: dict[str, Any], latency_plot: str, tradeoff_plot: str) -> 
         *(["**A quick run of small cases: no figure here says anything about speed.**"] if run["quick"] else []),
         f"## Goals, with the default pacing ({run['default'].removesuffix(', the default')})",
         table(("figure", "goal", "measured", "met"), goals),
-        f"![p99 over that of chat alone, by the share of the solo rate of validation]({tradeoff_plot})",
+        f"![A percentile over that of chat alone, by the share of the solo rate of validation]({tradeoff_plot})",
         f"![Distributions of time to first token and between tokens]({latency_plot})",
     ]
     for rate in run["rates"]:
@@ -195,11 +277,16 @@ def markdown(results: dict[str, Any], latency_plot: str, tradeoff_plot: str) -> 
         parts += [
             title,
             f"{figures(min(seconds.values()))} s of each condition, in {rate['cells'][0]['blocks']} blocks.",
-            table(_COLUMNS, map(_row, rate["cells"])),
+            table(_columns(run), [_row(run, cell) for cell in rate["cells"]]),
         ]
+        if rate["cells"][0].get("engine") is not None:
+            parts += [_bound(rate), "At the engine:", table(_ENGINE_COLUMNS, map(_engine_row, rate["cells"]))]
         if any(cell["slices"] is not None for cell in rate["cells"]):
             parts.append(table(_SCHEDULE_COLUMNS, map(_schedule_row, rate["cells"])))
-    return "\n\n".join([*parts, "## How to read it", _NOTE, _SCHEDULE_NOTE]) + "\n"
+    if run.get("prefill") is not None:
+        parts += ["## Proofs alone beside vLLM's own prompts alone", _prefill(run["prefill"])]
+    note = _VLLM_NOTE if engine_of(run) == VLLM else _SCHEDULE_NOTE
+    return "\n\n".join([*parts, "## How to read it", _NOTE, note]) + "\n"
 
 
 # ---- plots -------------------------------------------------------------------------------------------------------
@@ -246,16 +333,22 @@ def plot_latencies(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_tradeoff(results: dict[str, Any], path: Path) -> None:
-    """Write the p99 over that of chat alone, by the share of the solo rate, to ``path``, with a panel for each kind."""
-    rates = results[KEY]["rates"]
-    co_located = [[cell for cell in rate["cells"] if cell["ratios"] is not None] for rate in rates]
+    """Write a percentile over that of chat alone, by the share of the solo rate, to ``path``, a panel for each kind.
+
+    Where the engine counts its steps, a line shows how much validation can have at all.
+    """
+    run = results[KEY]
+    rates = run["rates"]
+    co_located = [
+        [cell for cell in rate["cells"] if None not in (cell["ratios"], cell["solo_share"])] for rate in rates
+    ]
     names = list(dict.fromkeys(cell["condition"] for cells in co_located for cell in cells))
     markers = dict(zip(names, itertools.cycle(_MARKERS), strict=False))
     figure, panels = plt.subplots(1, len(KINDS), figsize=(11, 4.6), layout="constrained")
     for axes, kind in zip(panels, KINDS, strict=True):
         for rate, cells in zip(rates, co_located, strict=True):
             for cell in cells:
-                point, low, high = cell["ratios"][kind]["p99"]
+                point, low, high = cell["ratios"][kind][_percentile(run, kind)]
                 axes.errorbar(
                     100 * cell["solo_share"],
                     point,
@@ -267,11 +360,15 @@ def plot_tradeoff(results: dict[str, Any], path: Path) -> None:
                     linewidth=1,
                     capsize=2,
                 )
+        for rate in rates:
+            most = bound(next(cell for cell in rate["cells"] if cell["condition"] == ALONE))
+            if most is not None:
+                axes.axvline(100 * most, color=_RATES[rate["name"]], linewidth=1, linestyle=":")
         axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
         axes.set_yscale("log")
         _log_ticks(axes.yaxis)
         axes.set_xlabel("validation, % of its solo rate")
-        axes.set_ylabel(f"p99 of {NAMES[kind]} / alone")
+        axes.set_ylabel(f"{_percentile(run, kind)} of {NAMES[kind]} / alone")
         axes.grid(alpha=0.3, which="both")
     of_rates = [Patch(color=_RATES[rate["name"]], label=rate["name"]) for rate in rates]
     of_names = [

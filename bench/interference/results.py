@@ -123,6 +123,31 @@ def _lengths(values: Sequence[float], seconds: float) -> dict[str, float] | None
     }
 
 
+def _engine(blocks: Sequence[Block]) -> dict[str, float | None] | None:
+    """Return what the engine counted in blocks; None where it counts nothing.
+
+    A step's seconds are those without slices, of steps that another follows at once: the engine knows no others. The
+    share of the time that steps take is an estimate, by their mean.
+    """
+    counted = [block.counters for block in blocks if block.counters is not None]
+    if not counted:
+        return None
+    total = {name: sum(each[name] for each in counted) for name in counted[0]}
+    steps, slices, seconds = total["steps"], total["slices"], total["seconds"]
+    step_seconds = total["step_seconds"] / max(total["steps_followed"], 1)
+    return {
+        "steps": steps,
+        "tokens_per_step": total["tokens"] / steps if steps else None,
+        "step_seconds": step_seconds or None,
+        "seconds_before_steps": total["seconds_between_steps"] / steps if steps else None,
+        "steps_share": steps * step_seconds / seconds,
+        "slices": slices,
+        "slice_seconds": total["slice_seconds"] / slices if slices else None,
+        "slices_share": total["slice_seconds"] / seconds,
+        "slices_share_before_steps": total["seconds_between_steps"] / seconds,
+    }
+
+
 def cells(blocks: dict[Condition, list[Block]], seed: int) -> list[dict[str, Any]]:
     """Return the figures of one request rate, a cell for each condition, including `ALONE` and `SOLO`."""
     by_name = {condition.name: pooled for condition, pooled in blocks.items()}
@@ -158,6 +183,7 @@ def _cell(condition: Condition, blocks: list[Block], alone: list[Block], solo: f
         "slices": _lengths([value for block in blocks for value in block.slices], seconds),
         "waits": _lengths([value for block in blocks for value in block.step_waits], seconds),
         "held": _lengths([value for block in blocks for value in block.slice_waits], seconds),
+        "engine": _engine(blocks),
         "late_p99": float(np.percentile(late, 99)) if late else None,
     }
 
@@ -165,18 +191,28 @@ def _cell(condition: Condition, blocks: list[Block], alone: list[Block], solo: f
 class Goal(NamedTuple):
     """The limits of the default pacing at one request rate."""
 
+    engine: str
     device: str
     rate: str
-    p99: dict[str, float]
-    """By kind of times: the largest 99th percentile, over that of chat alone, that meets the goal."""
+    limits: dict[tuple[str, str], float]
+    """By kind of times and percentile: the largest, over that of chat alone, that meets the goal."""
     solo_share: float
     """The smallest share of its solo rate that validation must have."""
 
 
+TRANSFORMERS, VLLM = ENGINES = ("transformers", "vllm")
+LIGHT, HALF, NEAR_SATURATION = "light", "half", "near saturation"
+STEADY = "one chat every 0.25 s"
+"""A rate of vLLM's that does not depend on the machine's speed."""
+_VLLM_LIMITS = {("between", "p99"): 1.25, ("first", "p95"): 1.25}
 GOALS = (
-    Goal("cpu", "light", {"between": 1.25}, 0.40),
-    Goal("cuda", "half", {"between": 1.05, "first": 1.05}, 0.80),
+    Goal(TRANSFORMERS, "cpu", LIGHT, {("between", "p99"): 1.25}, 0.40),
+    Goal(TRANSFORMERS, "cuda", HALF, {("between", "p99"): 1.05, ("first", "p99"): 1.05}, 0.80),
+    Goal(VLLM, "cpu", LIGHT, _VLLM_LIMITS, 0.40),
+    Goal(VLLM, "cpu", STEADY, _VLLM_LIMITS, 0.40),
 )
+PREFILL_GOAL = 0.9
+"""The least tokens per second of proofs alone, over those of the same server's prompts alone."""
 NAMES = {"first": "time to first token", "between": "time between tokens"}
 
 
@@ -191,29 +227,21 @@ class Verdict(NamedTuple):
 
 
 def judge(run: dict[str, Any]) -> list[Verdict]:
-    """Judge each limit for the run's device by the cell of the default pacing."""
+    """Judge each limit for the run's engine and device by the cell of the default pacing."""
+    engine = engine_of(run)
     verdicts = []
     for goal in GOALS:
-        if goal.device != run["device"]:
+        if (goal.engine, goal.device) != (engine, run["device"]):
             continue
-        cell = next(
-            (
-                cell
-                for rate in run["rates"]
-                if rate["name"] == goal.rate
-                for cell in rate["cells"]
-                if cell["condition"] == run["default"]
-            ),
-            None,
-        )
-        for kind, limit in goal.p99.items():
-            what, limit_text = f"p99 of {NAMES[kind]}, {goal.rate} rate", f"at most {limit:g} of chat alone"
-            ratio = None if cell is None or cell["ratios"] is None else cell["ratios"][kind]["p99"]
-            if ratio is None:
+        cell = cell_of(run, goal.rate, run["default"])
+        for (kind, percentile), limit in goal.limits.items():
+            what, limit_text = f"{percentile} of {NAMES[kind]}, {goal.rate} rate", f"at most {limit:g} of chat alone"
+            ratio = None if cell is None or cell["ratios"] is None else cell["ratios"][kind][percentile]
+            if cell is None or ratio is None:
                 verdicts.append(Verdict(what, limit_text, "not measured", None))
                 continue
-            few = cell[kind]["above_p99"] < FEW_ABOVE
-            note = f"; rests on {cell[kind]['above_p99']} samples above it" if few else ""
+            above = _above(cell[kind], percentile)
+            note = f"; rests on {above} samples above it" if above < FEW_ABOVE else ""
             text = f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f}{note})"
             verdicts.append(Verdict(what, limit_text, text, ratio[0] <= limit))
         what = f"validation while users are served, {goal.rate} rate"
@@ -223,4 +251,41 @@ def judge(run: dict[str, Any]) -> list[Verdict]:
         else:
             share = cell["solo_share"]
             verdicts.append(Verdict(what, limit_text, f"{share:.1%}", share >= goal.solo_share))
+    if run.get("prefill") is not None:
+        ratio, low, high = run["prefill"]["ratio"]
+        verdicts.append(
+            Verdict(
+                "proofs alone, tokens per second",
+                f"at least {PREFILL_GOAL:g} of the same server's prompts alone",
+                f"{ratio:.3f} ({low:.3f} to {high:.3f})",
+                ratio >= PREFILL_GOAL,
+            )
+        )
     return verdicts
+
+
+def engine_of(run: dict[str, Any]) -> str:
+    """Return the engine of a run; older files have no word for it."""
+    return str(run.get("engine", TRANSFORMERS))
+
+
+def cell_of(run: dict[str, Any], rate: str, condition: str) -> dict[str, Any] | None:
+    """Return the cell of a condition at a rate; None where it was not measured."""
+    found = [cell for each in run["rates"] if each["name"] == rate for cell in each["cells"]]
+    return next((cell for cell in found if cell["condition"] == condition), None)
+
+
+def _above(summary: dict[str, Any], percentile: str) -> int:
+    """Return how many samples lie above a percentile."""
+    if percentile == "p99":
+        return int(summary["above_p99"])
+    return int(summary["samples"] * (100 - int(percentile[1:])) // 100)
+
+
+def bound(alone: dict[str, Any]) -> float | None:
+    """Return the largest share of its solo rate that validation can have without taking time from the steps of users.
+
+    It is the part of the time in which the engine computes no steps with chat alone: a schedule that never idles and
+    whose steps are those of chat alone gives validation that much, whatever it does to latencies.
+    """
+    return None if alone.get("engine") is None else max(0.0, 1 - alone["engine"]["steps_share"])

@@ -18,8 +18,19 @@ import torch
 from bench.common.conditions import conditions as conditions_of_run
 from bench.interference import chat, results
 from bench.interference.in_process import InProcessRig
-from bench.interference.load import Block, Condition, DifferenceError, Rig, poisson, run_block, saturation
-from bench.interference.plan import ALONE, SOLO, Rate, conditions_at, default_of, in_order, parse
+from bench.interference.load import Block, Condition, DifferenceError, Rig, poisson, regular, run_block, saturation
+from bench.interference.plan import (
+    ALONE,
+    SOLO,
+    Rate,
+    conditions_at,
+    conditions_of_vllm,
+    default_name,
+    default_of,
+    in_order,
+    parse,
+)
+from bench.interference.prefill import measure_prefill
 
 
 def progress(text: str) -> None:
@@ -34,7 +45,10 @@ async def measure_rate(
     blocks: dict[Condition, list[Block]] = {condition: [] for condition in conditions}
     for turn in range(rate.rounds):
         seed = f"{options.seed} {rate.name} {turn}"
-        arrivals = poisson(per_second, options.block_seconds, rig.prompts, seed)
+        if rate.every_seconds is None:
+            arrivals = poisson(per_second, options.block_seconds, rig.prompts, seed)
+        else:
+            arrivals = regular(rate.every_seconds, options.block_seconds, rig.prompts, seed)
         for condition in in_order(conditions, turn, rate.rounds):
             if turn > 0 and time.monotonic() > options.deadline:
                 return whole_rounds(blocks)
@@ -89,13 +103,22 @@ async def measure_all(rig: Any, rates: list[Rate], options: argparse.Namespace) 
         conditions = rig.conditions or conditions_at(
             options.device, rate, options.paced_shares, options.free_shares, bool(options.sms)
         )
-        per_second = rate.fraction * saturated
+        per_second = rate.per_second(saturated)
         blocks = await measure_rate(rig, rate, per_second, conditions, options)
         cells = results.cells(blocks, options.seed)
         measured.append(
-            {"name": rate.name, "fraction": rate.fraction, "requests_per_second": per_second, "cells": cells}
+            {"name": rate.name, "fraction": per_second / saturated, "requests_per_second": per_second, "cells": cells}
         )
-    return {"saturation_requests_per_second": saturated, "rates": measured}
+    return {"saturation_requests_per_second": saturated, "rates": measured, "prefill": await prefill(rig, options)}
+
+
+async def prefill(rig: Any, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Compare proofs alone with the server's own prompts alone; None where it is not vLLM."""
+    if options.engine != results.VLLM or options.prefill_rounds == 0:
+        return None
+    return await measure_prefill(
+        rig, SOLO, options.case.seq_len, options.prefill_rounds, options.block_seconds, options.timeout_seconds
+    )
 
 
 def _in_process(options: argparse.Namespace, served: chat.Served, directory: Path) -> Any:
@@ -129,6 +152,24 @@ def _over_http(options: argparse.Namespace, served: chat.Served, directory: Path
     )
 
 
+def _in_vllm(options: argparse.Namespace, served: chat.Served, directory: Path) -> Any:
+    from bench.interference.over_vllm import VllmRig
+
+    return VllmRig(
+        options.vllm_python.absolute(),
+        directory,
+        served,
+        conditions=conditions_of_vllm(options.paced_shares),
+        new_tokens=options.new_tokens,
+        prompt_tokens=options.prompt_tokens,
+        prompt_count=options.prompts,
+        projection=options.projection,
+        slice_seconds=options.slice_seconds,
+        seed=options.seed,
+        ready_seconds=3 * options.timeout_seconds,
+    )
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the results as they are written.
 
@@ -142,9 +183,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         # Over HTTP the model in this process only says what to expect.
         device = torch.device("cpu") if options.http else options.device
         served = chat.build(options.case, getattr(torch, options.dtype), device, Path(folder))
-        rig = (_over_http if options.http else _in_process)(options, served, Path(folder))
+        make_rig = _in_vllm if options.engine == results.VLLM else _over_http if options.http else _in_process
+        rig = make_rig(options, served, Path(folder))
         measured = asyncio.run(measure(rig, options.rates, options))
     result[results.KEY] = {
+        "engine": options.engine,
         "device": options.device.type,
         "http": options.http,
         "quick": options.quick,
@@ -156,7 +199,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "batch_size": options.case.batch_size,
         "seq_len": options.case.seq_len,
-        "default": default_of(options.device).name,
+        "default": default_name(options.engine, options.device),
         **{
             name: getattr(options, name)
             for name in (

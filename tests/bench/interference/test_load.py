@@ -47,9 +47,13 @@ class FakeRig:
         self.progress, self.slices, self.step_waits, self.slice_waits = [], [], [], []
         self.answer, self.proof_error = answer, proof_error
         self.switched, self.asked, self.stuck, self.in_trouble = [], [], False, None
+        self.counts = False
 
-    def switch(self, condition):
+    async def switch(self, condition):
         self.switched.append(condition.name)
+
+    async def counters(self):
+        return {"slices": float(len(self.progress))} if self.counts else None
 
     def begin(self, request, ended):
         loop = asyncio.get_running_loop()
@@ -122,6 +126,23 @@ def test_a_block_has_the_requests_that_arrived_and_the_nonces_done_in_it():
     dues = [request.due for request in result.requests]
     assert np.diff(dues) == pytest.approx([0.05, 0.149])
     assert all(request.submitted == pytest.approx(request.due) for request in result.requests)
+
+
+def test_a_block_has_what_the_engine_counted_until_its_last_request_ended():
+    rig = FakeRig()
+    assert block(rig, load.Condition("both"), [(0.1, 0)]).counters is None
+    rig.counts = True
+    before = len(rig.progress)
+    counted = block(rig, load.Condition("both"), [(0.199, 0)]).counters
+    assert counted["seconds"] == pytest.approx(0.02 + 0.199 + 0.03)
+    # All but those of the first batch, which came before, and of those that ended afterwards.
+    assert 0 < counted["slices"] < len(rig.progress) - before
+
+
+def test_regular_arrivals_come_at_one_interval():
+    arrivals = load.regular(0.25, 1.1, 7, "seed")
+    assert [at for at, _ in arrivals] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert {prompt for _, prompt in load.regular(0.01, 10.0, 7, "seed")} == set(range(7))
 
 
 @pytest.mark.parametrize("chat", [True, False])

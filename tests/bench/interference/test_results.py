@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench.interference import load
+from bench.interference import load, prefill
 from bench.interference import results as figures
 
 
@@ -99,6 +99,57 @@ def test_cells_have_rates_and_shares_of_their_own_rate():
     assert both["slices"]["share_of_time"] == pytest.approx(0.0004)
     assert both["waits"]["share_of_time"] == pytest.approx(0.05)
     assert both["tokens_per_second"] == 5.0
+
+
+def counted(**changes):
+    names = ("steps", "steps_followed", "tokens", "step_seconds", "slices", "slice_seconds", "seconds_between_steps")
+    return dict.fromkeys(names, 0.0) | {"seconds": 10.0} | changes
+
+
+def test_what_the_engine_counted_gives_the_bound_of_validation():
+    steps = {"steps": 200, "steps_followed": 160, "tokens": 500, "step_seconds": 1.6}
+    slices = {"slices": 400, "slice_seconds": 0.8, "seconds_between_steps": 0.2}
+    blocks = {
+        load.Condition("chat alone", validation=False): [
+            block_of([request_of(0.02, [0.01])], counters=counted(**steps)) for _ in range(2)
+        ],
+        load.Condition("both", share=0.1): [
+            block_of([request_of(0.02, [0.01])], 10.0, counters=counted(**steps, **slices)) for _ in range(2)
+        ],
+        load.Condition("validation alone", chat=False): [block_of(nonces=40.0, counters=counted())],
+    }
+    alone, both, solo = figures.cells(blocks, 0)
+    assert alone["engine"]["step_seconds"] == pytest.approx(0.01)
+    assert alone["engine"]["steps_share"] == pytest.approx(0.2)  # with those that no other followed
+    assert figures.bound(alone) == pytest.approx(0.8)
+    assert both["engine"]["tokens_per_step"] == 2.5
+    assert both["engine"]["seconds_before_steps"] == pytest.approx(0.001)
+    assert both["engine"]["slices_share"] == pytest.approx(0.08)
+    assert both["engine"]["slices_share_before_steps"] == pytest.approx(0.02)
+    assert (solo["engine"]["step_seconds"], solo["engine"]["slice_seconds"]) == (None, None)
+    assert figures.bound(measured()[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "changes", "ratio", "met"),
+    [
+        ("light", {"gap": 0.0124, "first": 0.0249, "nonces": 50}, 0.9, [True, True, True, None, None, None, True]),
+        ("light", {"gap": 0.0126, "first": 0.0251, "nonces": 39}, 0.89, [False] * 3 + [None] * 3 + [False]),
+        (figures.STEADY, {"nonces": 50}, None, [None, None, None, True, True, True]),
+    ],
+)
+def test_goals_of_vllm_are_judged_at_two_rates_and_against_prompts_alone(rate, changes, ratio, met):
+    run = run_of(measured(**changes), rate=rate) | {"engine": "vllm"}
+    run["prefill"] = None if ratio is None else {"ratio": [ratio, 0.8, 1.0]}
+    assert [verdict.met for verdict in figures.judge(run)] == met
+
+
+def test_proofs_and_prompts_are_compared_round_by_round():
+    rounds = [{"proof_tokens_per_second": 90.0 * speed, "tokens_per_second": 100.0 * speed} for speed in (1, 2, 5)]
+    assert prefill.ratio_of(rounds) == pytest.approx([0.9] * 3)
+    rounds[0]["proof_tokens_per_second"] = 60.0
+    ratio, low, high = prefill.ratio_of(rounds)
+    assert (ratio, low, high) == pytest.approx((0.9, 0.6, 0.9))
 
 
 def run_of(cells, device="cpu", rate="light"):
