@@ -99,8 +99,8 @@ class Link:
         """Return what sends a command to all workers, for `call` and `drop`."""
         return lambda: self.client.collective_rpc(METHOD, args=(command, dict(message)))
 
-    def drop(self, method: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        """Call a coroutine function on the loop and wait for nothing. What becomes of it is not told."""
+    def drop(self, method: Callable[[], Coroutine[Any, Any, Any]], wait_seconds: float = 0.0) -> None:
+        """Call a coroutine function on the loop. What becomes of it is not told, and waited for at most so long."""
 
         async def send() -> None:
             try:
@@ -111,9 +111,11 @@ class Link:
         if self.lost is None:
             coroutine = send()
             try:
-                asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+                sent = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             except RuntimeError:  # the loop is closed
                 coroutine.close()
+            else:
+                concurrent.futures.wait([sent], wait_seconds)
 
     def call(self, method: Callable[[], Coroutine[Any, Any, Result]], pause: Pause = never) -> Result:
         """Call a coroutine function on the loop; return its result.

@@ -43,6 +43,8 @@ _PAUSED_SECONDS = 0.05
 """While users are paused: the phase ends that much later at most."""
 _POLL_SECONDS = 0.02
 """Between two RPCs while users are served: each delays their next step by its overhead."""
+_RESUME_SECONDS = 1.0
+"""For which the end of a server waits until the engine lets users go on: once vLLM ends it, it takes no call."""
 _LOOK_SECONDS = 0.001
 """Between two looks at whether users are still served: it costs the engine nothing."""
 _STILL_SECONDS = 0.25
@@ -125,7 +127,7 @@ class RemoteDevice:
         if self._users_paused:
             resume = self.link.client.resume_generation
             if self.link.lost is not None or self.link.cancelled:  # the loop may wait for this very thread
-                self.link.drop(resume)
+                self.link.drop(resume, _RESUME_SECONDS)
             else:
                 self.link.call(resume)
             self._users_paused = False

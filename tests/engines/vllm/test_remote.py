@@ -20,6 +20,7 @@ pytest.importorskip("greenlet")
 
 from vllm_stepping import CONFIG, Client, Request, Worker, distances, install, rows, text_of
 
+from poc_kernels.engines.vllm import remote
 from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.link import EngineError, EngineLost, Link
 from poc_kernels.engines.vllm.messages import Progress
@@ -399,7 +400,22 @@ def test_users_are_resumed_even_by_a_device_that_was_cancelled(serve: Callable[.
     server = serve()
     server.device.pause_users()
     server.device.cancel()
+    server.client.core.inbox.put(lambda: time.sleep(0.05))
     server.device.resume_users()
+    assert not server.client.core.paused  # by now: vLLM may end its engine next
+
+
+def test_a_loop_that_waits_for_the_device_is_not_waited_for(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_RESUME_SECONDS", 0.01)
+    server = serve()
+    server.device.pause_users()
+    server.device.cancel()
+    resumed = threading.Event()
+    server.client.loop.call_soon_threadsafe(resumed.wait, TIMEOUT)
+    server.device.resume_users()
+    resumed.set()
     eventually(lambda: not server.client.core.paused)
 
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ pytest.importorskip("vllm")
 from callback_receivers import Receiver
 from nodes import POW, Alone, begin, checked, claim, posted, status
 from vllm_server import VllmProcess
-from web import CHAT, TIMEOUT, Stream, chat, client, eventually, text_of
+from web import CHAT, TIMEOUT, Stream, chat, client, eventually, streamed, text_of
 
 pytest_plugins = ["vllm_server"]
 
@@ -64,7 +65,9 @@ def test_what_is_refused_is_refused_before_the_model_is_loaded(
 def processes(model_dir: Path) -> Iterator[dict[str, VllmProcess]]:
     """Servers that are to be ended, all started at once."""
     processes = {
-        "generating": VllmProcess(model_dir, settings={"drain_seconds": 0.05}),
+        "generating": VllmProcess(
+            model_dir, "--shutdown-timeout", str(END_SECONDS), settings={"drain_seconds": 0.05}
+        ),
         "ranks": VllmProcess(
             model_dir,
             *TWO_RANKS,
@@ -79,15 +82,19 @@ def processes(model_dir: Path) -> Iterator[dict[str, VllmProcess]]:
 
 def test_sigterm_while_generating(processes: dict[str, VllmProcess]) -> None:
     process = processes["generating"]
-    with client(process.url()) as http, Stream(http, max_tokens=4000, ignore_eos=True) as stream:
-        begin(http)
-        checked(http, 40)  # drained, then paused
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(http.post, f"{POW}/validate", json=claim(range(50_000)))
-            eventually(lambda: status(http)["queued_nonces"] > 0)
-            assert process.end(signal.SIGTERM, END_SECONDS) == 0
-            assert waiting.result(TIMEOUT).status_code == 409
-        stream.ended()
+    asked: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
+    with client(process.url()) as http:
+        text = streamed(http, **asked)
+        with Stream(http, **asked) as stream:
+            begin(http)
+            checked(http, 40)  # drained, then paused
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(http.post, f"{POW}/validate", json=claim(range(50_000)))
+                eventually(lambda: status(http)["queued_nonces"] > 0)
+                assert len(stream.text) < 400
+                assert process.end(signal.SIGTERM, END_SECONDS) == 0
+                assert waiting.result(TIMEOUT).status_code == 409
+            assert stream.result() == text  # whoever was paused goes on while there is an engine
     assert ours_in_tracebacks(process) == []
 
 
