@@ -5,9 +5,11 @@ An illegal access ends a CUDA context, and with it all that a process has on the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -23,12 +25,14 @@ logger = logging.getLogger("poc_kernels")
 
 TIMEOUT_SECONDS = 900.0
 """A first use compiles for a minute or two; kernels that take longer than this hang."""
+KILLED_SECONDS = 10.0
+"""How long a process may take to be gone once it is killed; the driver of a GPU may hold it for ever."""
 
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from poc_kernels.kernels import trial_process; "
     "trial_process.main(sys.argv[2:])"
 )
-_BEGAN = b"began"
+_BEGAN = b"\0poc_kernels began\n"  # no line of what may be printed before: by sitecustomize, or where torch is imported
 _MAX_LAST_WORDS = 300
 
 
@@ -71,30 +75,52 @@ def find_wrong(function: str, name: str, device: torch.device) -> list[str]:
         SaysNothingError: no process could be started, it cannot use the device, or a transient exception was raised.
         MemoryError: the process was killed, as it is where memory is short.
     """
-    if not sys.executable:
+    if not sys.executable or getattr(sys, "frozen", False):
         raise SaysNothingError("sys.executable does not say where Python is")
-    command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), function, name, str(device)]
+    path = [entry for entry in sys.path if isinstance(entry, str)]  # Python ignores others
+    command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(path), function, name, str(device)]
     try:
-        # In a session of its own, as an interrupt at the terminal says nothing of the kernels.
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_SECONDS, start_new_session=True
-        )
+        returncode, stdout, stderr = _run(command)
     except subprocess.TimeoutExpired:
         return [f"its trial did not end in {TIMEOUT_SECONDS:g} seconds"]
     except OSError as error:
         raise SaysNothingError(f"{type(error).__name__}: {error}") from error
-    if done.returncode == -signal.SIGKILL:
+    if returncode == -signal.SIGKILL:
         raise MemoryError(f"the process that tries {name} on {device} was killed, perhaps because memory is short")
-    began, _, report = done.stdout.partition(b"\n")
-    if began != _BEGAN:
-        raise SaysNothingError(f"it ended too soon ({_how_it_ended(done.returncode)}): {_last_words(done.stderr)}")
+    _, began, report = stdout.partition(_BEGAN)
+    if not began:
+        raise SaysNothingError(f"it ended too soon ({_how_it_ended(returncode)}): {_last_words(stderr)}")
     if not report:
-        return [f"its trial ended the process ({_how_it_ended(done.returncode)}): {_last_words(done.stderr)}"]
+        return [f"its trial ended the process ({_how_it_ended(returncode)}): {_last_words(stderr)}"]
     answer: dict[str, Any] = json.loads(report)
     if "says_nothing" in answer:
         raise SaysNothingError(answer["says_nothing"])
     wrong: list[str] = answer["wrong"]
     return wrong
+
+
+def _run(command: list[str]) -> tuple[int, bytes, bytes]:
+    """Run a command for TIMEOUT_SECONDS at most; return its exit status, standard output and standard error.
+
+    It is killed at the end of that time, or if this thread is interrupted, with the compilers that it started.
+    """
+    # In a session of its own, as an interrupt at the terminal says nothing of the kernels. subprocess.run would wait
+    # for a process that it killed, however long it takes, and would leave those that this has started.
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILLED_SECONDS)
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+        raise
+    return process.returncode, stdout, stderr
 
 
 def _how_it_ended(returncode: int) -> str:
@@ -112,10 +138,14 @@ def _last_words(stderr: bytes) -> str:
 def main(arguments: list[str]) -> None:
     """Try kernels here and write a report, as the other process asks: function, name, device."""
     function, name, device = arguments[0], arguments[1], torch.device(arguments[2])
+    # Should the process that asks be killed, nobody else would end a trial that hangs.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.alarm(math.ceil(TIMEOUT_SECONDS + KILLED_SECONDS))
     report = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print is no report
     torch.zeros(1, device=device)  # raises on a device that this process cannot use: one that is full or exclusive
-    report.write(_BEGAN + b"\n")
+    report.write(_BEGAN)
     report.write(json.dumps(_answer(function, name, device)).encode())
     # At once: what kernels left behind may crash an orderly end.
     os._exit(0)

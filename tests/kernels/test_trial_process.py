@@ -1,9 +1,13 @@
 """Kernels are tried on a GPU in another process, which may crash; stand-ins are in place of kernels and GPU."""
 
 import functools
+import os
 import re
+import select
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +56,67 @@ def test_a_process_that_is_killed_says_that_memory_is_short():
     with pytest.raises(MemoryError, match="that tries kernels on cpu was killed") as raised:
         find_wrong("killed")
     assert trial.is_transient(raised.value)
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("python", 1), KeyboardInterrupt()])
+def test_what_a_killed_process_has_started_is_killed_with_it(error, monkeypatch, tmp_path):
+    alive = tmp_path / "alive"
+    os.mkfifo(alive)
+    held = []
+
+    def raise_once_all_run(process, timeout):
+        held.append(alive.open("rb", buffering=0))
+        assert held[0].read(1) == b"x"
+        raise error
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", raise_once_all_run)
+    with pytest.raises(type(error)):
+        trial_process._run(["sh", "-c", f"(printf x; exec sleep 3600) > '{alive}' & wait"])
+    with held[0] as pipe:
+        assert select.select([pipe], [], [], 60)[0], "a compiler runs on"
+        assert pipe.read() == b""
+
+
+def test_a_process_that_cannot_be_killed_is_left(monkeypatch):
+    spared = []
+    monkeypatch.setattr(trial_process, "TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(trial_process, "KILLED_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", lambda group, number: spared.append((group, number)))
+        with pytest.raises(subprocess.TimeoutExpired):
+            trial_process._run(["sleep", "3600"])
+    ((group, number),) = spared
+    os.killpg(group, number)
+
+
+def test_a_trial_ends_by_itself_should_nobody_wait_for_it():
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        (found,) = find_wrong("alarm")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGALRM, handler)
+    ends, seconds = found.split()
+    assert ends == "ends"
+    assert 0 < int(seconds) <= trial_process.TIMEOUT_SECONDS + trial_process.KILLED_SECONDS
+
+
+def test_what_python_prints_at_its_start_is_no_report(monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('a greeting')\nprint('{\"wrong\": []}', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert find_wrong("wrong") == ["kernels on cpu"]
+
+
+def test_what_python_ignores_in_its_path_does_not_matter(monkeypatch):
+    monkeypatch.setattr(sys, "path", [Path("/somewhere"), *sys.path])
+    assert find_wrong("right") == []
+
+
+def test_a_frozen_program_is_not_started_again(monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(trial_process.SaysNothingError, match=r"sys\.executable does not say"):
+        find_wrong("right")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +205,7 @@ def test_a_process_that_was_killed_is_not_remembered(gpu_with, tried_here):
 
 @pytest.mark.usefixtures("two_backends", "fresh_choice")
 def test_a_cpu_tries_all_backends_here(tried_here, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     assert backends.select(CPU).name == "compiled"
     assert tried_here == ["compiled"]
 

@@ -59,3 +59,10 @@ def crash_at_the_end(name: str, device: torch.device) -> list[str]:
 
     atexit.register(os.abort)
     return []
+
+
+def alarm(name: str, device: torch.device) -> list[str]:
+    """Whether an alarm would end this process, and in how many seconds."""
+    ends = signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    blocked = signal.SIGALRM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return [f"{'ends' if ends and not blocked else 'goes on'} {signal.alarm(0)}"]
