@@ -119,6 +119,9 @@ def _entries_shape(seed: Tensor, domain: int, k_start: int, k: int, n_start: int
 
 # ---- implementations, and fake ones that make the same checks ----
 
+Op = Callable[..., Tensor]
+_unsafe_view: Op = torch.ops.aten._unsafe_view.default
+
 
 def _project(x: Tensor, seed: Tensor, request: Request) -> Tensor:
     if x.numel() == 0:
@@ -126,7 +129,9 @@ def _project(x: Tensor, seed: Tensor, request: Request) -> Tensor:
     project = select(x.device).project
     if x.dim() == 2:
         return project(x, seed, request)
-    return project(x.reshape(-1, x.shape[-1]), seed, request).view(*x.shape[:-1], request.columns)
+    y = project(x.reshape(-1, x.shape[-1]), seed, request)
+    # Not a view: one that was made without gradients could not be changed in place with them, nor detached in place.
+    return _unsafe_view(y, (*x.shape[:-1], request.columns))
 
 
 def _fake_project(x: Tensor, request: Request) -> Tensor:
@@ -163,7 +168,6 @@ def _projection_matrix(
 # ---- registration ----
 
 
-Op = Callable[..., Tensor]
 # What it registers lasts as long as it does.
 _LIBRARY = torch.library.Library("poc_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 

@@ -342,6 +342,20 @@ def test_nothing_is_recorded_without_gradients(mode):
     assert_same_bits(y, expected(X))
 
 
+@pytest.mark.parametrize("shape", [(63,), (4, 63), (2, 3, 63), (0, 3, 63)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_result_is_no_view_and_may_be_changed_in_place(mode, shape):
+    with mode():
+        y = residual_projection(torch.ones(shape), SEED)
+    assert not y._is_view()
+    if mode is torch.inference_mode:
+        return
+    y.detach_()
+    factor = torch.ones(63, requires_grad=True)
+    y.mul_(factor).sum().backward()
+    assert factor.grad is not None
+
+
 class Seen(TorchDispatchMode):
     """Notes the ops of this package that come to a mode, which lies between autograd and the kernels."""
 
