@@ -245,6 +245,10 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 # ---- other processes -----------------------------------------------------------------------------------------------
 
 
+HANGS_SECONDS = 480
+"""Only against hangs, before the tests' own limit of 600 s (Makefile): on 2 cores with 20 jobs, 10 s take minutes."""
+
+
 def run_python(
     code: str, directory: Path, package_root: Path | None = None, launcher: Sequence[str] = (), **environment: str
 ) -> str:
@@ -260,7 +264,7 @@ def run_python(
         env={**inherited, "PYTHONPATH": str(root), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
