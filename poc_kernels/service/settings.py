@@ -205,7 +205,7 @@ class ServiceSettings:
         for each in settings_of(type(self)):
             each.check(getattr(self, each.name), each.name)
         if self.guard_metrics and self.token is None:
-            raise ValueError("guard_metrics must come with a token, got none")
+            raise ValueError(f"guard_metrics must come with a token, got none: set {variable('token')}")
 
     @classmethod
     def from_environment(cls: type[_Service], environ: Mapping[str, str]) -> _Service:

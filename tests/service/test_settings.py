@@ -77,6 +77,6 @@ def test_a_subclass_reads_its_own_settings_too() -> None:
 
 
 def test_to_guard_the_metrics_takes_a_token() -> None:
-    with pytest.raises(ValueError, match=r"^guard_metrics must come with a token, got none$"):
+    with pytest.raises(ValueError, match=r"^guard_metrics must come with a token, got none: set POC_KERNELS_TOKEN$"):
         ServiceSettings(guard_metrics=True)
     assert ServiceSettings(guard_metrics=True, token="secret").guard_metrics

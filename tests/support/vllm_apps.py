@@ -77,6 +77,7 @@ def app() -> FastAPI:
     mounted = FastAPI()
     mounted.add_api_route("/generate", lambda: "computed", methods=["POST"])
     app.mount("/mounted", mounted)
+    app.mount("/metrics", PlainTextResponse("vLLM's"))  # whatever the method, as an app of Prometheus'
 
     @app.post("/v1/chat/completions")
     async def chat(body: dict[str, Any]) -> StreamingResponse:

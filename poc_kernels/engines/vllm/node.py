@@ -33,12 +33,12 @@ logger = logging.getLogger("poc_kernels")
 
 _READS = ("GET", "HEAD", "OPTIONS")
 _ours = under(POC_PREFIX, "/health", "/metrics")
-_of_rounds = under(POC_PREFIX)
+_no_users = under(POC_PREFIX, "/metrics")  # vLLM's own /metrics answers every method, and is guarded as ours is
 
 
 def computes(scope: Scope) -> bool:
     """Whether a request may make the engine compute: any that does not just read, whatever routes vLLM has."""
-    return not _of_rounds(scope) and (scope["type"] == "websocket" or scope["method"] not in _READS)
+    return not _no_users(scope) and (scope["type"] == "websocket" or scope["method"] not in _READS)
 
 
 _RULES = GateRules(

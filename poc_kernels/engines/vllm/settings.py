@@ -17,8 +17,8 @@ _ELSEWHERE = {
     "validation_wait_seconds": "in vLLM no slice waits for users, see POC_KERNELS_VALIDATION_SHARE",
 }
 """Settings of our own server that have no effect in vLLM, and what to do instead."""
-_OF_THE_OPS = {"backend", "native"}
-"""Names of variables that are read elsewhere in the package."""
+_OF_THE_OPS = {"backend", "native", "triton_arithmetic", "amx_model"}
+"""Names of variables that are read elsewhere in the package, or when it is built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class VllmSettings(ServiceSettings):
     max_body_bytes: int | None = setting(
         None, "maximum number of bytes of a user's body; more get 413", POSITIVE, unset="vLLM's own"
     )
+
+    guard_metrics: bool = setting(False, "ask for the token on /metrics too")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> VllmSettings:

@@ -180,6 +180,8 @@ def test_the_token_guards_the_rounds_alone_and_metrics_where_it_is_told_to(rigs:
         assert rig.http.post(CHAT, json={}).text == STREAM
     with rigs(token="s3cret", guard_metrics="true") as rig:
         assert codes(rig, f"{POW}/status", "/metrics", "/health", "/v1/models", "/version") == [401, 401, 200, 200, 200]
+        for method in ("POST", "PUT", "DELETE", "TRACE", "OPTIONS"):  # vLLM's own answers them all
+            assert [rig.http.request(method, path).status_code for path in ("/metrics", "/metrics/x")] == [401, 401]
         rig.http.headers["authorization"] = "Bearer s3cret"
         assert codes(rig, f"{POW}/status", "/metrics") == [200, 200]
 

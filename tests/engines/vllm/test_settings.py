@@ -27,6 +27,7 @@ def test_vllm_s_own_bounds_on_users_hold_unless_others_are_set() -> None:
         ("ALLOWED_ORIGINS", "*", "POC_KERNELS_ALLOWED_ORIGINS has no effect in vLLM: use vLLM's --allowed-origins"),
         ("VALIDATION_PACING", "free", "POC_KERNELS_VALIDATION_PACING has no effect in vLLM: .*_SHARE"),
         ("TOKEN", "", "POC_KERNELS_TOKEN must not be empty"),
+        ("GUARD_METRICS", "1", "guard_metrics must come with a token, got none: set POC_KERNELS_TOKEN"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_variable(name: str, text: str, message: str) -> None:
@@ -35,7 +36,8 @@ def test_a_wrong_value_is_refused_by_its_variable(name: str, text: str, message:
 
 
 def test_a_variable_that_is_none_of_a_setting_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    environ = {"POC_KERNELS_VALIDATION_SHAR": "0.3", "POC_KERNELS_BACKEND": "reference", "POC_KERNELS_TOKEN": "t"}
+    environ = {"POC_KERNELS_VALIDATION_SHAR": "0.3", "POC_KERNELS_TOKEN": "t"}
+    environ |= {f"POC_KERNELS_{name}": "x" for name in ("BACKEND", "NATIVE", "TRITON_ARITHMETIC", "AMX_MODEL")}
     with caplog.at_level(logging.WARNING, "poc_kernels"):
         assert VllmSettings.from_environment(environ) == VllmSettings(token="t")
     (record,) = caplog.records
