@@ -65,9 +65,7 @@ def test_what_is_refused_is_refused_before_the_model_is_loaded(
 def processes(model_dir: Path) -> Iterator[dict[str, VllmProcess]]:
     """Servers that are to be ended, all started at once."""
     processes = {
-        "generating": VllmProcess(
-            model_dir, "--shutdown-timeout", str(END_SECONDS), settings={"drain_seconds": 0.05}
-        ),
+        "generating": VllmProcess(model_dir, "--shutdown-timeout", str(END_SECONDS), settings={"drain_seconds": 0.05}),
         "ranks": VllmProcess(
             model_dir,
             *TWO_RANKS,
