@@ -39,6 +39,7 @@ class LayeredEngine(SmallEngine):
         super().__init__(**options)
         self.replaced = False
         self.inside = False
+        self.others_fail = True
         self.before_layer: Callable[[], object] = lambda: None
 
     def refresh(self) -> bool:
@@ -53,6 +54,9 @@ class LayeredEngine(SmallEngine):
             yield
         finally:
             self.inside = False
+
+    def all_ranks_failed(self) -> bool:
+        return self.others_fail
 
     def forward(self, inputs_embeds: Any, pause: Callable[[], None] = never) -> Any:
         hidden = inputs_embeds

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +20,9 @@ SUPPORTED_MINORS = ("0.32",)
 
 _KERNELS_OF_OPS = ("vllm_c", "triton", "native")
 """Providers of vLLM's IR ops, the preferred first: what a server without a compiler has by default."""
+
+_meetings = itertools.count()
+"""Of all ranks: see `all_ranks_meet`."""
 
 
 def version() -> str:
@@ -117,6 +122,22 @@ def in_workspace(manager: Any) -> Iterator[None]:
         yield
     finally:
         workspace._manager = before
+
+
+def all_ranks_meet(seconds: float) -> bool:
+    """Wait until all ranks of a model have called this as often, at most so many seconds; return whether they have."""
+    from torch.distributed import distributed_c10d
+    from vllm.distributed import get_tp_group
+
+    # By the store, not by a barrier: a rank that waits in a collective could neither give up nor end its process.
+    store = distributed_c10d._get_default_store()
+    key, ranks = f"poc_kernels meeting {next(_meetings)}", get_tp_group().world_size
+    deadline = time.monotonic() + seconds
+    come = store.add(key, 1)
+    while come < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
+        come = store.add(key, 0)
+    return bool(come >= ranks)
 
 
 def is_engine_dead(error: BaseException) -> bool:

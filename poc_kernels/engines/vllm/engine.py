@@ -16,6 +16,9 @@ from . import compat
 from .support import unsupported_config
 from .twin import Layout, Twin
 
+_MEETING_SECONDS = 5.0
+"""Ranks that fail for the same reason do so at about the same time."""
+
 
 class VllmEngine:
     """The `Engine` of ``poc_kernels.protocol`` on the model that a worker of vLLM has loaded.
@@ -107,6 +110,10 @@ class VllmEngine:
             if self._lanes is not None:
                 stack.enter_context(self._lanes.validation())
             yield
+
+    def all_ranks_failed(self) -> bool:
+        """Wait some seconds until all ranks have called this, after a failure; return whether they have."""
+        return compat.all_ranks_meet(_MEETING_SECONDS)
 
     @torch.inference_mode()
     def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:

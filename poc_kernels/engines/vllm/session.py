@@ -12,7 +12,9 @@ Slices run where users wait for them least:
 Never in a thread of their own: kernels of vLLM's CPU build keep scratch memory for which two threads would race.
 
 With several ranks, collectives of slices and of steps have to come in the same order on each. So all that decides is
-the messages and vLLM's own scheduler output, which are the same on all ranks, and never a clock.
+the messages and vLLM's own scheduler output, which are the same on all ranks, and never a clock. A rank that fails
+where the others do not is out of step with them for good. Its next step's collectives would meet those of the others'
+slices, so it computes nothing any more: its process ends, and vLLM's engine with it.
 """
 
 from __future__ import annotations
@@ -58,6 +60,9 @@ class SessionEngine(Protocol):
 
     def context(self) -> AbstractContextManager[None]:
         """Return what each slice runs in: on a GPU, a stream of low priority as well."""
+
+    def all_ranks_failed(self) -> bool:
+        """Wait a while until all ranks have called this; return whether they have."""
 
 
 class Session:
@@ -214,6 +219,8 @@ class Session:
             self._running = None
             self._outcomes[job] = _outcome(resumable)
             del self._rows[job]
+            if resumable.error is not None:
+                self._stay_in_step()
         self._in_flight.mark(wait=not between_steps)
         seconds = self._clock() - began
         self._sliced_since += seconds
@@ -271,6 +278,13 @@ class Session:
                 resumable.cancel()
         self._outcomes.update((job, _failed(error)) for job in self._rows)
         self._rows.clear()
+        self._stay_in_step()
+
+    def _stay_in_step(self) -> None:
+        """After a failure, end this process unless all ranks failed: the others would wait in a collective for ever."""
+        if self._lockstep and not self.engine.all_ranks_failed():
+            logger.critical("a proof failed on this rank alone, which is out of step with the others: the worker ends")
+            raise SystemExit("a proof failed on one rank of several")
 
     def _cancel_all(self) -> None:
         self._cancel_running()

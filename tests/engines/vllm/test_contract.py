@@ -168,6 +168,14 @@ def test_workers():
     assert "total_num_scheduled_tokens" in fields(SchedulerOutput)
 
 
+def test_ranks_have_a_store():
+    from torch.distributed import distributed_c10d
+    from vllm.distributed import get_tp_group, parallel_state
+
+    assert takes(distributed_c10d._get_default_store) == takes(get_tp_group) == []
+    assert "world_size" in parallel_state.GroupCoordinator.__annotations__
+
+
 def test_the_client_of_the_engine():
     assert {"collective_rpc", "generate", "pause_generation", "resume_generation"} <= set(dir(EngineClient))
     assert {"mode", "clear_cache"} <= set(takes(EngineClient.pause_generation))

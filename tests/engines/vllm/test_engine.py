@@ -1,6 +1,11 @@
 """VllmEngine on stand-ins for what it meets of vLLM: an `Engine`, its slices, its context, weights that change."""
 
 import contextlib
+import importlib.util
+import itertools
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -292,3 +297,22 @@ def test_replaced_weights_are_noticed(stand_ins):
     assert_same_bits(engine.forward(x), before)
     with engine.context():
         assert id(made.model_runner.get_model().layers[0].attn) in stand_ins.context
+
+
+def test_ranks_meet_or_do_not(monkeypatch):
+    """Here a rank is a thread; each has called as often as the others."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    stand_in = types.ModuleType("vllm.distributed")
+    stand_in.get_tp_group = lambda: types.SimpleNamespace(world_size=3)
+    monkeypatch.setitem(sys.modules, "vllm.distributed", stand_in)
+    if importlib.util.find_spec("vllm") is None:
+        monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+
+    def meet(ranks, seconds, meeting):
+        monkeypatch.setattr(compat, "_meetings", itertools.repeat(meeting))
+        with ThreadPoolExecutor(ranks) as pool:
+            return list(pool.map(lambda _: compat.all_ranks_meet(seconds), range(ranks)))
+
+    assert meet(3, 60.0, 0) == [True] * 3
+    assert meet(2, 0.05, 1) == [False] * 2

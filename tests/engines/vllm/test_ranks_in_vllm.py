@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm_in_process import save_model
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
+from poc_kernels.engines.vllm.link import EngineLost
 from poc_kernels.engines.vllm.remote import RemoteDevice, RemoteProver, open_engine
 from poc_kernels.protocol import DistanceProver, PoCConfig, Row
 
@@ -47,6 +48,17 @@ async def text(client: Any, number: int, count: int = 30) -> list[int]:
 
 async def texts(client: Any) -> list[list[int]]:
     return await asyncio.gather(*(text(client, number) for number in range(len(PROMPTS))))
+
+
+async def fail_on_one_rank(client: Any, prover: RemoteProver, device: RemoteDevice) -> None:
+    """Whoever waits is told that the engine died. Else each rank would wait for the other, and all for them."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    chats = asyncio.gather(*(text(client, number, 200) for number in range(len(PROMPTS))), return_exceptions=True)
+    await client.collective_rpc("poc_kernels_fail_once", args=(1,))
+    with pytest.raises(EngineLost, match="vLLM's engine died"):
+        await asyncio.to_thread(proofs, prover, device)
+    assert {type(answer) for answer in await chats} <= {EngineDeadError, list}
 
 
 async def serve(folder: Path) -> tuple[list[list[float]], dict[str, float]]:
@@ -83,7 +95,9 @@ async def serve(folder: Path) -> tuple[list[list[float]], dict[str, float]]:
         assert await asyncio.to_thread(proofs, prover, device) == found
         await asyncio.to_thread(device.resume_users)
         assert await chats == [alone]
-        return found, dict(device.counters)
+        counters = dict(device.counters)
+        await fail_on_one_rank(client, prover, device)
+        return found, counters
     finally:
         client.shutdown()
 

@@ -174,8 +174,27 @@ def test_a_round_that_is_begun_anew_has_the_weights_of_then(serve: Callable[...,
 # ---- faults ----
 
 
+def test_an_error_of_all_ranks_is_the_proofs_alone(serve: Callable[..., Server]) -> None:
+    server = serve(2)
+
+    def failing(worker: Worker) -> Callable[[], None]:
+        def fail() -> None:
+            worker.engine.before_layer = lambda: None
+            raise FloatingPointError("of every rank")
+
+        return fail
+
+    for worker in server.workers:
+        worker.engine.before_layer = failing(worker)
+    with pytest.raises(EngineError, match="FloatingPointError: of every rank"):
+        server.prover.prove(CONFIG, rows(0), then=[rows(4)])
+    for first in (0, 4):
+        assert server.prover.prove(CONFIG, rows(first)).values == distances(rows(first))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_rank_is_the_proofs_alone(serve: Callable[..., Server], rank: int) -> None:
+def test_an_outcome_of_one_rank_that_is_an_error_is_the_proofs(serve: Callable[..., Server], rank: int) -> None:
+    """What the others computed beside it does not count."""
     server = serve(2)
 
     def fail() -> None:

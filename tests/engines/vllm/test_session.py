@@ -551,6 +551,34 @@ def test_ranks_with_pauses_by_time_would_fail_the_test_above() -> None:
     assert any("ranks meet for" in error for error in errors)
 
 
+@pytest.mark.parametrize("where", ["call", "steps", "context"])
+def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str) -> None:
+    """Its next step would meet the others' slices: an engine that is dead is better than one that says wrong things."""
+    rig = Rig(Worker(world_size=2), lockstep=True)
+    steps: list[int] = []
+    rig.worker.in_step = lambda: steps.append(1)
+    rig.run({"a": rows(0), "b": rows(4)}, slices_per_1000_steps=1000)
+    rig.steps(Request(3, PLENTY), 2)
+
+    def fail() -> Any:
+        raise MemoryError("of one rank")
+
+    if where == "context":
+        rig.worker.engine.context = fail  # type: ignore[method-assign]
+    else:
+        rig.worker.engine.before_layer = fail
+    rig.worker.engine.others_fail = False
+    go_on = {"call": lambda: rig.run({"a": [], "b": []}, slices=PLENTY, alone=True)}
+    with pytest.raises(SystemExit, match="a proof failed on one rank of several"):
+        go_on.get(where, lambda: rig.steps(Request(3, PLENTY), PLENTY))()
+    assert len(steps) < 20
+    # An error of its own round is that of one that computes for itself.
+    alone = Rig()
+    alone.worker.engine.others_fail = False
+    alone.worker.engine.before_layer = fail
+    assert alone.run({"a": rows(0)}, slices=PLENTY).outcomes["a"] == {"error": "MemoryError: of one rank"}
+
+
 def test_a_session_ends_what_runs_when_it_is_closed() -> None:
     rig = Rig()
     rig.run({"a": rows(0), "b": rows(4)}, slices=3)
