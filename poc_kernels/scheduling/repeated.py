@@ -75,6 +75,10 @@ class RepeatedForward:
         """The slices of the forward in its latest shape; None until they are measured."""
         return self._sliced.slices
 
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """Whether forwards of that shape are captured: the memory that they take is taken already."""
+        return self.captured is not None and self._shape == shape
+
     def forget(self) -> None:
         """Measure and capture anew, because the forwards that follow compute something else."""
         self.captured = self._shape = None

@@ -40,6 +40,7 @@ class LayeredEngine(SmallEngine):
         self.replaced = False
         self.inside = False
         self.others_fail = True
+        self.forgotten = 0
         self.before_layer: Callable[[], object] = lambda: None
 
     def refresh(self) -> bool:
@@ -54,6 +55,9 @@ class LayeredEngine(SmallEngine):
             yield
         finally:
             self.inside = False
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def all_ranks_failed(self) -> bool:
         return self.others_fail

@@ -111,6 +111,10 @@ class VllmEngine:
                 stack.enter_context(self._lanes.validation())
             yield
 
+    def forget(self) -> None:
+        """Give back the memory of captured graphs: the next forward is measured and captured anew."""
+        self.repeated.forget()
+
     def all_ranks_failed(self) -> bool:
         """Wait some seconds until all ranks have called this, after a failure; return whether they have."""
         return compat.all_ranks_meet(_MEETING_SECONDS)

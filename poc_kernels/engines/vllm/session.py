@@ -61,6 +61,9 @@ class SessionEngine(Protocol):
     def context(self) -> AbstractContextManager[None]:
         """Return what each slice runs in: on a GPU, a stream of low priority as well."""
 
+    def forget(self) -> None:
+        """Give back what is kept from forward to forward."""
+
     def all_ranks_failed(self) -> bool:
         """Wait a while until all ranks have called this; return whether they have."""
 
@@ -147,6 +150,7 @@ class Session:
         """Cancel everything, and leave the worker as it was. Idempotent."""
         self._cancel_all()
         self._round = self._config = None
+        self.engine.forget()
         self._worker.execute_model = self._execute_model
 
     # ---- steps ----

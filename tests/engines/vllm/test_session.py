@@ -584,5 +584,6 @@ def test_a_session_ends_what_runs_when_it_is_closed() -> None:
     rig.run({"a": rows(0), "b": rows(4)}, slices=3)
     rig.session.close()
     rig.session.close()
+    assert rig.worker.engine.forgotten > 0
     assert rig.run({"a": rows(0)}, slices=PLENTY).round is None
     assert isinstance(rig.session, Session)
