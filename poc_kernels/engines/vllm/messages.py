@@ -25,6 +25,8 @@ class Open:
     slice_seconds: float
     cuda_graphs: bool
     max_logits: int | None
+    arrivals: str | None = None
+    """The path of `poc_kernels.engines.vllm.arrivals.Arrivals`; it may be gone after the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class Run:
     """Rows of those that the worker may not have yet: pairs of public key and nonce."""
     seconds: float = 0.0
     """Slices are begun for so long. With several ranks it is 0: their clocks would not agree."""
+    seconds_without_users: float = 0.0
+    """And for so long where no user's request is in the server or comes meanwhile."""
     slices: int = 0
     """And at least so many."""
     alone: bool = False

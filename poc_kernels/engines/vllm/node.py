@@ -24,6 +24,7 @@ from ...service.receivers import is_loopback
 from ...service.round_service import MIN_CLOSE_SECONDS, RoundService
 from ...service.settings import variable
 from . import compat
+from .arrivals import Arrivals
 from .messages import METHOD, Progress, Run, pack, unpack
 from .remote import open_engine
 from .settings import VllmSettings
@@ -57,6 +58,7 @@ class VllmNode:
         prover, device: vLLM's engine, as the service sees it.
         steps: asks the workers for the number of steps that they have computed.
         settings: what the operator set.
+        arrivals: counts users' requests, for the workers to see.
         loopback: whether the server listens to this machine alone.
     """
 
@@ -68,9 +70,11 @@ class VllmNode:
         steps: Callable[[], Awaitable[int]],
         settings: VllmSettings,
         *,
+        arrivals: Arrivals | None = None,
         loopback: bool = False,
     ) -> None:
         self.settings = settings
+        self._arrivals = arrivals
         self._watch = EngineWatch(client, steps, self._users_wait, self._engine_died, settings.stall_seconds)
         self.service = RoundService(prover, device, settings, troubles=[self._watch.trouble], loopback=loopback)
         self._unfinished = client.get_num_unfinished_requests
@@ -90,13 +94,18 @@ class VllmNode:
             ValueError: a variable has no value of its setting, or proofs do not support the model.
         """
         settings = VllmSettings.from_environment(os.environ)
-        prover, device = await open_engine(
-            client,
-            share=settings.validation_share,
-            slice_seconds=settings.slice_seconds,
-            cuda_graphs=settings.cuda_graphs,
-            answer_seconds=settings.stall_seconds,
-        )
+        arrivals = Arrivals()
+        try:
+            prover, device = await open_engine(
+                client,
+                share=settings.validation_share,
+                slice_seconds=settings.slice_seconds,
+                cuda_graphs=settings.cuda_graphs,
+                answer_seconds=settings.stall_seconds,
+                arrivals=arrivals.path,
+            )
+        finally:
+            arrivals.opened()
         loopback = args.uds is None and is_loopback(args.host or "")
         if settings.token is None and not loopback:
             logger.warning(
@@ -110,7 +119,7 @@ class VllmNode:
             )  # of no round: computes nothing
             return int(unpack(Progress, answers[0]).counters["steps"])
 
-        node = cls(client, prover, device, steps, settings, loopback=loopback)
+        node = cls(client, prover, device, steps, settings, arrivals=arrivals, loopback=loopback)
         logger.info("rounds on %s, hidden size %d", prover.model.dtype, prover.model.hidden_size)
         return node
 
@@ -120,9 +129,11 @@ class VllmNode:
 
     # ---- for vLLM's app ----
 
-    def gate(self, app: ASGIApp) -> Gate:
+    def gate(self, app: ASGIApp) -> ASGIApp:
         """Put the gate before ``app``: no users while GENERATING, no PoC routes without the token."""
-        return Gate(app, _RULES, self.settings, closed=self.service.refuses_users, refused=self.service.metrics.refused)
+        refused = self.service.metrics.refused
+        gate = Gate(app, _RULES, self.settings, closed=self.service.refuses_users, refused=refused)
+        return gate if self._arrivals is None else self._arrivals.counted(gate, computes)
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the PoC routes, /health and /metrics to ``app``, before all others: its own of these two are not met."""

@@ -34,11 +34,11 @@ logger = logging.getLogger("poc_kernels")
 _MAX_LOGITS = 2**26
 """Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
 
-_IDLE_SECONDS, _MAX_IDLE_SECONDS = 0.004, 0.02
-"""Of slices per RPC while no user is served: a first token waits that much longer at most. Between two RPCs a worker
-computes nothing for half a millisecond, so the longer nobody has come, the longer they get."""
-_IDLE_FRACTION = 0.01
-"""Their part of the time since users' last step, between the two."""
+_IDLE_SECONDS = 0.004
+"""Of slices per RPC while no user is served, but one may be there: a first token waits that much longer at most."""
+_ALONE_SECONDS = 0.05
+"""While none is there: it ends when one comes. Between two RPCs a worker computes nothing for half a millisecond, and
+then finds its caches and its threads cold."""
 _PAUSED_SECONDS = 0.05
 """While users are paused: the phase ends that much later at most."""
 _POLL_SECONDS = 0.02
@@ -151,9 +151,9 @@ class RemoteDevice:
         share = self.pacing.share
         alone, means = self._users_compute_nothing(), ("mean_step_seconds", "mean_slice_seconds")
         step_seconds, slice_seconds = (self.counters.get(name, 0.0) for name in means)
-        seconds = _PAUSED_SECONDS if self._users_paused else self._idle_seconds()
+        seconds = _PAUSED_SECONDS if self._users_paused else _IDLE_SECONDS
         if self.ranks == 1:
-            return {"alone": alone, "share": share, "seconds": seconds}
+            return {"alone": alone, "share": share, "seconds": seconds, "seconds_without_users": _ALONE_SECONDS}
         slices = _FIRST_SLICES if slice_seconds <= 0 else max(1, min(_MAX_SLICES, int(seconds / slice_seconds)))
         between = slices_per_1000_steps(share, step_seconds, slice_seconds)
         return {"alone": alone, "share": share, "slices": slices, "slices_per_1000_steps": between}
@@ -165,10 +165,6 @@ class RemoteDevice:
         while time.monotonic() < deadline and not self._users_compute_nothing() and not self.link.cancelled:
             self.link.sleep(_LOOK_SECONDS)
         self.waiting = False
-
-    def _idle_seconds(self) -> float:
-        since_step = time.monotonic() - self._stepped
-        return min(max(_IDLE_SECONDS, _IDLE_FRACTION * since_step), _MAX_IDLE_SECONDS)
 
     def _users_compute_nothing(self) -> bool:
         return self._users_paused or self.link.users() == 0 or time.monotonic() - self._stepped > _STILL_SECONDS
@@ -302,7 +298,13 @@ class RemoteProver:
 
 
 async def open_engine(
-    client: Any, *, share: float, slice_seconds: float, cuda_graphs: bool, answer_seconds: float
+    client: Any,
+    *,
+    share: float,
+    slice_seconds: float,
+    cuda_graphs: bool,
+    answer_seconds: float,
+    arrivals: str | None = None,
 ) -> tuple[RemoteProver, RemoteDevice]:
     """Make the sessions of all workers, try them, and return what proves in them, and their device.
 
@@ -314,12 +316,13 @@ async def open_engine(
         slice_seconds: how long a slice should take at most.
         cuda_graphs: whether to capture the forward on CUDA.
         answer_seconds: how long an answer may take until a call fails.
+        arrivals: the path of `Arrivals`; None where users' requests are not counted.
 
     Raises:
         ValueError: proofs do not support the model or its configuration, or the trial failed.
         EngineLost: the engine died meanwhile.
     """
-    message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS)
+    message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS, arrivals=arrivals)
     opened = await unless_lost(client, _open_and_try(client, message))
     link = Link(client, asyncio.get_running_loop(), answer_seconds)
     device = RemoteDevice(link, share=share, ranks=len(opened))

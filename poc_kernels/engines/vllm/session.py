@@ -34,6 +34,7 @@ from ...protocol import DistanceProver, Outcomes, PoCConfig, Row
 from ...scheduling import InFlight
 from ...scheduling.slices import Pause
 from . import trial
+from .arrivals import arrivals_at
 from .engine import VllmEngine
 from .memory import lacking_memory
 from .messages import Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
@@ -76,6 +77,7 @@ class Session:
         engine: computes on its model.
         prover: computes proofs on the engine.
         lockstep: whether other ranks compute the same: then counts decide, not clocks.
+        users_are_there: tells whether a user's request is in the server.
         clock: counts seconds.
     """
 
@@ -86,11 +88,13 @@ class Session:
         prover: DistanceProver,
         *,
         lockstep: bool = False,
+        users_are_there: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.counters = Counters()
         self.engine, self.prover = engine, prover
         self._lockstep, self._clock = lockstep, clock
+        self._users_are_there = users_are_there
         self._clocked, self._counted = ClockedDebt(self.counters), CountedDebt()
         self._debt = self._counted if lockstep else self._clocked
         self._in_flight = InFlight(engine.device, _MAX_SLICES_IN_FLIGHT)
@@ -137,7 +141,7 @@ class Session:
             if message.alone:
                 self._users_left()
             if not self._busy:
-                self._run_between(message.slices, message.seconds)
+                self._run_between(message.slices, message.seconds, message.seconds_without_users)
         return Progress(
             round=self._round,
             jobs=[*self._outcomes, *self._rows],
@@ -205,13 +209,20 @@ class Session:
             while self._waits and self._debt.due() and (self._lockstep or self._in_flight.has_room()):
                 self._debt.pay(self._run_slice(between_steps=True))
 
-    def _run_between(self, slices: int, seconds: float) -> None:
-        """Run at least so many slices, and more while seconds are left."""
+    def _run_between(self, slices: int, seconds: float, seconds_without_users: float) -> None:
+        """Run at least so many slices, and more while seconds are left; longer seconds until a user is there."""
         began = self._clock()
+
+        def seconds_left() -> bool:
+            if seconds <= 0 and seconds_without_users <= 0:  # several ranks
+                return False
+            passed = self._clock() - began
+            return passed < seconds or (passed < seconds_without_users and not self._users_are_there())
+
         if not self._waits:
             return
         with self.engine.context():
-            while self._waits and (slices > 0 or (seconds > 0 and self._clock() - began < seconds)):
+            while self._waits and (slices > 0 or seconds_left()):
                 self._run_slice(between_steps=False)
                 slices -= 1
 
@@ -364,7 +375,9 @@ def _open(worker: Any, message: Open) -> Opened:
         return Opened(refusal=lacking)
     with engine.context():
         prover.compile_kernels()
-    setattr(worker, _ATTRIBUTE, Session(worker, engine, prover, lockstep=lockstep))
+    users_are_there = arrivals_at(message.arrivals)
+    session = Session(worker, engine, prover, lockstep=lockstep, users_are_there=users_are_there)
+    setattr(worker, _ATTRIBUTE, session)
     return Opened(
         hidden_size=engine.hidden_size,
         vocab_size=engine.vocab_size,

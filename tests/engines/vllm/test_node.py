@@ -19,6 +19,7 @@ from vllm_apps import STREAM, BlockedProver, Client, app, arguments
 from web import CHAT, TIMEOUT, client, error_of, eventually, serving
 
 from poc_kernels.engines.vllm import compat, plugin
+from poc_kernels.engines.vllm.arrivals import Arrivals
 from poc_kernels.engines.vllm.node import VllmNode
 from poc_kernels.engines.vllm.plugin import PoCEndpoints
 from poc_kernels.engines.vllm.settings import VllmSettings
@@ -45,6 +46,7 @@ class Rig(NamedTuple):
     engine: Client
     device: TinyDevice
     node: VllmNode
+    arrivals: Arrivals
 
     def begin(self, phase: str = "generate", **changes: Any) -> None:
         answer = self.http.post(f"{POW}/init/{phase}", json={**ROUND, **changes})
@@ -68,12 +70,15 @@ def rigs(monkeypatch: pytest.MonkeyPatch) -> Rigs:
     def rig(prover: TinyProver | None = None, **settings: str) -> Iterator[Rig]:
         engine, device, served, endpoints = Client(), TinyDevice(), app(), PoCEndpoints()
         environ = {f"POC_KERNELS_{name.upper()}": text for name, text in settings.items()}
+        arrivals = Arrivals()
+        arrivals.opened()
         node = VllmNode(
             engine,
             prover or TinyProver(),
             device,
             engine.count_steps,
             VllmSettings.from_environment(environ),
+            arrivals=arrivals,
             loopback=True,
         )
 
@@ -85,7 +90,7 @@ def rigs(monkeypatch: pytest.MonkeyPatch) -> Rigs:
         served.middleware_stack = served.build_middleware_stack()  # as vLLM does, before there is a node
         asyncio.run(endpoints.init_state(engine, served.state, arguments()))
         with serving(served, lifespan="on") as url, client(url) as http:
-            yield Rig(http, served, engine, device, node)
+            yield Rig(http, served, engine, device, node, arrivals)
             node.begin_shutdown()
 
     return rig
@@ -141,6 +146,17 @@ def test_every_route_that_computes_is_shut_while_generating_and_no_other(rigs: R
         for method, path in found:
             if method != "WEBSOCKET" and path != CHAT:
                 assert rig.http.request(method, path.replace("{name}", "x")).json() == "computed"
+
+
+def test_workers_see_requests_of_users_and_no_others(rigs: Rigs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rigs() as rig:
+        changes: list[int] = []
+        monkeypatch.setattr(rig.arrivals, "_add", changes.append)
+        rig.begin("validate")
+        assert rig.http.get("/health").status_code == 200
+        assert changes == []
+        assert rig.http.post(CHAT, json={}).text == STREAM
+        eventually(lambda: changes == [1, -1])  # the client has its answer a little earlier
 
 
 def test_streams_pass_as_they_are(rigs: Rigs) -> None:

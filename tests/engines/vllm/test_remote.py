@@ -10,7 +10,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from vllm_stepping import CONFIG, Client, Request, Worker, distances, install, r
 from poc_kernels.engines.vllm import remote
 from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.link import EngineError, EngineLost, Link
-from poc_kernels.engines.vllm.messages import Progress
 from poc_kernels.engines.vllm.remote import RemoteDevice, RemoteProver, open_engine
 from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch, RoundEndedError
 from poc_kernels.scheduling import TurnsClosed
@@ -360,30 +358,6 @@ def test_slices_run_between_steps_while_users_are_served(serve: Callable[..., Se
     assert status["slices_between_steps"] > 0
     assert status["mean_step_seconds"] >= 0.002
     assert request.done.wait(TIMEOUT)
-
-
-def test_the_longer_nobody_has_come_the_longer_a_call_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("poc_kernels.engines.vllm.remote.time.monotonic", lambda: now[0])
-    link: Any = SimpleNamespace(users=lambda: 0)
-    device = RemoteDevice(link, share=0.3)
-
-    def step() -> None:
-        device.told(Progress(round="a", counters={"steps": 1 + device.counters.get("steps", 0), "slice_seconds": 0.0}))
-
-    def seconds(since_step: float) -> float:
-        now[0] += since_step
-        wanted: float = device.budget()["seconds"]
-        return wanted
-
-    step()
-    assert seconds(0.1) == 0.004
-    assert seconds(0.9) == pytest.approx(0.01)
-    assert seconds(60.0) == 0.02
-    device.told(Progress(round="a", counters=device.counters))  # no step since
-    assert seconds(0.0) == 0.02
-    step()
-    assert seconds(0.1) == 0.004
 
 
 def test_users_are_paused_and_resumed(serve: Callable[..., Server]) -> None:

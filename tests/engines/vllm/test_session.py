@@ -106,6 +106,24 @@ def test_a_call_is_bounded_by_its_seconds() -> None:
     assert rig.run(of, seconds=1e6).outcomes.keys() == {"a", "b"}
 
 
+def test_a_long_call_ends_as_soon_as_a_user_is_there() -> None:
+    looks: list[int] = []
+
+    def users_are_there() -> bool:
+        looks.append(rig.session.counters.slices)
+        return len(looks) > 3
+
+    rig = Rig(clock=Clock(), users_are_there=users_are_there)
+    of = {"a": rows(0), "b": rows(4)}
+    assert rig.run(of, seconds_without_users=1e6).counters["slices"] == 3
+    assert looks == [0, 1, 2, 3]
+    assert rig.run(of, seconds_without_users=1e6).counters["slices"] == 3  # still there
+    assert rig.run(of, seconds=1.5, seconds_without_users=1e6).counters["slices"] == 4
+    looks.clear()
+    assert rig.run(of, seconds=1e6).outcomes.keys() == {"a", "b"}
+    assert looks == []
+
+
 def test_one_that_has_begun_goes_on_before_those_that_are_wanted_first() -> None:
     rig = Rig()
     rig.run({"a": rows(0), "b": rows(4)}, slices=3)
