@@ -264,13 +264,17 @@ def test_rows_beyond_one_block_give_the_same_bits(name):
 @each_form
 @pytest.mark.parametrize("bits", [16, 8])
 def test_rows_of_several_tasks_give_the_same_bits(name, form, bits):
+    """With K in one panel, and in several, between which each task keeps the sums of its rows."""
     rows = 1700  # more than two tasks take at 8 bits
-    x = rows_of_every_kind(rows, 35, torch.bfloat16, 19)
+    x = rows_of_every_kind(rows, 135, torch.bfloat16, 19)
     mask = torch.arange(rows) % 11 != 3
-    options = {"activation_bits": bits, "row_mask": mask}
+    options = {"activation_bits": bits, "row_mask": mask, "columns": 35}
     y = expected(x, **options)
-    for threads in (1, 2):
-        assert_same_bits(native_project(x, name, tiling=Tiling(form=form), threads=threads, **options), y)
+    for threads, panel_k in itertools.product((1, 2), (0, 64)):
+        tiling = Tiling(block_rows=rows * (panel_k > 0), panel_k=panel_k, form=form)
+        with dirty_memory(0xA5):
+            result = native_project(x, name, tiling=tiling, threads=threads, **options)
+        assert_same_bits(result, y, f"{threads} threads, {tiling}")
 
 
 @each_form
