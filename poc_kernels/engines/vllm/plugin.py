@@ -7,6 +7,7 @@ something to do.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from argparse import Namespace
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 NAME = "poc_kernels"
 """What VLLM_PLUGINS has to name."""
+_NEEDED = ("fastapi", "greenlet", "httpcore2", "httpx2", "prometheus_client", "pydantic", "scipy")
+"""Modules of the extra vllm-plugin, without which this package may be installed."""
 
 
 def register() -> None:
@@ -50,7 +53,15 @@ def _call(worker: Any, command: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(vllm_config: Any) -> None:
-    """Raise a ValueError if proofs do not support a server of this configuration, or a setting has a wrong value."""
+    """Raise a ValueError if proofs do not support a server of this configuration, or lack what they need.
+
+    They lack a package that is not installed, or a setting's right value.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"poc_kernels: proofs need {', '.join(missing)}: install poc-kernels with its extra vllm-plugin"
+        )
     from . import compat, support
     from .settings import VllmSettings
 

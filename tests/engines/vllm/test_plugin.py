@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import sys
 import types
@@ -109,6 +110,18 @@ def test_a_server_with_vllm_s_front_end_in_rust_is_not_made(
     monkeypatch.setattr(compat, "rust_frontend", lambda: True)
     register()
     with pytest.raises(ValueError, match=r"^poc_kernels: .* start vLLM without VLLM_USE_RUST_FRONTEND"):
+        vllm.args().create_engine_config(usage_context="OPENAI_API_SERVER")
+
+
+def test_what_is_not_installed_is_told_before_a_model_is_loaded(
+    vllm: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("greenlet", "httpx2") else find_spec(name)
+    )
+    register()
+    with pytest.raises(ValueError, match=r"^poc_kernels: proofs need greenlet, httpx2: install .* extra vllm-plugin$"):
         vllm.args().create_engine_config(usage_context="OPENAI_API_SERVER")
 
 
