@@ -1,7 +1,7 @@
 """The gate before an app: ASGI wrappers of one job each, and `Gate`, which puts them together.
 
 Every HTTP request goes through Head and, where web pages of other origins may call, starlette's CORSMiddleware. Users'
-requests then go through Shut, Body, Shut again, InFlight, Departure and, where the app does not end them itself,
+requests then go through Shut, Body, Shut again, InFlight and, where the app does not do it itself, Departure and
 DoneEvent; all others through Token and Body. Where the bodies of users have no bound here, Body and Departure are left
 out. What the rules let pass goes through nothing.
 """
@@ -87,12 +87,14 @@ class GateRules:
         passes: whether a request goes to the app as it is: for an app that has other routes than users' and the
             service's.
         ends_streams: whether the app ends its event streams with ``data: [DONE]`` itself.
+        sees_departures: whether the app listens for a client's departure, and ends what it does for it, itself.
     """
 
     is_user: Callable[[Scope], bool]
     takes_body: Callable[[Scope], bool] = _TAKES_BODY
     passes: Callable[[Scope], bool] = _none
     ends_streams: bool = False
+    sees_departures: bool = False
 
 
 class RefusedError(AdmissionError):
@@ -144,7 +146,7 @@ class Gate:
             self._users = InFlight(served, max_in_flight)
             self._shut_users = Shut(self._users, closed)
         else:
-            self._users = InFlight(Departure(served), max_in_flight)
+            self._users = InFlight(served if rules.sees_departures else Departure(served), max_in_flight)
             self._shut_users = Shut(in_memory(Shut(self._users, closed), lambda scope: max_body_bytes), closed)
         self._others: ASGIApp = in_memory(app, limit_of_other)
         if settings.token is not None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fastapi import FastAPI, WebSocket
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from tiny_service import TinyProver
 
@@ -85,6 +85,31 @@ def app() -> FastAPI:
             yield STREAM
 
         return StreamingResponse(lines(), media_type="text/event-stream")
+
+    @app.post("/v1/slow")
+    async def slow(request: Request) -> str:
+        """As vLLM's handlers: what is served goes on when the handler is cancelled, and ends when the client leaves."""
+
+        async def leaves() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        async def serve() -> None:
+            app.state.slow.append("begun")
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                app.state.slow.append("ended")
+                raise
+
+        await request.body()
+        tasks = [asyncio.create_task(serve()), asyncio.create_task(leaves())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        return "computed"
+
+    app.state.slow = []
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:

@@ -46,6 +46,7 @@ _RULES = GateRules(
     is_user=computes,
     passes=lambda scope: not (computes(scope) or _ours(scope)),
     ends_streams=True,
+    sees_departures=True,  # and cancelled from outside, vLLM's handlers leave the engine computing
 )
 
 

@@ -127,7 +127,7 @@ def test_every_route_that_computes_is_shut_while_generating_and_no_other(rigs: R
     with rigs() as rig:
         found = [each for each in computing(rig.app.routes) if not each[1].startswith(POW)]
         assert ("POST", "/mounted/generate") in found
-        assert len(found) == 8
+        assert len(found) == 9
         (accepted, *_) = asyncio.run(refused_socket(rig.app, "/v1/realtime"))
         assert accepted["type"] == "websocket.accept"
         rig.begin()
@@ -144,7 +144,7 @@ def test_every_route_that_computes_is_shut_while_generating_and_no_other(rigs: R
         assert 'poc_gate_refusals_total{reason="generating"}' in rig.http.get("/metrics").text
         assert rig.http.post(f"{POW}/phase/validate").status_code == 200
         for method, path in found:
-            if method != "WEBSOCKET" and path != CHAT:
+            if method != "WEBSOCKET" and path not in (CHAT, "/v1/slow"):
                 assert rig.http.request(method, path.replace("{name}", "x")).json() == "computed"
 
 
@@ -172,6 +172,16 @@ def test_users_have_the_bounds_of_vllm_unless_the_operator_sets_others(rigs: Rig
     with rigs(max_body_bytes="1000") as rig:
         answer = rig.http.post(CHAT, json=large)
         assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_body_bytes": "1000", "max_in_flight": "8"}])
+def test_a_client_that_leaves_before_its_answer_ends_what_is_computed_for_it(
+    rigs: Rigs, settings: dict[str, str]
+) -> None:
+    with rigs(**settings) as rig:
+        with pytest.raises(httpx2.ReadTimeout):
+            rig.http.post("/v1/slow", json={}, timeout=0.5)
+        eventually(lambda: rig.app.state.slow == ["begun", "ended"])
 
 
 def test_health_and_metrics_are_ours(rigs: Rigs) -> None:

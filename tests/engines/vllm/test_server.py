@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -127,10 +128,12 @@ def test_a_client_that_leaves_while_its_answer_is_paused(http: httpx2.Client) ->
     assert text_of(http.post(CHAT, json=chat(max_tokens=2)))
 
 
-def test_a_client_that_leaves_before_its_answer_frees_the_engine(http: httpx2.Client) -> None:
+def test_a_client_that_leaves_before_its_answer_frees_the_engine(http: httpx2.Client, metrics: Any) -> None:
+    before = metrics("vllm:generation_tokens_total")
     with pytest.raises(httpx2.ReadTimeout):
         http.post(CHAT, json=chat(max_tokens=4000, ignore_eos=True), timeout=0.2)
     eventually(lambda: idle(http))
+    assert metrics("vllm:generation_tokens_total") < before + 4000  # it did not just come to its end
 
 
 def test_a_client_that_leaves_before_its_verdict(http: httpx2.Client, alone: Alone, receiver: Receiver) -> None:
