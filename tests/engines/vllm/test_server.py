@@ -97,6 +97,7 @@ def test_users_and_validation_do_not_change_each_other(http: httpx2.Client, alon
 
 
 def test_metrics_and_health(http: httpx2.Client) -> None:
+    posted(http, "/stop")  # whatever went before
     text_of(http.post(CHAT, json=chat(max_tokens=2)))
     assert http.get("/health").json() == {"status": "ok", "state": "STOPPED", "reasons": []}
     names = {line.partition("{")[0] for line in http.get("/metrics").text.splitlines()}
