@@ -180,6 +180,9 @@ class VllmNode:
 
     def _engine_died(self) -> None:
         """Answer who waits for a verdict: the server may live on without an engine."""
+        if self.service.stopping:  # it ended first, as it should
+            return
+        logger.error("the engine is dead: the proofs that wait are answered, and no others are taken")
         self.service.manager.stop_round()
         self._end_proofs()
 

@@ -66,7 +66,6 @@ class EngineWatch:
                 await asyncio.sleep(_TICK_SECONDS)
         finally:
             asking.cancel()
-        logger.error("the engine is dead: the proofs that wait are answered, and no others are taken")
         await asyncio.to_thread(self._died)
 
     async def _ask_later(self) -> None:

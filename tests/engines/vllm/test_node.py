@@ -250,6 +250,13 @@ def test_proofs_end_before_the_engine_and_who_waits_is_answered(rigs: Rigs) -> N
         assert rig.engine.calls == ["shutdown 7", "shutdown None"]
 
 
+def test_an_engine_that_ends_before_its_clients_is_no_dead_one(rigs: Rigs, caplog: pytest.LogCaptureFixture) -> None:
+    with rigs() as rig:
+        rig.engine.shutdown()
+        rig.node._engine_died()  # as the watch does, which sees it in its next look
+    assert "dead" not in caplog.text
+
+
 def test_users_are_resumed_before_the_engine_ends(rigs: Rigs) -> None:
     paused: list[bool] = []
     with rigs(drain_seconds="0") as rig:
@@ -279,7 +286,7 @@ def test_callbacks_are_posted_after_the_engine_has_ended(rigs: Rigs) -> None:
 
 
 def test_a_server_that_lives_on_without_its_engine_says_so_and_takes_no_proofs(
-    rigs: Rigs, monkeypatch: pytest.MonkeyPatch
+    rigs: Rigs, caplog: pytest.LogCaptureFixture
 ) -> None:
     prover = BlockedProver()
     with rigs(prover) as rig, ThreadPoolExecutor(1) as pool:
@@ -291,5 +298,6 @@ def test_a_server_that_lives_on_without_its_engine_says_so_and_takes_no_proofs(
         eventually(lambda: not rig.node.service.worker._thread.is_alive())
         reasons = rig.http.get("/health").json()["reasons"]
         assert reasons == ["the engine is dead", "the proof thread is not running"]
+        assert "the engine is dead: the proofs that wait are answered" in caplog.text
         rig.begin("validate")
         assert rig.http.post(f"{POW}/validate", json=CLAIM).status_code == 409
