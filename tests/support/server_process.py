@@ -27,7 +27,7 @@ class ServerProcess:
         directory: where to run it.
         listening: a regular expression of the line of its log that says that it listens; its group is the port, unless
             it was given one.
-        environ: variables besides those of this process.
+        environ: variables besides those of this process; None removes one of them.
         ready_seconds: how long it may take until it listens.
         port: that the command was given.
     """
@@ -37,12 +37,13 @@ class ServerProcess:
         command: Sequence[str],
         directory: Path,
         listening: str,
-        environ: Mapping[str, str] | None = None,
+        environ: Mapping[str, str | None] | None = None,
         ready_seconds: float = READY_SECONDS,
         port: int | None = None,
     ) -> None:
         packages = os.pathsep.join([str(Path(poc_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         own = {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        variables = {**os.environ, **own, **(environ or {})}
         self.popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -50,7 +51,7 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             text=True,
             cwd=directory,
-            env={**os.environ, **own, **(environ or {})},
+            env={name: value for name, value in variables.items() if value is not None},
             start_new_session=True,
         )
         self.log: list[str] = []

@@ -53,12 +53,13 @@ class VllmProcess(ServerProcess):
             port = free.getsockname()[1]
         address = ["--host", "127.0.0.1", "--port", str(port)]
         small = ["--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager"]
+        ours = dict.fromkeys(name for name in os.environ if name.startswith("VLLM_"))  # of vLLM in this process
         told = {f"POC_KERNELS_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         super().__init__(
             [*serve, *address, *small, "--override-generation-config", GREEDY, *options],
             model_dir,
             "Application startup complete",
-            {**ENVIRON, **told, **(environ or {})},
+            {**ours, **ENVIRON, **told, **(environ or {})},
             READY_SECONDS,
             port,
         )

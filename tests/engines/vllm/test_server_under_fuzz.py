@@ -1,4 +1,4 @@
-"""The PoC routes of a vLLM server under generated requests."""
+"""The PoC routes of a vLLM server under generated requests. Last: callbacks to nobody stay in its queue."""
 
 from __future__ import annotations
 
