@@ -5,7 +5,9 @@ from .distances.distance import permutations, target
 from .distances.proofs import ProofBatch, ValidatedBatch, validate_distances
 from .distances.prover import DistanceProver
 from .engine import Engine
+from .engine_prover import EngineProver
 from .form import ProofForm
+from .forms import FORMS
 from .honesty import probability_honest
 from .inputs import nonce_inputs
 from .prover import Outcomes, Prover, Row
@@ -13,10 +15,12 @@ from .round import BatchReport, PoCManager, Round, Validation
 from .states import IllegalTransitionError, PoCState, RoundEndedError
 
 __all__ = [
+    "FORMS",
     "UNSET",
     "BatchReport",
     "DistanceProver",
     "Engine",
+    "EngineProver",
     "IllegalTransitionError",
     "Outcomes",
     "PoCConfig",

@@ -27,6 +27,19 @@ def check_float(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_probability(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a number, a ValueError unless it lies in [0, 1]."""
+    check_float(name, value)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a probability in [0, 1], got {value}")
+
+
 def check_text(name: str, value: object) -> None:
     """Raise a TypeError unless the argument ``name`` is a str, a ValueError unless UTF-8 of 1 to 1024 characters."""
     if not isinstance(value, str):

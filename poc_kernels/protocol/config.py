@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from .checks import MAX_NONCE, check_float, check_int, check_text, check_url
+from .checks import MAX_NONCE, check_bool, check_float, check_int, check_probability, check_text, check_url
 
 UNSET = -1
 """node_id and node_count of a node that was not told its place: it validates, and cannot generate."""
@@ -12,6 +13,7 @@ UNSET = -1
 MAX_BATCH_SIZE = 4096
 MAX_SEQ_LEN = 2**20
 _MAX_NODES = 2**31
+MAX_K_DIM = 256
 MAX_NODE_ID = 2**62
 """So that nonces stay in [0, 2**63)."""
 
@@ -24,7 +26,8 @@ class PoCConfig:
         block_hash: the block that seeds inputs, permutations, target and projections.
         block_height: its height, carried into every batch.
         public_key: the node's key; its nonces' inputs depend on it.
-        r_target: a nonce is valid if its distance, in [0, 2], is below this positive number.
+        r_target: a positive number; in a round of distances, a nonce is valid if its distance, in [0, 2], is below it.
+            None in rounds of forms that select nothing.
         fraud_threshold: a batch is fraud if an honest node sends one like it with a probability below this.
         node_id, node_count: this node is number node_id of node_count (of its group), whether a network counts from 0
             or from 1; `UNSET` both for a validator. At most 2**31 nodes over all groups.
@@ -34,6 +37,9 @@ class PoCConfig:
             ``/validated`` are added to its path, before its query.
         use_random_projection: the projections before and after the model; off, neither is computed.
         group_id, n_groups: the node's group, where a network numbers nodes by group.
+        proof: name of the proof form. Which there are, and which settings each takes, the forms and provers say.
+        k_dim: entries of an artifact, in forms that have artifacts; None for the form's own number.
+        stronger_rng: inputs are drawn under eight seeds per nonce instead of one, in forms that know both.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
@@ -42,7 +48,7 @@ class PoCConfig:
     block_hash: str
     block_height: int
     public_key: str
-    r_target: float
+    r_target: float | None = None
     fraud_threshold: float = 0.01
     node_id: int = 0
     node_count: int = 1
@@ -52,17 +58,20 @@ class PoCConfig:
     use_random_projection: bool = False
     group_id: int = 0
     n_groups: int = 1
+    proof: str = "distances"
+    k_dim: int | None = None
+    stronger_rng: bool = False
 
     def __post_init__(self) -> None:
         check_text("block_hash", self.block_hash)
         check_int("block_height", self.block_height, 0, MAX_NONCE)
         check_text("public_key", self.public_key)
-        check_float("r_target", self.r_target)
-        if not self.r_target > 0:
-            raise ValueError(f"r_target must be positive, got {self.r_target}")
-        check_float("fraud_threshold", self.fraud_threshold)
-        if not 0 <= self.fraud_threshold <= 1:
-            raise ValueError(f"fraud_threshold must be a probability in [0, 1], got {self.fraud_threshold}")
+        check_text("proof", self.proof)
+        if self.r_target is not None:
+            check_float("r_target", self.r_target)
+            if not self.r_target > 0:
+                raise ValueError(f"r_target must be positive, got {self.r_target}")
+        check_probability("fraud_threshold", self.fraud_threshold)
         check_int("n_groups", self.n_groups, 1, _MAX_NODES)
         check_int("group_id", self.group_id, 0, self.n_groups - 1)
         check_int("node_count", self.node_count, UNSET, _MAX_NODES)
@@ -80,10 +89,24 @@ class PoCConfig:
             )
         check_int("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         check_int("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
-        if not isinstance(self.use_random_projection, bool):
-            raise TypeError(f"use_random_projection must be a bool, got {type(self.use_random_projection).__name__}")
+        if self.k_dim is not None:
+            check_int("k_dim", self.k_dim, 1, MAX_K_DIM)
+        check_bool("use_random_projection", self.use_random_projection)
+        check_bool("stronger_rng", self.stronger_rng)
         if self.callback_url is not None:
             check_url("callback_url", self.callback_url)
+
+    def forward_key(self) -> Hashable:
+        """Return what determines a forward: rows of rounds that have it in common may share one."""
+        return (
+            self.proof,
+            self.block_hash,
+            self.batch_size,
+            self.seq_len,
+            self.use_random_projection,
+            self.k_dim,
+            self.stronger_rng,
+        )
 
     def nonce(self, index: int) -> int:
         """Return the nonce that this node tries as its ``index``-th, counted from 0.

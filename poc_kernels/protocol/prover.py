@@ -31,13 +31,13 @@ class Outcomes(NamedTuple):
 
 
 class Prover(Protocol):
-    """Computes proofs of one form on the weights that serve users: in this process, or wherever its engine runs.
+    """Computes proofs on the weights that serve users: in this process, or wherever its engine runs.
 
     Called from one thread at a time. An outcome depends neither on the place of its row nor on the other rows.
     """
 
-    form: ProofForm
-    """The proof form."""
+    forms: Mapping[str, ProofForm]
+    """What it can prove, by the name that `PoCConfig.proof` has; the first is what a node speaks of before a round."""
 
     @property
     def slices(self) -> Slices | None:

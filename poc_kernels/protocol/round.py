@@ -16,6 +16,7 @@ from typing import Any
 from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .engine import never
+from .form import ProofForm, form_of
 from .prover import AHEAD, Outcomes, Prover, Row
 from .states import PHASES, IllegalTransitionError, PoCState, RoundEndedError
 
@@ -27,11 +28,13 @@ class BatchReport:
     """One forward: its phase ("generate" or "validate"), its outcomes, and the seconds of each part of its work.
 
     Args:
+        form: that it was of.
         outcomes: one per nonce, as the proof form has them.
         valid: how many of them count.
         seconds: all parts together. Pauses do not count; on a CPU, other programs on its cores do.
     """
 
+    form: ProofForm
     phase: str
     outcomes: list[Any]
     valid: int
@@ -101,7 +104,6 @@ class PoCManager:
         self, prover: Prover, observer: Callable[[BatchReport], None] | None = None, max_listed: int = 100_000
     ) -> None:
         self.prover = prover
-        self._form = prover.form
         self._observer = observer
         self._max_listed = max_listed
         self._state = PoCState.IDLE
@@ -122,6 +124,11 @@ class PoCManager:
         """The round's configuration; None before the first round."""
         current = self._round
         return None if current is None else current.config
+
+    def form(self, config: PoCConfig | None) -> ProofForm:
+        """Return the proof form of a round; the prover's first for None."""
+        forms = self.prover.forms
+        return next(iter(forms.values())) if config is None else forms[config.proof]
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after every change of the state or the round, in the thread that made it."""
@@ -153,6 +160,7 @@ class PoCManager:
     def _begin(self, config: PoCConfig, state: PoCState) -> None:
         if not isinstance(config, PoCConfig):
             raise TypeError(f"config must be a PoCConfig, got {type(config).__name__}")
+        form_of(config, self.prover.forms)
         self.prover.check(config)
         self._check_can_enter(config, state)
         with self._lock:
@@ -229,12 +237,11 @@ class PoCManager:
         before the first round.
         """
         with self._lock:
-            current = self._round
-            return {
-                **self.progress(),
-                "valid_nonces": [] if current is None else list(current.valid_nonces),
-                self._form.listed_as: [] if current is None else list(current.valid_outcomes),
-            }
+            current, listed_as = self._round, self.form(self.config).listed_as
+            told = {**self.progress(), "valid_nonces": [] if current is None else list(current.valid_nonces)}
+            if listed_as is not None:
+                told[listed_as] = [] if current is None else list(current.valid_outcomes)
+            return told
 
     @staticmethod
     def _check_phase(phase: object) -> None:
@@ -285,6 +292,7 @@ class PoCManager:
         """
         current = self._generating()
         config = current.config
+        form = self.form(config)
 
         def check() -> None:
             if current.ended or self._state != PoCState.GENERATING:
@@ -298,11 +306,12 @@ class PoCManager:
             with self._lock:
                 check()
                 current.tried = first + config.batch_size
-                proof = self._form.proof(config, nonces, outcomes)
-                valid = self._form.valid(config, proof)
+                proof = form.proof(config, nonces, outcomes)
+                valid = form.valid(config, proof)
                 current.total_valid += len(valid)
                 current.valid_nonces += valid.nonces
-                current.valid_outcomes += self._form.outcomes(valid)
+                if form.listed_as is not None:
+                    current.valid_outcomes += form.outcomes(valid)
                 excess = len(current.valid_nonces) - self._max_listed
                 if excess > 0:
                     del current.valid_nonces[:excess], current.valid_outcomes[:excess]
@@ -317,8 +326,9 @@ class PoCManager:
         current = self._round
         if current is None:
             raise IllegalTransitionError("No round configured: validate needs a round, none was begun")
-        if not isinstance(proof, self._form.proof_type):
-            raise TypeError(f"batch must be a {self._form.proof_type.__name__}, got {type(proof).__name__}")
+        proof_type = self.form(current.config).proof_type
+        if not isinstance(proof, proof_type):
+            raise TypeError(f"batch must be a {proof_type.__name__}, got {type(proof).__name__}")
         for name in ("block_hash", "block_height"):
             wanted, got = getattr(current.config, name), getattr(proof, name)
             if got != wanted:
@@ -372,14 +382,15 @@ class PoCManager:
         if validation.left:
             raise ValueError(f"validation must have no nonces left to recompute, got {validation.left}")
         _check_validating(validation.round)
-        return self._form.verdict(validation.round.config, validation.proof, validation.outcomes)
+        config = validation.round.config
+        return self.form(config).verdict(config, validation.proof, validation.outcomes)
 
     def validate(self, proof: Any) -> Any:
         """Recompute every nonce of ``proof`` and return the verdict. A round that was stopped allows it too.
 
         Raises:
             IllegalTransitionError: no round was begun.
-            TypeError: it is no proof of the prover's form.
+            TypeError: it is no proof of the round's form.
             ValueError: the proof belongs to another block than the round.
             RoundEndedError: the round ended meanwhile.
         """
@@ -406,8 +417,9 @@ class PoCManager:
             raise RuntimeError(f"the prover must give {len(rows)} outcomes, one per row, got {len(outcomes.values)}")
         if self._observer is not None:
             seconds = dict(outcomes.part_seconds)
-            valid = self._form.count_valid(current.config, outcomes.values)
-            self._observer(BatchReport(phase, outcomes.values, valid, sum(seconds.values()), seconds))
+            form = self.form(current.config)
+            valid = form.count_valid(current.config, outcomes.values)
+            self._observer(BatchReport(form, phase, outcomes.values, valid, sum(seconds.values()), seconds))
         return outcomes.values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
@@ -22,10 +22,10 @@ class Metrics:
     """The metrics of a node, in a registry of its own; also the observer of its manager and of its callbacks.
 
     Args:
-        form: of the proofs; its outcomes have a histogram.
+        forms: of the proofs; outcomes of some have a histogram.
     """
 
-    def __init__(self, form: ProofForm) -> None:
+    def __init__(self, forms: Sequence[ProofForm]) -> None:
         self.registry = CollectorRegistry()
         counter = functools.partial(Counter, registry=self.registry)
         histogram = functools.partial(Histogram, registry=self.registry)
@@ -34,9 +34,11 @@ class Metrics:
         self._checked = counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"])
         self._valid = counter("poc_nonces_valid", "Nonces below r_target, by phase", ["phase"])
         self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=self.registry)
-        self._measure = None if form.histogram is None else form.histogram.measure
-        if form.histogram is not None:
-            self._outcomes = histogram(form.histogram.name, form.histogram.description, buckets=form.histogram.buckets)
+        self._outcomes = {
+            of.name: histogram(of.name, of.description, buckets=of.buckets)
+            for of in (form.histogram for form in forms)
+            if of is not None
+        }
         self._batch_seconds = histogram(
             "poc_batch_seconds", "Time of a forward of a round", ["phase"], buckets=_SECONDS_BUCKETS
         )
@@ -56,7 +58,7 @@ class Metrics:
         self._failures = counter("poc_callback_failures", "Failed attempts at a callback", ["kind"])
         self._dropped = counter("poc_callback_dropped_nonces", "Nonces whose callback was dropped", ["kind"])
         self._given_up = counter("poc_callbacks_dropped", "Callbacks dropped, by reason", ["kind", "reason"])
-        for part in form.parts:
+        for part in dict.fromkeys(part for form in forms for part in form.parts):
             self._part_seconds.labels(part)
         for phase in ("generate", "validate"):
             self._checked.labels(phase)
@@ -81,9 +83,10 @@ class Metrics:
         self._batch_seconds.labels(report.phase).observe(report.seconds)
         for part, seconds in report.part_seconds.items():
             self._part_seconds.labels(part).inc(seconds)
-        if self._measure is not None:
-            for value in map(self._measure, report.outcomes):
-                self._outcomes.observe(value if math.isfinite(value) else math.inf)
+        measured = report.form.histogram
+        if measured is not None:
+            for value in map(measured.measure, report.outcomes):
+                self._outcomes[measured.name].observe(value if math.isfinite(value) else math.inf)
 
     def slice(self, seconds: float) -> None:
         """Count a slice of a forward."""

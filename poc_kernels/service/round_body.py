@@ -54,7 +54,8 @@ class RoundBody(BaseModel):
         Raises:
             ValueError: two keys of one meaning contradict each other.
         """
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(PoCConfig)}
+        names = [field.name for field in dataclasses.fields(PoCConfig) if field.name in RoundBody.model_fields]
+        fields = {name: getattr(self, name) for name in names}
         in_params = None if self.params is None else self.params.seq_len
         seq_len = self.seq_len if in_params is None or "seq_len" in self.model_fields_set else in_params
         return {

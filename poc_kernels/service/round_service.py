@@ -44,8 +44,7 @@ class RoundService:
         loopback: bool = False,
     ) -> None:
         self.settings = settings
-        self.form = prover.form
-        self.metrics = Metrics(prover.form)
+        self.metrics = Metrics(list(prover.forms.values()))
         self.manager = PoCManager(prover, self.metrics.batch)
         key = None if settings.callback_key is None else settings.callback_key.encode()
         self._hosts = CallbackHosts(settings.callback_hosts, loopback=loopback)
@@ -189,4 +188,7 @@ def _told(config: PoCConfig) -> dict[str, Any]:
     """Return what anybody may know of a configuration: of the callback_url its host alone."""
     told = dataclasses.asdict(config)
     url = told.pop("callback_url")
+    if config.proof == PoCConfig.proof:  # older clients know no other
+        for name in ("proof", "k_dim", "stronger_rng"):
+            del told[name]
     return {**told, "callback_host": None if url is None else urlsplit(url).netloc.rpartition("@")[2]}

@@ -23,9 +23,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
-from ..protocol import IllegalTransitionError, PoCState, RoundEndedError
-from ..protocol.distances import wire as distances_wire
-from ..protocol.distances.form import DISTANCES
+from ..protocol import FORMS, IllegalTransitionError, PoCState, RoundEndedError
 from .clients import client_at
 from .gate import POC_PREFIX, body_done
 from .queue import QueueFullError, ValidationJob
@@ -35,7 +33,7 @@ from .round_service import RoundService
 
 logger = logging.getLogger("poc_kernels")
 
-WIRES = {DISTANCES.name: distances_wire}
+WIRES = {name: entry.load_wire() for name, entry in FORMS.items()}
 """How each proof form is told in HTTP: a module with ProofBody and ValidateAnswer."""
 
 _Result = TypeVar("_Result")
@@ -199,7 +197,8 @@ def document_bodies(app: FastAPI) -> None:
 def poc_router(service: RoundService) -> APIRouter:
     """Make the routes of a node's rounds."""
     router = APIRouter(prefix=POC_PREFIX, tags=["pow"], route_class=_PoCRoute)
-    manager, wire = service.manager, WIRES[service.form.name]
+    manager = service.manager
+    wire = WIRES[manager.form(None).name]
 
     def changed(change: Callable[[], None]) -> Response:
         if service.stopping:

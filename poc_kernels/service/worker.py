@@ -52,7 +52,6 @@ class ProofWorker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._manager = manager
-        self._form = manager.prover.form
         self._device = device
         self._callbacks = callbacks
         self._metrics = metrics
@@ -239,8 +238,8 @@ class ProofWorker:
             return True
         self._succeeded()
         if config.callback_url is not None and len(valid) > 0:
-            body = {**valid.to_dict(), "r_target": config.r_target}
-            self._callbacks.generated(config.callback_url, body, per_nonce=self._form.per_nonce)
+            body, per_nonce = self._manager.form(config).generated_body(config, valid)
+            self._callbacks.generated(config.callback_url, body, per_nonce=per_nonce)
         return False
 
     def _validate_some(self) -> bool:
@@ -290,10 +289,10 @@ class ProofWorker:
             self._count_failure(error)
             self.queue.finish(job, error)
             return
-        url = job.round.config.callback_url
-        if self.queue.finish(job, verdict) and url is not None and verdict.judged:
-            # A client may read node_id as a number without a sign.
-            self._callbacks.validated(url, {**verdict.to_dict(), "node_id": max(verdict.node_id, 0)})
+        config = job.round.config
+        if self.queue.finish(job, verdict) and config.callback_url is not None and verdict.judged:
+            body = self._manager.form(config).validated_body(config, verdict)
+            self._callbacks.validated(config.callback_url, body)
 
     def _count_failure(self, error: Exception) -> bool:
         """Count ``error`` of a validation if it is a failure of the device; return whether it is."""

@@ -1,5 +1,6 @@
 """Configurations: defaults, striding over nodes and groups, and errors that name what they got."""
 
+import dataclasses
 import math
 
 import pytest
@@ -19,6 +20,7 @@ def test_defaults_are_the_protocol_s():
     assert (c.fraud_threshold, c.node_id, c.node_count, c.batch_size, c.seq_len) == (0.01, 0, 1, 32, 256)
     assert c.callback_url is None
     assert c.use_random_projection is False
+    assert (c.proof, c.k_dim, c.stronger_rng) == ("distances", None, False)
 
 
 def test_nonces_of_a_node():
@@ -93,6 +95,11 @@ def test_a_node_without_a_place_cannot_generate():
         ({"batch_size": 0}, ValueError, "batch_size must be in"),
         ({"batch_size": 10**9}, ValueError, "batch_size must be in"),
         ({"seq_len": 0}, ValueError, "seq_len must be in"),
+        ({"proof": ""}, ValueError, "proof must have 1 to 1024 characters, got 0"),
+        ({"proof": 1}, TypeError, "proof must be a str, got int"),
+        ({"k_dim": 0}, ValueError, r"k_dim must be in \[1, 256\], got 0"),
+        ({"k_dim": 12.0}, TypeError, "k_dim must be an int, got float"),
+        ({"stronger_rng": 1}, TypeError, "stronger_rng must be a bool, got int"),
         ({"use_random_projection": 1}, TypeError, "use_random_projection must be a bool, got int"),
         ({"callback_url": 3}, TypeError, "callback_url must be a str or None, got int"),
         ({"callback_url": "ftp://host"}, ValueError, "callback_url must be an http or https URL"),
@@ -113,6 +120,38 @@ def test_a_node_without_a_place_cannot_generate():
 def test_bad_values_are_named(changes, error, message):
     with pytest.raises(error, match=message):
         config(**changes)
+
+
+def test_an_r_target_may_be_missing():
+    assert config(r_target=None).r_target is None
+
+
+IN_THE_KEY = {
+    "proof": "vectors",
+    "block_hash": "other",
+    "batch_size": 31,
+    "seq_len": 255,
+    "use_random_projection": True,
+    "k_dim": 12,
+    "stronger_rng": True,
+}
+NOT_IN_THE_KEY = {
+    "block_height": 8,
+    "public_key": "other",
+    "r_target": 1.3,
+    "fraud_threshold": 0.05,
+    "node_id": 1,
+    "node_count": 5,
+    "callback_url": "http://host",
+    "n_groups": 3,
+}
+
+
+def test_what_rows_of_two_rounds_need_in_common_to_share_a_forward():
+    assert {*IN_THE_KEY, *NOT_IN_THE_KEY, "group_id"} == {field.name for field in dataclasses.fields(PoCConfig)}
+    assert config(**NOT_IN_THE_KEY, group_id=2).forward_key() == config().forward_key()
+    keys = {config(**{name: value}).forward_key() for name, value in IN_THE_KEY.items()} | {config().forward_key()}
+    assert len(keys) == 1 + len(IN_THE_KEY)
 
 
 @pytest.mark.parametrize("r_target", [5e-324, 1, 2, 2.1, 10, 10.0, 1e308])

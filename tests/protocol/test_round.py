@@ -135,16 +135,16 @@ def test_projections_go_around_the_model(dtype):
 
 def test_a_new_round_changes_the_seed_of_the_projections_in_place():
     m = manager()
-    place = m.prover._projection.seed.data_ptr()
+    place = m.prover.work.projection.seed.data_ptr()
     for block in ("one", "two", "one"):
         m.start_round(config(block_hash=block, use_random_projection=True))
         fresh = manager()
         fresh.start_round(config(block_hash=block, use_random_projection=True))
         assert m.run_batch().dist == fresh.run_batch().dist
-        assert int(m.prover._projection.seed) == seed_from_block_hash(block)
+        assert int(m.prover.work.projection.seed) == seed_from_block_hash(block)
         m.stop_round()
-    assert m.prover._projection.seed.data_ptr() == place
-    assert not list(m.prover._projection.parameters())
+    assert m.prover.work.projection.seed.data_ptr() == place
+    assert not list(m.prover.work.projection.parameters())
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -763,7 +763,7 @@ def test_the_seed_moves_to_the_engine_s_device(device):
     m = PoCManager(DistanceProver(SmallEngine(device=device)))
     m.start_round(config(use_random_projection=True))
     m.run_batch()
-    assert m.prover._projection.seed.device.type == device.type
+    assert m.prover.work.projection.seed.device.type == device.type
     cpu = manager()
     cpu.start_round(config(use_random_projection=True))
     pair = [x.run_batch().dist for x in (cpu, m)]
@@ -771,7 +771,7 @@ def test_the_seed_moves_to_the_engine_s_device(device):
     if device.type == "cpu":
         m.start_round(config(use_random_projection=True))
         assert m.run_batch().dist == pair[0]
-    assert_same_bits(m.prover._projection.seed.cpu(), torch.tensor(seed_from_block_hash("block")))
+    assert_same_bits(m.prover.work.projection.seed.cpu(), torch.tensor(seed_from_block_hash("block")))
 
 
 # ---- the state machine ----

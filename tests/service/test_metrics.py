@@ -26,11 +26,11 @@ def samples(metrics: Metrics) -> dict[str, float]:
 def report(phase: str, *distances: float) -> BatchReport:
     parts = {"inputs": 0.25, "projection": 0.0, "forward": 0.5, "distance": 0.25}
     valid = sum(distance < 1.4 for distance in distances)
-    return BatchReport(phase, list(distances), valid, 1.0, parts)
+    return BatchReport(DISTANCES, phase, list(distances), valid, 1.0, parts)
 
 
 def test_all_is_there_from_the_start() -> None:
-    told = samples(Metrics(DISTANCES))
+    told = samples(Metrics([DISTANCES]))
     zeros = {name: value for name, value in told.items() if "_created" not in name}
     states = {f"poc_state poc_state={state.value}" for state in PoCState}
     assert set(zeros) >= states
@@ -44,7 +44,7 @@ def test_all_is_there_from_the_start() -> None:
 
 
 def test_batches() -> None:
-    metrics = Metrics(DISTANCES)
+    metrics = Metrics([DISTANCES])
     metrics.batch(report("generate", 1.39, 1.4, 1.41, 2.0))
     metrics.batch(report("generate", 1.0))
     metrics.batch(report("validate", math.nan, math.inf))
@@ -61,7 +61,7 @@ def test_batches() -> None:
 
 
 def test_events() -> None:
-    metrics = Metrics(DISTANCES)
+    metrics = Metrics([DISTANCES])
     metrics.batch_failed()
     metrics.fraud()
     metrics.refused("generating")
@@ -96,7 +96,7 @@ def test_events() -> None:
 
 
 def test_watched_values_are_read_when_they_are_asked_for() -> None:
-    metrics, values = Metrics(DISTANCES), iter([3, 5])
+    metrics, values = Metrics([DISTANCES]), iter([3, 5])
     metrics.watch("poc_queue", "Waiting", lambda: next(values))
     assert [samples(metrics)["poc_queue"] for _ in range(2)] == [3, 5]
     with pytest.raises(ValueError, match="Duplicated timeseries"):
@@ -104,6 +104,6 @@ def test_watched_values_are_read_when_they_are_asked_for() -> None:
 
 
 def test_nodes_in_one_process_count_apart() -> None:
-    first, second = Metrics(DISTANCES), Metrics(DISTANCES)
+    first, second = Metrics([DISTANCES]), Metrics([DISTANCES])
     first.fraud()
     assert samples(second)["poc_frauds_total"] == 0

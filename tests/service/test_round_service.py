@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from web import CHAT, TIMEOUT, client, eventually, serving
 
 from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, ProofForm, RoundEndedError
 from poc_kernels.protocol.distances import wire
-from poc_kernels.protocol.form import Histogram
+from poc_kernels.protocol.form import GeneratedBody, Histogram
 from poc_kernels.scheduling import Pacing, awake
 from poc_kernels.service import outbox, round_service, routes
 from poc_kernels.service import worker as worker_module
@@ -383,11 +383,14 @@ WORDS = ProofForm(
     count_valid=lambda config, words: len(words),
     valid=lambda config, proof: proof,
     verdict=_judged,
+    check=lambda config: None,
+    generated_body=lambda config, proof: GeneratedBody(proof.to_dict(), ("nonces", "words")),
+    validated_body=lambda config, verdict: verdict.to_dict(),
 )
 
 
 class WordsProver(TinyProver):
-    form = WORDS
+    forms: Mapping[str, ProofForm] = {"words": WORDS}
 
     def outcome(self, config: PoCConfig, public_key: str, nonce: int) -> str:
         return f"w{nonce}"
@@ -399,11 +402,11 @@ def test_a_form_whose_outcomes_are_words(
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     form = dataclasses.replace(WORDS, histogram=histogram)
-    monkeypatch.setattr(WordsProver, "form", form)
+    monkeypatch.setattr(WordsProver, "forms", {"words": form})
     monkeypatch.setitem(routes.WIRES, "words", wire)
     with tiny_node(WordsProver()) as node:
         service = node.service
-        service.begin({**ROUND, "callback_url": receiver.url}, PoCState.GENERATING)
+        service.begin({**ROUND, "proof": "words", "callback_url": receiver.url}, PoCState.GENERATING)
         eventually(lambda: receiver.posts)
         service.manager.set_phase(PoCState.VALIDATING)
         body = json.loads(receiver.posts[0][2])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from poc_kernels.protocol import Outcomes, PoCConfig, Prover, Row
+from poc_kernels.protocol import Outcomes, PoCConfig, ProofForm, Prover, Row
 from poc_kernels.protocol.distances.form import DISTANCES
 from poc_kernels.protocol.engine import never
 from poc_kernels.scheduling import PriorityLanes, Turns, TurnsClosed
@@ -34,7 +34,7 @@ def distance(config: PoCConfig, public_key: str, nonce: int) -> float:
 class TinyProver:
     """Nonces in, outcomes out."""
 
-    form = DISTANCES
+    forms: Mapping[str, ProofForm] = {"distances": DISTANCES}
     slices = None
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class TinyProver:
         threading.Event().wait(_FORWARD_SECONDS)
         pause()
         values = [self.outcome(config, *row) for row in rows]
-        return Outcomes(values, dict.fromkeys(self.form.parts, 0.25))
+        return Outcomes(values, dict.fromkeys(self.forms[config.proof].parts, 0.25))
 
     def outcome(self, config: PoCConfig, public_key: str, nonce: int) -> Any:
         return distance(config, public_key, nonce)

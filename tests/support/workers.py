@@ -48,7 +48,7 @@ class Parts:
     def __init__(self, turns: Turns | None = None, **options: Any) -> None:
         self.engine = SmallEngine()
         prover = DistanceProver(self.engine)
-        self.metrics = Metrics(prover.form)
+        self.metrics = Metrics(list(prover.forms.values()))
         self.manager = PoCManager(prover, self.metrics.batch)
         self.turns = turns or Turns()
         self.callbacks = Posted()

@@ -21,6 +21,7 @@ from ...protocol import Outcomes, PoCConfig, Row
 from ...protocol.distances.form import DISTANCES
 from ...protocol.distances.limits import check_fits
 from ...protocol.engine import never
+from ...protocol.form import ProofForm, form_of
 from ...scheduling import Pacing, Slices
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
@@ -189,7 +190,7 @@ class RemoteProver:
         opened: what the first of them told of its model.
     """
 
-    form = DISTANCES
+    forms: Mapping[str, ProofForm] = {DISTANCES.name: DISTANCES}
     slices: Slices | None = None
 
     def __init__(self, device: RemoteDevice, opened: Opened) -> None:
@@ -203,6 +204,7 @@ class RemoteProver:
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the round does not fit the model. It asks no worker."""
+        form_of(config, self.forms)
         model = self.model
         check_fits(config, max_positions=model.max_positions, vocab_size=model.vocab_size, max_logits=_MAX_LOGITS)
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from ...protocol import DistanceProver, Outcomes, PoCConfig, Row
+from ...protocol import EngineProver, Outcomes, PoCConfig, Prover, Row
 from ...scheduling import InFlight
 from ...scheduling.slices import Pause
 from . import trial
@@ -85,7 +85,7 @@ class Session:
         self,
         worker: Any,
         engine: SessionEngine,
-        prover: DistanceProver,
+        prover: Prover,
         *,
         lockstep: bool = False,
         users_are_there: Callable[[], bool] = lambda: True,
@@ -368,7 +368,7 @@ def _open(worker: Any, message: Open) -> Opened:
             worker, slice_seconds=message.slice_seconds, cuda_graphs=message.cuda_graphs, lockstep=lockstep
         )
         slice_seconds = UNCUT_SECONDS if lockstep else message.slice_seconds
-        prover = DistanceProver(engine, slice_seconds=slice_seconds, max_logits=message.max_logits)
+        prover = EngineProver(engine, slice_seconds=slice_seconds, max_logits=message.max_logits)
     except ValueError as error:
         return Opened(refusal=str(error))
     if (lacking := lacking_memory(engine)) is not None:

@@ -440,7 +440,7 @@ def test_rounds_of_a_service(serve: Callable[..., Server]) -> None:
         assert server.client.core.paused
         tokens = len(request.tokens)
         status = service.manager.status()
-        found = dict(zip(status["valid_nonces"], status[service.form.listed_as], strict=True))
+        found = dict(zip(status["valid_nonces"], status["valid_distances"], strict=True))
         assert len(request.tokens) == tokens
         alone = distances(rows(0, 40), dataclasses.replace(CONFIG, batch_size=40))
         assert {nonce: value for nonce, value in found.items() if nonce < 40} == {

@@ -1,0 +1,51 @@
+"""The table of proof forms: a further form is a folder, and an entry here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..scheduling.slices import Pause
+from .config import PoCConfig
+from .distances.form import DISTANCES
+from .distances.prover import DistanceProver
+from .form import ProofForm
+from .prover import Outcomes, Row
+from .shared_work import SharedWork
+
+
+class FormProver(Protocol):
+    """Computes proofs of one form on an engine: what `poc_kernels.protocol.EngineProver` calls."""
+
+    def check(self, config: PoCConfig) -> None:
+        """Raise a ValueError if the engine cannot prove a round of this configuration."""
+
+    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
+        """Compute the outcomes of one forward: see `Prover.prove`."""
+
+
+@dataclass(frozen=True)
+class FormEntry:
+    """A proof form with what proves it and what tells it.
+
+    Attributes:
+        form: what a round knows of it.
+        prover: makes what proves it on an engine.
+        wire: module that has its bodies of HTTP; it needs pydantic, which a round alone does not.
+    """
+
+    form: ProofForm
+    prover: Callable[[SharedWork], FormProver]
+    wire: str
+
+    def load_wire(self) -> Any:
+        """Import and return the module that has its bodies of HTTP."""
+        return importlib.import_module(self.wire, __package__)
+
+
+FORMS: Mapping[str, FormEntry] = {
+    entry.form.name: entry for entry in (FormEntry(DISTANCES, DistanceProver.on, ".distances.wire"),)
+}
+"""By the name that `PoCConfig.proof` has; the first is the default."""
