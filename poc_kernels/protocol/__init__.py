@@ -1,5 +1,7 @@
 """A round of PoC 2.0 (``docs/protocol.md``): its states, nonces, proofs and verdicts. No server in it."""
 
+from .artifacts.form import ArtifactForm
+from .artifacts.proofs import ArtifactBatch, ArtifactVerdict, StatTest
 from .config import UNSET, PoCConfig
 from .distances.distance import permutations, target
 from .distances.proofs import ProofBatch, ValidatedBatch, validate_distances
@@ -17,6 +19,9 @@ from .states import IllegalTransitionError, PoCState, RoundEndedError
 __all__ = [
     "FORMS",
     "UNSET",
+    "ArtifactBatch",
+    "ArtifactForm",
+    "ArtifactVerdict",
     "BatchReport",
     "DistanceProver",
     "Engine",
@@ -32,6 +37,7 @@ __all__ = [
     "Round",
     "RoundEndedError",
     "Row",
+    "StatTest",
     "ValidatedBatch",
     "Validation",
     "nonce_inputs",

@@ -1,0 +1,1 @@
+"""What proof forms share whose outcome is an artifact: a short vector, compared with the recomputed one."""

@@ -1,0 +1,185 @@
+"""Batches of artifacts, and the verdict on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+from ..checks import (
+    MAX_NONCE,
+    check_distinct,
+    check_float,
+    check_int,
+    check_ints,
+    check_list,
+    check_probability,
+    check_text,
+)
+from ..config import MAX_NODE_ID, UNSET
+from .encoding import decode
+
+
+@dataclass(frozen=True)
+class StatTest:
+    """How a validation tells an honest batch from a forged one.
+
+    Args:
+        dist_threshold: a nonce mismatches if received and recomputed artifact are farther apart than this (L2).
+        p_mismatch: probability that a nonce of an honest node mismatches.
+        fraud_threshold: a batch is fraud if an honest node sends one like it with a probability below this.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+
+    dist_threshold: float
+    p_mismatch: float
+    fraud_threshold: float
+
+    def __post_init__(self) -> None:
+        check_float("dist_threshold", self.dist_threshold)
+        if self.dist_threshold < 0:
+            raise ValueError(f"dist_threshold must be at least 0, got {self.dist_threshold}")
+        check_probability("p_mismatch", self.p_mismatch)
+        check_probability("fraud_threshold", self.fraud_threshold)
+
+    def p_value(self, n_mismatch: int, n_total: int) -> float:
+        """Return the probability that at least n_mismatch of n_total nonces of an honest node mismatch; 1 for none."""
+        return float(binom.sf(n_mismatch - 1, n_total, self.p_mismatch)) if n_mismatch > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class ArtifactBatch:
+    """Nonces of one node in one round, and their artifacts.
+
+    Args:
+        public_key, block_hash, block_height, node_id: the node, and the round.
+        nonces: distinct, each in [0, 2**63).
+        vectors: one artifact per nonce as text (`encoding`), None where there is none; empty to have them computed
+            without a verdict. They are taken as they come: one that is no vector is a mismatch of its nonce.
+        stat_test: how this batch is judged; None for the form's own test, with the round's fraud_threshold.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+
+    public_key: str
+    block_hash: str
+    block_height: int
+    nonces: list[int]
+    vectors: list[str | None]
+    node_id: int = UNSET
+    stat_test: StatTest | None = None
+
+    def __post_init__(self) -> None:
+        check_text("public_key", self.public_key)
+        check_text("block_hash", self.block_hash)
+        check_int("block_height", self.block_height, 0, MAX_NONCE)
+        check_int("node_id", self.node_id, UNSET, MAX_NODE_ID)
+        check_list("nonces", self.nonces)
+        check_list("vectors", self.vectors)
+        check_ints("nonces", self.nonces, 0, MAX_NONCE)
+        check_distinct("nonces", self.nonces)
+        if len(self.vectors) not in (0, len(self.nonces)):
+            raise ValueError(
+                f"vectors must be empty or have one for each of the {len(self.nonces)} nonces, got {len(self.vectors)}"
+            )
+        wrong = {kind.__name__ for kind in set(map(type, self.vectors)) - {str, type(None)}}
+        if wrong:
+            raise TypeError(f"vectors must hold a str or None for each nonce, got {', '.join(sorted(wrong))}")
+        if self.stat_test is not None and not isinstance(self.stat_test, StatTest):
+            raise TypeError(f"stat_test must be a StatTest or None, got {type(self.stat_test).__name__}")
+
+    def __len__(self) -> int:
+        return len(self.nonces)
+
+    def found(self) -> ArtifactBatch:
+        """Return the batch with only those nonces that have an artifact."""
+        kept = [pair for pair in zip(self.nonces, self.vectors, strict=True) if pair[1] is not None]
+        return dataclasses.replace(self, nonces=[nonce for nonce, _ in kept], vectors=[vector for _, vector in kept])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them, without the test. The lists are the batch's own."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "stat_test"}
+
+
+@dataclass(frozen=True)
+class ArtifactVerdict(ArtifactBatch):
+    """An `ArtifactBatch` whose ``vectors`` were recomputed, and the verdict on it.
+
+    ``received_vectors`` is what the node claimed, empty if it claimed nothing; then there is no verdict: n_mismatch is
+    0, p_value 1 and fraud_detected false.
+    """
+
+    received_vectors: list[str | None] = field(default_factory=list)
+    mismatch_nonces: list[int] = field(default_factory=list)
+    p_value: float = 1.0
+    fraud_detected: bool = False
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict: the node claimed something."""
+        return bool(self.received_vectors)
+
+    @property
+    def n_total(self) -> int:
+        """Nonces that were asked for."""
+        return len(self.nonces)
+
+    @property
+    def n_mismatch(self) -> int:
+        """Nonces whose artifact is not the recomputed one."""
+        return len(self.mismatch_nonces)
+
+    @property
+    def n_invalid(self) -> int:
+        """`n_mismatch`, under the name that verdicts of every form have."""
+        return self.n_mismatch
+
+    @property
+    def probability_honest(self) -> float:
+        """``p_value``, under the name that verdicts of every form have."""
+        return self.p_value
+
+
+def judge(
+    batch: ArtifactBatch,
+    recomputed: Sequence[str | None],
+    test: StatTest,
+    *,
+    k_dim: int,
+    norm_tolerance: float | None = None,
+) -> ArtifactVerdict:
+    """Return the verdict on ``batch`` from its recomputed artifacts, in the order of its nonces.
+
+    A nonce mismatches if its received or its recomputed artifact is not a vector of k_dim finite float16 numbers, if
+    the received one has a norm farther from 1 than norm_tolerance (where that is given), or if the two are farther
+    apart than the test's dist_threshold. Norms and distances are float32.
+
+    Raises:
+        ValueError: recomputed does not have an artifact for each nonce.
+    """
+    if len(recomputed) != len(batch):
+        raise ValueError(f"recomputed must have {len(batch)} artifacts, one per nonce, got {len(recomputed)}")
+    mismatched: list[int] = []
+    if batch.vectors:
+        received, good = decode(batch.vectors, k_dim)
+        expected, known = decode(recomputed, k_dim)
+        agrees = good & known & (np.linalg.norm(received - expected, axis=1).astype(np.float64) <= test.dist_threshold)
+        if norm_tolerance is not None:
+            agrees &= np.abs(np.linalg.norm(received, axis=1).astype(np.float64) - 1) <= norm_tolerance
+        mismatched = [batch.nonces[place] for place in np.flatnonzero(~agrees)]
+    p_value = test.p_value(len(mismatched), len(batch))
+    return ArtifactVerdict(
+        **{**batch.to_dict(), "vectors": list(recomputed)},
+        stat_test=test,
+        received_vectors=batch.vectors,
+        mismatch_nonces=mismatched,
+        p_value=p_value,
+        fraud_detected=p_value < test.fraud_threshold,
+    )
