@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .slices import MEASURED_FORWARDS, Pause, SlicedForward, Slices
+from .slices import Pause, SlicedForward, Slices
 
 logger = logging.getLogger("poc_kernels")
+
+_MAX_KINDS = 8
+"""The slices of this many kinds of forwards are remembered."""
 
 
 class CapturedForward(NamedTuple):
@@ -33,14 +39,29 @@ class CapturedForward(NamedTuple):
         return self.static_output
 
 
-class RepeatedForward:
-    """Runs a forward in slices, from one thread at a time; its shape may change, and is then measured anew.
+_Kind = tuple[tuple[int, ...], Hashable]
+"""Shape and option of a forward."""
 
-    On CUDA the slices are captured as graphs whenever the shape changes, and replayed. A forward that cannot be
-    captured, or whose replay is not bit-identical, runs without graphs, with a warning.
+
+@dataclasses.dataclass
+class _Known:
+    """What is known of a kind of forward."""
+
+    sliced: SlicedForward
+    too_large: bool = False
+    """Whether there was no memory for its graphs."""
+
+
+class RepeatedForward:
+    """Runs a forward in slices, from one thread at a time. Forwards of one shape and one option are of one kind.
+
+    Each kind is measured once. On CUDA its slices are captured as graphs and replayed, of one kind at a time: a new
+    kind takes the place of the one before. A kind that lost its graphs so is captured again when it comes twice in a
+    row: of two that alternate, one has graphs, and neither waits for captures. A forward that cannot be captured, or
+    whose replay is not bit-identical, runs without graphs, with a warning.
 
     Args:
-        forward: computes a tensor from a tensor of any shape, both on ``device``.
+        forward: computes a tensor from a tensor of any shape, both on ``device``, and an option, which is hashable.
         device: where it computes.
         slice_seconds: how long a slice should take at most.
         cuda_graphs: whether to capture it on CUDA.
@@ -48,7 +69,7 @@ class RepeatedForward:
         as_captured: entered where the forward has to make the calls that it makes in a capture, or is captured.
 
     Attributes:
-        captured: the graphs of the latest shape; None where it runs without.
+        captured: the graphs of the one kind that has some; None where none has.
 
     Raises:
         ValueError: slice_seconds is not positive.
@@ -56,7 +77,7 @@ class RepeatedForward:
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor, Any], Tensor],
         device: torch.device,
         *,
         slice_seconds: float,
@@ -67,50 +88,69 @@ class RepeatedForward:
         self.captured: CapturedForward | None = None
         self._forward, self._alone, self._as_captured = forward, alone, as_captured
         self._cuda_graphs = cuda_graphs and device.type == "cuda"
-        self._shape: tuple[int, ...] | None = None
-        self._sliced = SlicedForward(device, slice_seconds)
+        self._sliced_forward = functools.partial(SlicedForward, device, slice_seconds)
+        self._sliced_forward()  # checks slice_seconds
+        self._kinds: collections.OrderedDict[_Kind, _Known] = collections.OrderedDict()  # the latest is the last
+        self._captured_kind: _Kind | None = None
 
     @property
     def slices(self) -> Slices | None:
-        """The slices of the forward in its latest shape; None until they are measured."""
-        return self._sliced.slices
+        """The slices of the latest kind of forward; None until they are measured."""
+        return next(reversed(self._kinds.values())).sliced.slices if self._kinds else None
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Whether forwards of that shape are captured: the memory that they take is taken already."""
-        return self.captured is not None and self._shape == shape
+        return self._captured_kind is not None and self._captured_kind[0] == shape
 
     def forget(self) -> None:
         """Measure and capture anew, because the forwards that follow compute something else."""
-        self.captured = self._shape = None
-        self._sliced.forget()
+        self._kinds.clear()
+        self._release()
 
-    def __call__(self, inputs: Tensor, pause: Pause) -> Tensor:
+    def __call__(self, inputs: Tensor, pause: Pause, option: Hashable = None) -> Tensor:
         """Compute the forward of ``inputs``; the result may be overwritten by the next call.
 
-        Calls ``pause`` between slices; until the slices of the shape are measured, between all calls of torch.
+        Calls ``pause`` between slices; until the slices of this kind are measured, between all calls of torch.
         """
-        shape = tuple(inputs.shape)
-        if shape != self._shape:
-            self.forget()  # one shape at a time: the last one's memory is given back first
-            if self._cuda_graphs:
-                self.captured = self._capture_checked(inputs, pause)
-            self._shape = shape
-        if self.captured is not None:
+        kind = tuple(inputs.shape), option
+        capture_now = self._cuda_graphs and (kind not in self._kinds or kind == next(reversed(self._kinds)))
+        known = self._remember(kind)
+        if capture_now and kind != self._captured_kind and not known.too_large:
+            self._release()
+            self.captured = self._capture_checked(inputs, pause, option)
+            self._captured_kind = kind if self.captured is not None else None
+        if self.captured is not None and kind == self._captured_kind:
             return self.captured.replay(inputs, pause)
-        return self._sliced.run(lambda: self._forward(inputs), pause)
+        return known.sliced.run(lambda: self._forward(inputs, option), pause)
 
-    def _capture_checked(self, example: Tensor, pause: Pause) -> CapturedForward | None:
-        """Capture the forward of that shape; None, with a warning, if its replay would not be bit-identical."""
-        expected = self._sliced.run_unmeasured(lambda: self._forward(example), pause)
+    def _remember(self, kind: _Kind) -> _Known:
+        """Return what is known of a kind, as the latest one; forget the kind that was not there for longest."""
+        known = self._kinds.pop(kind, None) or _Known(self._sliced_forward())
+        self._kinds[kind] = known
+        if len(self._kinds) > _MAX_KINDS:
+            oldest, _ = self._kinds.popitem(last=False)
+            if oldest == self._captured_kind:
+                self._release()
+        return known
+
+    def _release(self) -> None:
+        """Give back the memory of graphs."""
+        self.captured = self._captured_kind = None
+
+    def _capture_checked(self, example: Tensor, pause: Pause, option: Hashable) -> CapturedForward | None:
+        """Capture the latest kind of forward; None, with a warning, if its replay would not be bit-identical."""
+        known = next(reversed(self._kinds.values()))
+        expected = known.sliced.run_unmeasured(lambda: self._forward(example, option), pause)
         with self._as_captured():  # measures the calls that will be captured
-            for _ in range(MEASURED_FORWARDS):
-                self._sliced.run(lambda: self._forward(example), pause)
+            while known.sliced.slices is None:
+                known.sliced.run(lambda: self._forward(example, option), pause)
         with self._alone():
             try:
-                captured = self._capture(example)
+                captured = self._capture(example, option)
             except torch.OutOfMemoryError as error:
                 logger.warning("no memory to capture the model's forward as a CUDA graph; it runs without: %s", error)
-                return None  # another shape may have room
+                known.too_large = True  # another kind may have room
+                return None
             except (RuntimeError, NotImplementedError) as error:
                 self._give_up_graphs(str(error))
                 return None
@@ -123,9 +163,10 @@ class RepeatedForward:
         logger.warning("the model's forward cannot be captured as a CUDA graph and runs without: %s", reason)
         self._cuda_graphs = False
 
-    def _capture(self, example: Tensor) -> CapturedForward:
+    def _capture(self, example: Tensor, option: Hashable) -> CapturedForward:
+        known = next(reversed(self._kinds.values()))
         with self._as_captured():
-            return capture(self._forward, self._sliced, example)
+            return capture(lambda inputs: self._forward(inputs, option), known.sliced, example)
 
 
 def capture(forward: Callable[[Tensor], Tensor], sliced: SlicedForward, example: Tensor) -> CapturedForward:

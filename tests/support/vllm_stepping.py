@@ -62,13 +62,14 @@ class LayeredEngine(SmallEngine):
     def all_ranks_failed(self) -> bool:
         return self.others_fail
 
-    def forward(self, inputs_embeds: Any, pause: Callable[[], None] = never) -> Any:
+    def forward(self, inputs_embeds: Any, pause: Callable[[], None] = never, after_layer: Any = None) -> Any:
         hidden = inputs_embeds
-        for _ in range(self.layers):
+        for layer in range(self.layers):
             pause()
             assert self.inside
             self.before_layer()
             hidden = super().forward(hidden) / 2
+            hidden = hidden if after_layer is None else after_layer(layer, hidden)
         return hidden
 
 
@@ -80,9 +81,12 @@ def rows(first: int, count: int = 4) -> list[Row]:
 class Whole(SmallEngine):
     """The model of `LayeredEngine`, in one go."""
 
-    def forward(self, inputs_embeds: Any, pause: Any = None) -> Any:
-        for _ in range(LayeredEngine.layers):
+    layers = LayeredEngine.layers
+
+    def forward(self, inputs_embeds: Any, pause: Any = None, after_layer: Any = None) -> Any:
+        for layer in range(self.layers):
             inputs_embeds = super().forward(inputs_embeds) / 2
+            inputs_embeds = inputs_embeds if after_layer is None else after_layer(layer, inputs_embeds)
         return inputs_embeds
 
 

@@ -15,9 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from ...definition import DTYPES
-from ...protocol.engine import never
+from ...protocol.engine import LayerTransform, check_inputs, never
 from ...scheduling import RepeatedForward, Slices
 from ...scheduling.slices import Pause
+from ..layers import DecoderLayers
 from .config import max_positions
 from .masks import masks_as_outside_a_capture
 
@@ -103,7 +104,7 @@ class TransformersEngine:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.repeated = RepeatedForward(
-            lambda inputs_embeds: self._run(inputs_embeds),
+            lambda inputs_embeds, after_layer: self._run(inputs_embeds, after_layer),
             self.device,
             slice_seconds=slice_seconds,
             cuda_graphs=cuda_graphs,
@@ -111,28 +112,35 @@ class TransformersEngine:
             as_captured=masks_as_outside_a_capture,
         )
         self._divide(model)
+        text_config = model.config.get_text_config(decoder=True)
+        self._layers = DecoderLayers(
+            self._decoder,
+            self._run,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+            count=getattr(text_config, "decoder_layers", getattr(text_config, "num_hidden_layers", None)),
+        )
 
     @property
     def slices(self) -> Slices | None:
-        """The slices of the forward in its latest shape; None until they are measured."""
+        """The slices of the latest forward; None until they are measured."""
         return self.repeated.slices
 
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers; raises a ValueError where no transform is possible after them."""
+        return self._layers.count
+
     @torch.inference_mode()
-    def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
-        """Compute the last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
+    def forward(self, inputs_embeds: Tensor, pause: Pause = never, after_layer: LayerTransform | None = None) -> Tensor:
+        """Compute the last hidden states [batch, seq_len, hidden_size] of input embeddings: see `Engine.forward`.
 
-        Calls ``pause`` between slices; until the slices of the shape are measured, between all calls of torch.
-
-        Raises:
-            ValueError, TypeError: inputs_embeds is not [batch, seq_len, hidden_size] in the model's dtype.
+        Calls ``pause`` between slices; until those of the shape and the transform are measured, between all calls of
+        torch.
         """
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.hidden_size:
-            raise ValueError(
-                f"inputs_embeds must have shape [batch, seq_len, {self.hidden_size}], got {list(inputs_embeds.shape)}"
-            )
-        if inputs_embeds.dtype != self.dtype:
-            raise TypeError(f"inputs_embeds must be {self.dtype}, got {inputs_embeds.dtype}")
-        return self.repeated(inputs_embeds, pause)
+        check_inputs(self, inputs_embeds)
+        return self.repeated(inputs_embeds, pause, after_layer)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -140,9 +148,12 @@ class TransformersEngine:
         logits: Tensor = self._head(inputs_embeds=hidden_states.unsqueeze(1), use_cache=False).logits.squeeze(1)
         return logits
 
-    def _run(self, inputs_embeds: Tensor) -> Tensor:
-        states: Tensor = self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        return states
+    def _run(self, inputs_embeds: Tensor, after_layer: LayerTransform | None = None) -> Tensor:
+        if after_layer is None:
+            states: Tensor = self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+            return states
+        with self._layers.transformed(after_layer, inputs_embeds.shape):
+            return self._run(inputs_embeds)
 
     @torch.inference_mode()
     def _divide(self, model: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...protocol.engine import never
+from ...protocol.engine import LayerTransform, check_inputs, never
 from ...scheduling import PriorityLanes, RepeatedForward, Slices
 from ...scheduling.slices import Pause
+from ..layers import DecoderLayers
 from . import compat
 from .support import unsupported_config
 from .twin import Layout, Twin
@@ -71,6 +72,20 @@ class VllmEngine:
             self.compute_states, self.device, slice_seconds=slice_seconds, cuda_graphs=cuda_graphs
         )
         self._make_twin()
+        with self.context():
+            self._layers = DecoderLayers(
+                self.twin.model,
+                self.compute_states,
+                hidden_size=self.hidden_size,
+                dtype=self.dtype,
+                device=self.device,
+                count=getattr(model_config.hf_text_config, "num_hidden_layers", None),
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers; raises a ValueError where no transform is possible after them."""
+        return self._layers.count
 
     @property
     def windows(self) -> list[int]:
@@ -81,7 +96,7 @@ class VllmEngine:
 
     @property
     def slices(self) -> Slices | None:
-        """The slices of the forward in its latest shape; None until they are measured, and in lockstep."""
+        """The slices of the latest forward; None until they are measured, and in lockstep."""
         return self.repeated.slices
 
     def refresh(self) -> bool:
@@ -92,6 +107,7 @@ class VllmEngine:
         if self.twin.is_of(self._runner.get_model()):
             return False
         self._make_twin()
+        self._layers.move_to(self.twin.model)
         return True
 
     @contextlib.contextmanager
@@ -120,31 +136,27 @@ class VllmEngine:
         return compat.all_ranks_meet(_MEETING_SECONDS)
 
     @torch.inference_mode()
-    def forward(self, inputs_embeds: Tensor, pause: Pause = never) -> Tensor:
-        """Compute the last hidden states [batch, seq_len, hidden_size] of input embeddings, in the model's dtype.
+    def forward(self, inputs_embeds: Tensor, pause: Pause = never, after_layer: LayerTransform | None = None) -> Tensor:
+        """Compute the last hidden states [batch, seq_len, hidden_size] of input embeddings: see `Engine.forward`.
 
-        Calls ``pause`` between slices; until the slices of the shape are measured, between all calls of torch.
-
-        Raises:
-            ValueError, TypeError: inputs_embeds is not [batch, seq_len, hidden_size] in the model's dtype.
+        Calls ``pause`` between slices; until those of the shape and the transform are measured, between all calls of
+        torch.
         """
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.hidden_size:
-            raise ValueError(
-                f"inputs_embeds must have shape [batch, seq_len, {self.hidden_size}], got {list(inputs_embeds.shape)}"
-            )
-        if inputs_embeds.dtype != self.dtype:
-            raise TypeError(f"inputs_embeds must be {self.dtype}, got {inputs_embeds.dtype}")
+        check_inputs(self, inputs_embeds)
         if self._lockstep:
             self._pause = pause
             try:
-                return self.compute_states(inputs_embeds)
+                return self.compute_states(inputs_embeds, after_layer)
             finally:
                 self._pause = never
-        return self.repeated(inputs_embeds, pause)
+        return self.repeated(inputs_embeds, pause, after_layer)
 
     @torch.inference_mode()
-    def compute_states(self, inputs_embeds: Tensor) -> Tensor:
+    def compute_states(self, inputs_embeds: Tensor, after_layer: LayerTransform | None = None) -> Tensor:
         """Compute what `forward` does in one go, of any shape, without remembering anything of it."""
+        if after_layer is not None:
+            with self._layers.transformed(after_layer, inputs_embeds.shape):
+                return self.compute_states(inputs_embeds)
         batch, length, _ = inputs_embeds.shape
         self.twin.layout = Layout(batch, length)
         positions = torch.arange(length, device=self.device).repeat(batch)

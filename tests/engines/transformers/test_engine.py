@@ -238,6 +238,125 @@ def test_any_model_by_directory(tmp_path):
     assert_same_bits(engines[0].forward(x), engines[1].forward(x))
 
 
+# ---- a transform after every layer ----
+
+
+def signs(number, states):
+    """Known signs of a layer's features and positions."""
+    generator = torch.Generator().manual_seed(number)
+    return (1 - 2 * torch.randint(2, states.shape[1:], generator=generator)).to(states.dtype)
+
+
+def flip(number, states):
+    return states.mul_(signs(number, states))
+
+
+@contextlib.contextmanager
+def flipped(layers):
+    """Have the layers of a model itself return states with these signs."""
+
+    def hook(module, arguments, returned):
+        states, rest = (returned, None) if isinstance(returned, torch.Tensor) else (returned[0], returned[1:])
+        states = states * signs(layers.index(module), states)
+        return states if rest is None else (states, *rest)
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+LAYERS = {
+    "bart": "model.decoder.layers",
+    "bloom": "transformer.h",
+    "codegen": "transformer.h",
+    "deepseek_v3": "model.layers",
+    "falcon": "transformer.h",
+    "gemma2": "model.layers",
+    "gpt2": "transformer.h",
+    "gpt_neo": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "gptj": "transformer.h",
+    "llama": "model.layers",
+    "llama4_text": "model.layers",
+    "mamba": "backbone.layers",
+    "mixtral": "model.layers",
+    "mpt": "transformer.blocks",
+    "nemotron": "model.layers",
+    "openai-gpt": "transformer.h",
+    "opt": "model.decoder.layers",
+    "phi": "model.layers",
+    "phi3": "model.layers",
+    "qwen3": "model.layers",
+    "rwkv": "rwkv.blocks",
+    "stablelm": "model.layers",
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_transform_after_every_layer(kind):
+    """It gives the bits of the model itself with hooks at its layers, which are named here; none at what serves."""
+    model = tiny(kind)
+    engine = TransformersEngine(model)
+    x = random_inputs(engine)
+    layers = list(model.get_submodule(LAYERS[kind]))
+    assert engine.layers == len(layers) == 2
+
+    def only_on_the_twin(number, states):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        return flip(number, states)
+
+    plain = engine.forward(x).clone()
+    changed = engine.forward(x, after_layer=only_on_the_twin).clone()
+    with torch.inference_mode(), flipped(layers):
+        expected = model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits[:, -1]
+    assert_same_bits(engine.compute_logits(changed[:, -1]), expected)
+    assert not torch.equal(changed, plain)
+    assert_same_bits(engine.forward(x, after_layer=lambda number, states: states), plain)
+    assert_same_bits(engine.forward(x), plain)
+
+
+def test_a_model_without_layers_to_transform_proves_all_the_same():
+    engine = TransformersEngine(tiny("xlnet"))
+    x = random_inputs(engine)
+    message = r"model must call its decoder layers one after the other, .*; XLNetModel: what layer\.0 returns"
+    with pytest.raises(ValueError, match=message):
+        _ = engine.layers
+    with pytest.raises(ValueError, match=message):
+        engine.forward(x, after_layer=flip)
+    assert engine.forward(x).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_with_a_transform_change_no_bit(dtype):
+    engine = TransformersEngine(make(CONFIGS["qwen3"], dtype), slice_seconds=1e-9)
+    x = random_inputs(engine)
+    with torch.inference_mode():
+        plain, changed = engine._run(x), engine._run(x, flip)
+    for _ in range(MEASURED_FORWARDS + 2):
+        for expected, after_layer in ((plain, None), (changed, flip)):
+            pauses = []
+            assert_same_bits(engine.forward(x, lambda pauses=pauses: pauses.append(1), after_layer), expected)
+    assert len(pauses) == len(engine.slices.cuts) > 30
+
+
+def test_graphs_are_those_of_a_transform():
+    model = make(CONFIGS["qwen3"])
+    plain, graphs = TransformersEngine(model), _Graphs(model)
+    x = random_inputs(plain)
+    factor = torch.ones(64)  # where a captured forward reads it anew
+
+    def scale(number, states):
+        return states.mul_(factor)
+
+    for after_layer in (None, None, scale, scale, None, None):
+        for value in (1.0, 2.0, -3.0):
+            factor.fill_(value)
+            expected = plain.forward(x, after_layer=after_layer)
+            assert_same_bits(graphs.forward(x, after_layer=after_layer), expected)
+    assert graphs.captured == [(3, 20, 64)] * 3
+
+
 # ---- slices ----
 
 
@@ -323,9 +442,9 @@ def test_a_capture_is_alone():
         entered.append(False)
 
     class Watched(_Graphs):
-        def _capture(self, example):
+        def _capture(self, example, after_layer):
             assert entered == [True]
-            return super()._capture(example)
+            return super()._capture(example, after_layer)
 
     graphs = Watched(make(CONFIGS["qwen3"]))
     graphs.repeated._alone = alone
@@ -351,12 +470,12 @@ class _Graphs(TransformersEngine):
         self.repeated._cuda_graphs, self.repeated._capture = True, self._capture
         self.captured, self.failure, self.error = [], failure, error
 
-    def _capture(self, example):
+    def _capture(self, example, after_layer):
         self.captured.append(tuple(example.shape))
         if self.failure is not None:
             raise self.failure
         static_input = example.clone()
-        static_output = self._run(static_input).clone()
+        static_output = self._run(static_input, after_layer).clone()
         run, error = self._run, self.error
 
         class Nothing:
@@ -365,7 +484,7 @@ class _Graphs(TransformersEngine):
 
         class Graph:
             def replay(self):
-                static_output.copy_(run(static_input) + error)
+                static_output.copy_(run(static_input, after_layer) + error)
 
         return CapturedForward([Nothing(), Graph()], static_input, static_output)
 
@@ -459,8 +578,8 @@ def test_a_broken_capture_leaves_the_device_usable(monkeypatch):
     plain, graphs = TransformersEngine(model, cuda_graphs=False), TransformersEngine(model)
     run = graphs._run
 
-    def waits(x):
-        result = run(x)
+    def waits(x, after_layer):
+        result = run(x, after_layer)
         result.sum().item()  # not permitted in a capture
         return result
 

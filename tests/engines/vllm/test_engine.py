@@ -165,7 +165,7 @@ def with_graphs(error=0.0, **options):
     """An engine that takes the path of CUDA graphs on a CPU, and the shapes that it captured."""
     engine, captured = VllmEngine(worker(), **options), []
 
-    def capture(example):
+    def capture(example, after_layer):
         captured.append(tuple(example.shape))
         graph = Graph(engine, example, error)
         return CapturedForward([graph], graph.input, graph.output)
@@ -240,6 +240,7 @@ def gpu(monkeypatch):
 def test_on_a_gpu_slices_have_the_lowest_priority_and_scratch_of_their_own(gpu):
     made, entered = gpu
     engine = VllmEngine(made)
+    entered.clear()
     with engine.context():
         assert Lanes.current == "lowest priority"
         assert entered == ["workspace of cuda:0"]
@@ -256,6 +257,7 @@ def test_on_a_gpu_slices_have_the_lowest_priority_and_scratch_of_their_own(gpu):
 def test_in_lockstep_slices_are_on_the_stream_of_the_steps(gpu):
     made, entered = gpu
     engine = VllmEngine(made, lockstep=True)
+    entered.clear()
     with engine.context():
         assert Lanes.current == "default"
         assert entered == ["workspace of cuda:0"]

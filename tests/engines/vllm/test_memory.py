@@ -49,7 +49,8 @@ def lacking(monkeypatch):
         device, model = Device(monkeypatch, free), Counting()
         Counting.device = device
         engine = VllmEngine(worker(model, max_model_len=16))
-        engine.repeated.captured, engine.repeated._shape = (captured and "graphs"), captured
+        engine.repeated.captured = captured and "graphs"
+        engine.repeated._captured_kind = captured and (captured, None)
         compute, zeros = engine.compute_states, torch.zeros
         with monkeypatch.context() as patch:
             patch.setattr(engine, "device", device)

@@ -160,7 +160,8 @@ def test_a_rank_without_logits_has_nothing_to_say_and_computes_all_the_same():
             return None
 
     texts = [prompt + [1] * trial.ANSWER for prompt in trial.tokens(101)]
-    assert trial.compare(VllmEngine(worker(Gathered())), texts, [[0.0] * trial.ANSWER] * len(texts)) is None
+    engine, Gathered.forwards = VllmEngine(worker(Gathered())), 0
+    assert trial.compare(engine, texts, [[0.0] * trial.ANSWER] * len(texts)) is None
     assert Gathered.forwards == 3 * len(texts)
 
 
