@@ -144,7 +144,7 @@ def test_a_client_that_leaves_before_its_answer_frees_the_engine(
     with pytest.raises(httpx2.ReadTimeout):
         http.post(CHAT, json=chat(max_tokens=1000), timeout=0.3)
     eventually(lambda: node.app.in_flight == 0)
-    assert node.inference.wait_idle(TIMEOUT / 4)  # a thousand steps would take longer
+    assert node.inference.wait_idle(5)  # a thousand steps would take longer
 
 
 def test_a_slow_body_does_not_delay_a_round(model_dir: Path) -> None:

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
-from callback_receivers import Receiver
 from nodes import (
     MAX_BODY,
     SETTINGS,
     Alone,
     posted,
     running,
-    small_model,
     status,
 )
-from prometheus_client.parser import text_string_to_metric_families
 from web import eventually
 
 from poc_kernels.node.node import Node
 
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model"))
+pytest_plugins = ["round_fixtures"]
 
 
 @pytest.fixture(scope="session")
@@ -52,21 +45,3 @@ def http(running_node: tuple[Node, httpx2.Client], monkeypatch: pytest.MonkeyPat
     yield http
     posted(http, "/stop")
     eventually(lambda: status(http)["queued_nonces"] == 0 and node.app.in_flight == 0)
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    yield receiver
-    receiver.stop()
-
-
-@pytest.fixture
-def metrics(http: httpx2.Client) -> Any:
-    def read(name: str, **labels: str) -> float:
-        families = text_string_to_metric_families(http.get("/metrics").text)
-        return sum(
-            s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()
-        )
-
-    return read

@@ -16,6 +16,7 @@ from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.scheduling import Turns
 
 NAME = "tiny/model"
+MAX_NEW = 64
 
 
 def load(directory: Path) -> tuple[Any, Any]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import httpx2
 import pytest
-from callback_receivers import Receiver
-from nodes import SETTINGS, Alone, posted, small_model, status
-from prometheus_client.parser import text_string_to_metric_families
+from nodes import SETTINGS, Alone, posted, status
 from served import NAME
 from server_process import ServerProcess
 from web import client, eventually
+
+pytest_plugins = ["round_fixtures"]
 
 READY_SECONDS = 300
 MAX_LENGTH = 4096
@@ -78,11 +78,6 @@ class VllmProcess(ServerProcess):
         return False
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model"))
-
-
 class Near(float):
     """A distance that equals others up to what another engine's roundings change, and not one more."""
 
@@ -135,21 +130,3 @@ def http(idle_http: httpx2.Client) -> Iterator[httpx2.Client]:
     yield idle_http
     posted(idle_http, "/stop")
     eventually(lambda: idle(idle_http))
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    yield receiver
-    receiver.stop()
-
-
-@pytest.fixture
-def metrics(http: httpx2.Client) -> Any:
-    def read(name: str, **labels: str) -> float:
-        families = text_string_to_metric_families(http.get("/metrics").text)
-        return sum(
-            s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()
-        )
-
-    return read

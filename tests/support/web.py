@@ -12,7 +12,9 @@ from typing import Any, Literal
 import httpx2
 import uvicorn
 
-TIMEOUT = 20
+TIMEOUT = 60
+"""Seconds; only against hangs."""
+
 CHAT = "/v1/chat/completions"
 DONE = "data: [DONE]"
 

@@ -5,33 +5,32 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from served import NAME, load, started
+from served import NAME
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
-from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, serving, text_of
+from web import CHAT, TIMEOUT, chat, error_of, events, eventually, text_of
 
-from poc_kernels.engines.transformers import handlers, openai_app
+from poc_kernels.engines.transformers import handlers
 from poc_kernels.engines.transformers.answers import TokenTexts
 from poc_kernels.engines.transformers.generation import Asked, Generation, _Stops
 from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.engines.transformers.prompts import Prompts
 from poc_kernels.engines.transformers.sampling import Sampling, TokenLogprob
+
+pytest_plugins = ["served_fixtures"]
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -45,30 +44,6 @@ NODE_ADDS = {
     "return_token_ids": True,
     "seed": 7,
 }
-
-
-@pytest.fixture(scope="module")
-def inference(tiny_model_dir: Path) -> Iterator[Inference]:
-    with started(*load(tiny_model_dir), max_new_tokens=64) as inference:
-        yield inference
-
-
-@pytest.fixture(scope="module")
-def app(inference: Inference) -> FastAPI:
-    return openai_app.build(inference)
-
-
-@pytest.fixture(scope="module")
-def http(app: FastAPI) -> Iterator[httpx2.Client]:
-    with serving(app) as url, client(url) as http:
-        yield http
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_in_flight(inference: Inference) -> Iterator[None]:
-    yield
-    assert inference.wait_idle(TIMEOUT)
-    assert inference.trouble() is None
 
 
 def posted(http: httpx2.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,7 @@ import asyncio
 import itertools
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -16,41 +14,16 @@ import openai
 import pytest
 import torch
 from fastapi import FastAPI
-from served import NAME, load, started
+from served import MAX_NEW, NAME
 from starlette.testclient import TestClient
-from web import CHAT, TIMEOUT, chat, client, error_of, events, eventually, pieces, serving, text_of
+from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_of
 
-from poc_kernels.engines.transformers import handlers, openai_app
+from poc_kernels.engines.transformers import handlers
 from poc_kernels.engines.transformers.answers import ChatAnswer
 from poc_kernels.engines.transformers.generation import Generation
 from poc_kernels.engines.transformers.inference import Inference
 
-MAX_NEW = 64
-
-
-@pytest.fixture(scope="module")
-def inference(tiny_model_dir: Path) -> Iterator[Inference]:
-    with started(*load(tiny_model_dir), max_new_tokens=MAX_NEW) as inference:
-        yield inference
-
-
-@pytest.fixture(scope="module")
-def app(inference: Inference) -> FastAPI:
-    return openai_app.build(inference)
-
-
-@pytest.fixture(scope="module")
-def http(app: FastAPI) -> Iterator[httpx2.Client]:
-    with serving(app) as url, client(url) as http:
-        yield http
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_in_flight(inference: Inference) -> Iterator[None]:
-    yield
-    assert inference.wait_idle(TIMEOUT)
-    assert inference.trouble() is None
-    assert inference.restarts == 0
+pytest_plugins = ["served_fixtures"]
 
 
 def test_chat(http: httpx2.Client) -> None:
