@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import poc_kernels
-from poc_kernels.demo.server import HOST, ServerProcess, free_port
+from poc_kernels.demo.server import ServerProcess, free_port, with_this_package
 
 _SERVE = """
 import json, socket, sys
@@ -40,19 +37,8 @@ def served(directory: Path, *, nagle: bool = False, ready_seconds: float = 300.0
     """
     port, log = free_port(), directory / f"node-{nagle}.log"
     settings = {"model": str(directory), "served_name": "m", "device": "cpu", "temperature": 0.0, "port": port}
-    package = str(Path(poc_kernels.__file__).parents[1])  # the one that this process measures with
-    search = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, json.dumps(settings), "nagle" if nagle else ""],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=directory,
-            env={**os.environ, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
-            start_new_session=True,
-        )
-    server = ServerProcess(process, f"http://{HOST}:{port}", log)
+    command = [sys.executable, "-c", _SERVE, json.dumps(settings), "nagle" if nagle else ""]
+    server = ServerProcess.started(command, {**with_this_package(), "HF_HUB_OFFLINE": "1"}, port, log)
     try:
         server.wait_ready(ready_seconds)
         yield port

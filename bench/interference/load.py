@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 PRIORITIES, EQUAL, PARTITION = "priorities", "equal", "partition"
 """The lanes of validation: of low priority, of the priority of inference, or in a part of a GPU."""
-OUTSTANDING_PROOFS = 2
-"""Batches of proofs that are submitted and not answered: one is computed, one waits."""
+OUTSTANDING_PROOFS = 4
+"""Batches of proofs that are submitted and not answered: one is computed, the others wait. With one that waits, an
+engine in another process would be idle while its verdict and the next batch travel."""
 
 
 class DifferenceError(RuntimeError):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-import poc_kernels
 from bench.interference.chat import EXACT_MARGIN, Margins, Served
 from bench.interference.load import Condition, ask_alone
 from bench.interference.node_rig import NodeRig, ready
 from bench.interference.validation import difference, distances_alone, round_config
-from poc_kernels.demo.server import HOST, ServerProcess, free_port
+from poc_kernels.demo.server import HOST, ServerProcess, free_port, with_this_package
 
 _SERVE = """
 import json, sys
@@ -64,7 +61,7 @@ class HttpRig(NodeRig):
         self._served, self._device, self._directory = served, device, directory
         self._new_tokens = new_tokens
         self._questions = _questions(prompt_count, prompt_words, seed)
-        port, log = free_port(), directory / "node.log"
+        port = free_port()
         wanted = {
             "model": str(directory),
             "device": device,
@@ -74,20 +71,13 @@ class HttpRig(NodeRig):
             "port": port,
             "random_projection": projection,
         }
-        package = str(Path(poc_kernels.__file__).parents[1])  # the one that this process measures with
-        search = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, json.dumps(wanted)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=directory,
-                env={**os.environ, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
-                start_new_session=True,
-            )
-        server = ready(ServerProcess(process, f"http://{HOST}:{port}", log), ready_seconds)
-        super().__init__(server, round_config(served.case, projection), conditions)
+        server = ServerProcess.started(
+            [sys.executable, "-c", _SERVE, json.dumps(wanted)],
+            {**with_this_package(), "HF_HUB_OFFLINE": "1"},
+            port,
+            directory / "node.log",
+        )
+        super().__init__(ready(server, ready_seconds), round_config(served.case, projection), conditions)
 
     async def start(self, timeout_seconds: float) -> None:
         """Begin the round, and have every distance and every answer computed alone.

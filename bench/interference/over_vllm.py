@@ -72,33 +72,28 @@ class VllmRig(NodeRig):
         self._prompts = prompts(prompt_count, prompt_tokens, self._vocabulary, seed)
         self._least_lead = float("inf")
         case = served.case
+        port = free_port()
         positions = max(case.seq_len, 3 * prompt_tokens // 2 + new_tokens) + 1
         options = {
             "--served-model-name": _NAME,
             "--host": HOST,
-            "--port": free_port(),
+            "--port": port,
             "--dtype": "float32",
             "--max-model-len": positions,
             "--max-num-seqs": _MAX_REQUESTS,
             # A step of prompts alone has as many tokens as a forward of proofs.
             "--max-num-batched-tokens": max(case.batch_size * case.seq_len, _MAX_REQUESTS),
         }
-        log = directory / "vllm.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [
-                    *(str(python.with_name("vllm")), "serve", str(directory)),
-                    *(str(word) for option in options.items() for word in option),
-                    *("--enforce-eager", "--no-enable-prefix-caching"),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=directory,
-                env={**os.environ, **environment(directory), "POC_KERNELS_SLICE_SECONDS": str(slice_seconds)},
-                start_new_session=True,
-            )
-        server = ServerProcess(process, f"http://{HOST}:{options['--port']}", log)
+        server = ServerProcess.started(
+            [
+                *(str(python.with_name("vllm")), "serve", str(directory)),
+                *(str(word) for option in options.items() for word in option),
+                *("--enforce-eager", "--no-enable-prefix-caching"),
+            ],
+            {**os.environ, **environment(directory), "POC_KERNELS_SLICE_SECONDS": str(slice_seconds)},
+            port,
+            directory / "vllm.log",
+        )
         super().__init__(ready(server, ready_seconds), round_config(case, projection), conditions)
 
     async def start(self, timeout_seconds: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.interference.load import DifferenceError
+from bench.interference.load import OUTSTANDING_PROOFS, DifferenceError
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.protocol import (
     BatchReport,
@@ -131,7 +131,8 @@ def _worker(
         low_priority=True,  # where the lanes have it so
     )
     sinks: Any = (_NoCallbacks(), recorder)
-    settings = ServiceSettings(drain_seconds=0.0, max_queued_nonces=4 * config.batch_size, stall_seconds=600.0)
+    room = 2 * OUTSTANDING_PROOFS * config.batch_size  # of which one submitter takes half
+    settings = ServiceSettings(drain_seconds=0.0, max_queued_nonces=room, stall_seconds=600.0)
     return ProofWorker(manager, device, *sinks, settings)
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def with_this_package() -> dict[str, str]:
+    """Return the variables of this process, by which another Python imports this very package wherever it runs."""
+    search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+
+
 @dataclass
 class ServerProcess:
     """A started server: its process, the URL where it answers, and its log."""
@@ -42,6 +48,24 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+
+    @classmethod
+    def started(cls, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path) -> ServerProcess:
+        """Start a command that serves on a port of loopback; its output goes to ``log``, in whose folder it runs.
+
+        It has a session of its own: Ctrl-C reaches only who started it, who then stops it properly.
+        """
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=log.parent,
+                env=environment,
+                start_new_session=True,
+            )
+        return cls(process, f"http://{HOST}:{port}", log)
 
     def end_of_log(self) -> str:
         """Return the last lines that the server wrote."""
@@ -118,24 +142,11 @@ def serving(
     command = [sys.executable, "-m", "poc_kernels.cli", "serve", "--model", model, "--device", device]
     command += ["--random-projection", "--host", HOST, "--port", str(port), "--served-name", SERVED_NAME]
     command += [] if dtype is None else ["--dtype", dtype]
-    # The server must import this very package: Python looks first into its working directory, which is the log's.
-    search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), CALLBACK_KEY_VARIABLE: callback_key}
+    environment = {**with_this_package(), CALLBACK_KEY_VARIABLE: callback_key}
     environment["NO_PROXY"] = ",".join(filter(None, [HOST, os.environ.get("NO_PROXY")]))  # callbacks go to loopback
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
-    with log.open("wb") as output:
-        # A session of its own: Ctrl-C reaches only the demonstration, which then stops the server properly.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=log.parent,
-            env=environment,
-            start_new_session=True,
-        )
-    server = ServerProcess(process, f"http://{HOST}:{port}", log)
+    server = ServerProcess.started(command, environment, port, log)
     try:
         server.wait_ready(ready_seconds)
         yield server
