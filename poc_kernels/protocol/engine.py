@@ -36,6 +36,8 @@ class Engine(Protocol):
     """Longest sequence that the model takes."""
     dtype: torch.dtype
     """dtype of input embeddings and hidden states: float32, bfloat16 or float16."""
+    model_type: str
+    """The kind of model, as transformers' configurations name it; empty where none does."""
     device: torch.device
     """Where input embeddings are taken, and hidden states given."""
 

@@ -11,9 +11,13 @@ from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .distances.form import DISTANCES
 from .distances.prover import DistanceProver
+from .fingerprint.form import FINGERPRINT
+from .fingerprint.prover import FingerprintProver
 from .form import ProofForm
 from .prover import Outcomes, Row
 from .shared_work import SharedWork
+from .vectors.form import VECTORS
+from .vectors.prover import VectorProver
 
 
 class FormProver(Protocol):
@@ -33,19 +37,25 @@ class FormEntry:
     Attributes:
         form: what a round knows of it.
         prover: makes what proves it on an engine.
-        wire: module that has its bodies of HTTP; it needs pydantic, which a round alone does not.
+        wire: module that has its bodies in the older wire of HTTP; None for a form that this wire does not know. It
+            needs pydantic, which a round alone does not.
     """
 
     form: ProofForm
     prover: Callable[[SharedWork], FormProver]
-    wire: str
+    wire: str | None = None
 
     def load_wire(self) -> Any:
-        """Import and return the module that has its bodies of HTTP."""
-        return importlib.import_module(self.wire, __package__)
+        """Import and return the module that ``wire`` names, or None."""
+        return None if self.wire is None else importlib.import_module(self.wire, __package__)
 
 
 FORMS: Mapping[str, FormEntry] = {
-    entry.form.name: entry for entry in (FormEntry(DISTANCES, DistanceProver.on, ".distances.wire"),)
+    entry.form.name: entry
+    for entry in (
+        FormEntry(DISTANCES, DistanceProver.on, ".distances.wire"),
+        FormEntry(VECTORS, VectorProver),
+        FormEntry(FINGERPRINT, FingerprintProver),
+    )
 }
 """By the name that `PoCConfig.proof` has; the first is the default."""

@@ -31,6 +31,7 @@ _ADD = 0xE6546B64 - 2**32
 # Numbers worked on at once: what fits the caches of a CPU; a GPU wants fewer, larger launches.
 _CHUNK_CPU = 2**16
 _CHUNK_DEVICE = 2**24
+_SEGMENTS = 8
 _CHECKED_SEEDS = (0, 1, 2**31, 2**32 - 1)
 _CHECKED_COUNT = 10_001
 
@@ -45,6 +46,12 @@ def seed32(text: str) -> int:
 def inputs_seed(block_hash: str, public_key: str, nonce: int) -> int:
     """Return the seed of a nonce's inputs."""
     return seed32(f"{block_hash}_{public_key}_nonce{nonce}")
+
+
+def stronger_seeds(block_hash: str, public_key: str, nonce: int) -> tuple[int, ...]:
+    """Return the eight seeds of a nonce's inputs in a round with the stronger generator; the first is `inputs_seed`."""
+    digest = hashlib.sha256(f"{block_hash}_{public_key}_nonce{nonce}".encode()).digest()
+    return tuple(int.from_bytes(digest[at : at + 4], "big") for at in range(0, len(digest), 4))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -101,6 +108,21 @@ def normal(
     column = _seed_column(seeds, device)
     kernels = _kernels(device)
     return _plain_normal(column, count, dtype) if kernels is None else kernels.normal(column, count, dtype)
+
+
+def stronger_normal(
+    seeds: Sequence[Sequence[int]], count: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draw as `normal`, [len(seeds), count], each row in eight segments of one length under the row's eight seeds.
+
+    The last segments are shorter, or missing, where eight does not divide ``count``.
+    """
+    segment = (count + _SEGMENTS - 1) // _SEGMENTS
+    x = torch.empty(len(seeds), count, dtype=dtype, device=device)
+    for place, start in enumerate(range(0, count, segment)):
+        part = x[:, start : start + segment]
+        part.copy_(normal([row[place] for row in seeds], part.shape[1], device, dtype))
+    return x
 
 
 def _plain_normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -62,9 +62,8 @@ class SharedWork:
         with parts.part("inputs"):
             self._set_block(config.block_hash)
             x = torch.empty(len(rows), config.seq_len, engine.hidden_size, dtype=engine.dtype, device=engine.device)
-            seeds = [inputs.inputs_seed(config.block_hash, *row) for row in rows]
             for some in self.pieces.of("inputs", len(rows), length, parts.pause, at_once=DRAWN_AT_ONCE // length):
-                x[some] = inputs.normal(seeds[some], length, engine.device, engine.dtype).view_as(x[some])
+                x[some] = _drawn(config, rows[some], length, engine).view_as(x[some])
         self.project(config, x.view(-1, engine.hidden_size), self.projection.pre, parts)
         return x
 
@@ -113,6 +112,15 @@ class SharedWork:
             seeds = list(range(PoCConfig.batch_size))
             x = inputs.normal(seeds, length * engine.hidden_size, engine.device, engine.dtype)
             engine.forward(x.view(len(seeds), length, engine.hidden_size))
+
+
+def _drawn(config: PoCConfig, rows: Sequence[Row], length: int, engine: Engine) -> Tensor:
+    """Draw inputs [len(rows), length] by the generator that the round wants."""
+    if config.stronger_rng:
+        stronger = [inputs.stronger_seeds(config.block_hash, *row) for row in rows]
+        return inputs.stronger_normal(stronger, length, engine.device, engine.dtype)
+    seeds = [inputs.inputs_seed(config.block_hash, *row) for row in rows]
+    return inputs.normal(seeds, length, engine.device, engine.dtype)
 
 
 def filled(config: PoCConfig, rows: Sequence[Row]) -> list[Row]:

@@ -33,7 +33,7 @@ from .round_service import RoundService
 
 logger = logging.getLogger("poc_kernels")
 
-WIRES = {name: entry.load_wire() for name, entry in FORMS.items()}
+WIRES = {name: wire for name, entry in FORMS.items() if (wire := entry.load_wire()) is not None}
 """How each proof form is told in HTTP: a module with ProofBody and ValidateAnswer."""
 
 _Result = TypeVar("_Result")

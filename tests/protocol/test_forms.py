@@ -13,7 +13,7 @@ ROWS = [Row("key", 3), Row("other", 3), Row("key", 2**40)]
 def test_entries_of_the_table(name):
     entry = FORMS[name]
     assert entry.form.name == name
-    assert entry.load_wire().__doc__
+    assert (entry.load_wire() is None) == (name != "distances")
     assert EngineProver.forms[name] is entry.form
 
 

@@ -10,6 +10,7 @@ class SmallEngine:
 
     max_positions = 64
     layers = 1
+    model_type = "small"
     slices = None
 
     def __init__(self, hidden_size=24, vocab_size=101, dtype=torch.float32, device="cpu", seed=0):

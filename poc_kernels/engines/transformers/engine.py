@@ -101,6 +101,7 @@ class TransformersEngine:
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int = max_positions(model.config)
+        self.model_type: str = text_config.model_type
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.repeated = RepeatedForward(

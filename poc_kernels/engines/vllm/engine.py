@@ -56,6 +56,7 @@ class VllmEngine:
         self.hidden_size: int = model_config.get_hidden_size()
         self.vocab_size: int = model_config.get_vocab_size()
         self.max_positions: int = model_config.max_model_len
+        self.model_type: str = getattr(model_config.hf_text_config, "model_type", "")
         self.dtype: torch.dtype = model_config.dtype
         self.device = torch.device(runner.device)
         self.vllm_config = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import PoCConfig
+from ..limits import check_length
 
 
 def check_fits(config: PoCConfig, *, max_positions: int, vocab_size: int, max_logits: int | None) -> None:
@@ -14,8 +15,7 @@ def check_fits(config: PoCConfig, *, max_positions: int, vocab_size: int, max_lo
         vocab_size: logits per row.
         max_logits: bound on batch_size * vocab_size; None for no bound.
     """
-    if config.seq_len > max_positions:
-        raise ValueError(f"seq_len must be at most the {max_positions} positions of the model, got {config.seq_len}")
+    check_length(config, max_positions)
     rows = config.batch_size if max_logits is None else max(1, max_logits // vocab_size)
     if config.batch_size > rows:
         raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")

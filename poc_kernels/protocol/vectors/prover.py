@@ -1,0 +1,64 @@
+"""Vectors of nonces on an engine: one forward of fixed shape, with a reflection after every decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...scheduling.slices import Pause
+from ..artifacts.tensors import texts
+from ..config import PoCConfig
+from ..limits import check_length
+from ..prover import Outcomes, Row
+from ..shared_work import Parts, SharedWork, filled
+from .form import VECTORS
+from .reflections import Reflections
+from .vector import picks, rotation_axes, vectors
+
+_ROUTED_BY_TOKENS = ("deepseek_v4",)
+"""Model types for which the network's nodes hand in token ids beside the input embeddings."""
+
+
+class VectorProver:
+    """Computes vectors on the engine of ``work``."""
+
+    def __init__(self, work: SharedWork) -> None:
+        self.work, self.engine = work, work.engine
+        self._reflections: Reflections | None = None
+
+    def check(self, config: PoCConfig) -> None:
+        """Raise a ValueError if the engine cannot compute vectors, or the round does not fit it."""
+        engine = self.engine
+        if engine.model_type in _ROUTED_BY_TOKENS:
+            raise ValueError(
+                f"proof must be another form than vectors for a model of type {engine.model_type}, which routes by "
+                "token ids: the engine takes input embeddings alone"
+            )
+        _ = engine.layers  # raises where a transform after each is not possible
+        check_length(config, engine.max_positions)
+        k = VECTORS.k_dim_of(config)
+        if k > engine.hidden_size:
+            raise ValueError(f"k_dim must be at most the hidden size {engine.hidden_size} of the model, got {k}")
+
+    @torch.inference_mode()
+    def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
+        """Compute the vectors of 1 to batch_size rows: texts, None for a row without."""
+        engine, work, k = self.engine, self.work, VECTORS.k_dim_of(config)
+        work.pieces.forget_unread()
+        parts = Parts(VECTORS.parts, engine.device, pause)
+        x = work.inputs(config, filled(config, rows), parts)
+        with parts.part("forward"):
+            if self._reflections is None:
+                self._reflections = Reflections(engine)
+            self._reflections.set_block(config.block_hash)
+            states = engine.forward(x, parts.pause, self._reflections)
+            hidden = states[: len(rows), -1].clone(memory_format=torch.contiguous_format)
+            parts.pause()
+        work.project(config, hidden, work.projection.post, parts)
+        with parts.part("vectors"):
+            picked = picks(config.block_hash, rows, engine.hidden_size, k, engine.device)
+            axes = rotation_axes(config.block_hash, rows, k, engine.device)
+            artifacts = texts(vectors(hidden, picked, axes))
+        work.pieces.read()
+        return Outcomes(artifacts, parts.seconds())

@@ -1,0 +1,242 @@
+"""Fingerprints: known answers, other models by hand, and the same fingerprint in every batch."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import artifact_oracle
+import numpy as np
+import poc2_oracle
+import pytest
+import torch
+from artifact_oracle import decoded
+from helpers import assert_same_bits
+from identity_engine import IdentityEngine
+from small_engine import SmallEngine
+
+from poc_kernels import RandomProjection, random_projection
+from poc_kernels.protocol import EngineProver, PoCConfig, PoCManager, Row
+from poc_kernels.protocol.fingerprint.flips import Flips
+from poc_kernels.protocol.fingerprint.mix import mixed, pairs_of, read
+from poc_kernels.protocol.fingerprint.signs import flips_seed, mix_seed, sign_bits
+from poc_kernels.protocol.inputs import nonce_inputs
+
+KNOWN = json.loads((Path(__file__).parents[2] / "data" / "fingerprint.json").read_text())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def config(**changes):
+    values = {"block_hash": "block", "block_height": 7, "public_key": "key", "proof": "fingerprint", "seq_len": 16}
+    return PoCConfig(**{"batch_size": 4, **values, **changes})
+
+
+def signs(text):
+    return [0 if sign == "+" else 1 for sign in text]
+
+
+# ---- known answers ----
+
+
+@pytest.mark.parametrize("case", KNOWN["bits"], ids=lambda case: f"{case['nonce']}")
+def test_known_flips(case, device):
+    seed = flips_seed(case["block_hash"], case["public_key"], case["nonce"])
+    bits = sign_bits([1, seed], case["layer"] + 1, case["D"], device)
+    assert bits.shape == (2, case["layer"] + 1, case["D"])
+    assert bits[1, case["layer"]].tolist() == signs(case["signs"])
+
+
+@pytest.mark.parametrize("case", KNOWN["mix"], ids=lambda case: f"{case['nonce']}")
+def test_known_signs_of_pairs(case, device):
+    seed = mix_seed(case["block_hash"], case["public_key"], case["nonce"])
+    assert sign_bits([seed], 1, case["pairs"], device)[0, 0].tolist() == signs(case["signs"])
+
+
+@pytest.mark.parametrize("case", KNOWN["identity_model"], ids=lambda case: f"{case['nonce']}")
+def test_known_fingerprints_of_the_identity_model(case):
+    engine = IdentityEngine(case["D"], case["layers"])
+    of = config(block_hash=case["block_hash"], public_key=case["public_key"], seq_len=case["S"])
+    row = Row(case["public_key"], case["nonce"])
+    prover = EngineProver(engine)
+    prover.check(of)
+    computed = prover.prove(of, [row])
+    assert np.linalg.norm(decoded(computed.values[0]) - decoded(case["vector_b64"])) < 2e-3
+    assert set(computed.part_seconds) == {"inputs", "projection", "forward", "mix"}
+    flips = Flips(engine, 1)
+    flips.draw(slice(0, 1), [flips_seed(of.block_hash, *row)])
+    hidden = engine.forward(
+        nonce_inputs(of.block_hash, row.public_key, [row.nonce], case["S"], case["D"]), after_layer=flips
+    )
+    u = mixed(hidden[:, 8 : 8 + 2 * pairs_of(case["S"])], [mix_seed(of.block_hash, *row)])
+    known = np.array(case["u_start"])
+    assert np.abs(u[0, :4].double().numpy() - known).max() <= 2e-6 * float(u.abs().max())
+    seed = RandomProjection.from_block_hash(of.block_hash, case["D"]).seed
+    y = random_projection(u, seed, 64, domain=2, std=1.0)
+    assert np.allclose(y[0, :4].double().numpy(), case["y_start"], rtol=0, atol=1e-4 * float(y.abs().max()))
+
+
+# ---- other models ----
+
+
+@pytest.mark.parametrize(
+    ("dim", "seq_len", "layers", "dtype"),
+    [
+        (40, 16, 1, torch.float32),
+        (130, 19, 3, torch.float32),
+        (24, 301, 2, torch.float32),
+        (72, 33, 4, torch.bfloat16),
+        (72, 18, 4, torch.float16),
+    ],
+)
+def test_against_the_definition(dim, seq_len, layers, dtype, device):
+    rows = [Row("one", 3), Row("two", 2**40)]
+    computed = EngineProver(IdentityEngine(dim, layers, dtype, device)).prove(config(seq_len=seq_len), rows).values
+    for row, text in zip(rows, computed, strict=True):
+        x = poc2_oracle.inputs("block", *row, seq_len, dim)
+        expected = artifact_oracle.fingerprint(x, "block", *row, layers=layers, dtype=dtype)
+        assert np.linalg.norm(decoded(text) - expected) < 3e-3
+
+
+@pytest.mark.parametrize(("seq_len", "pairs"), [(16, 4), (17, 4), (18, 5), (256, 124), (301, 146)])
+def test_pairs_of_positions(seq_len, pairs):
+    assert pairs_of(seq_len) == pairs
+    assert len([t for t in range(8, seq_len, 2) if t + 1 < seq_len]) == pairs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flips_change_signs_and_nothing_else(dtype, device):
+    layers, rows, dim = 3, 4, 200
+    flips = Flips(IdentityEngine(dim, layers, dtype, device), rows)
+    place = flips.masks.data_ptr()
+    seeds = [flips_seed("block", "key", nonce) for nonce in range(rows)]
+    for some in (slice(1, 4), slice(0, 1)):
+        flips.draw(some, seeds[some])
+    assert flips.masks.data_ptr() == place
+    states = torch.randn(rows, 5, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    states[0, 0, :4] = torch.tensor([0.0, -0.0, float("inf"), 65504.0])
+    for layer in range(layers):
+        expected = torch.stack(
+            [torch.tensor(artifact_oracle.flips("block", "key", n, layer, dim)) for n in range(rows)]
+        )
+        before = states.clone()
+        assert flips(layer, states) is states
+        assert_same_bits(states, before * expected[:, None].to(device, dtype))
+
+
+def test_the_sum_is_float64_and_rounded_once(device):
+    """Differences are float32 before that."""
+    states = torch.zeros(1, 8, 3)
+    states[0, :, 0] = torch.tensor([1e8, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    states[0, :, 1] = torch.tensor([1.0, 2.0**-30, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    seed = next(seed for seed in range(10**6) if not sign_bits([seed], 1, 4).any())
+    mix = mixed(states.to(device), [seed])
+    assert mix.dtype == torch.float32
+    assert mix.tolist() == [[float(np.float32(1e8 + 3)), 1.0, 0.0]]
+
+
+def test_what_is_read_has_norm_1(device):
+    seed = RandomProjection.from_block_hash("block", 24, device=device).seed
+    mix = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(device) * 1e20
+    units = read(mix, seed)
+    assert units.shape == (5, 64)
+    assert (units.double().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+# ---- rounds ----
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fingerprint_does_not_depend_on_its_batch(dtype, projection, device):
+    engine = SmallEngine(dtype=dtype, device=device)
+    prover = EngineProver(engine)
+    of = config(batch_size=6, seq_len=27, use_random_projection=projection)
+    rows = [Row("one", nonce) for nonce in range(4)] + [Row("two", 1), Row("two", 2)]
+    together = prover.prove(of, rows).values
+    assert None not in together
+    assert len(set(together)) == 6
+    order = [4, 0, 5, 2, 1, 3]
+    assert prover.prove(of, [rows[place] for place in order]).values == [together[place] for place in order]
+    for row, text in zip(rows, together, strict=True):
+        assert prover.prove(of, [row]).values == [text]
+    others = dataclasses.replace(of, use_random_projection=not projection)
+    assert set(prover.prove(others, rows).values).isdisjoint(together)
+    assert EngineProver(engine, slice_seconds=1e-9).prove(of, rows).values == together
+
+
+def test_forms_take_turns_on_one_engine():
+    engine = SmallEngine()
+    together = EngineProver(engine)
+    rows = [Row("key", 1), Row("key", 2)]
+    rounds = [config(seq_len=20, proof=proof, r_target=1.4) for proof in ("distances", "vectors", "fingerprint")]
+    rounds += [dataclasses.replace(of, block_hash="other", use_random_projection=True) for of in rounds]
+    alone = [EngineProver(engine).prove(of, rows).values for of in rounds]
+    for of, expected in [*zip(rounds, alone, strict=True)] * 2:
+        assert together.prove(of, rows).values == expected
+
+
+def test_every_forward_of_a_shape_has_one_transform():
+    engine = IdentityEngine(32, 2)
+    prover = EngineProver(engine)
+    for block in ("one", "two"):
+        prover.prove(config(block_hash=block), [Row("key", 1)])
+    prover.prove(config(batch_size=3), [Row("key", 1)])
+    first, second, third = engine.transforms
+    assert first is second is not third
+
+
+def test_what_stands_around_the_model():
+    """Projections before the model, and after it at every position that is mixed, in float32."""
+    engine = IdentityEngine(48, 2, torch.bfloat16)
+    of, row = config(seq_len=21, use_random_projection=True), Row("key", 5)
+    projection = RandomProjection.from_block_hash("block", 48)
+    flips = Flips(engine, 1)
+    flips.draw(slice(0, 1), [flips_seed("block", *row)])
+    hidden = engine.forward(
+        projection.pre(nonce_inputs("block", "key", [5], 21, 48, dtype=torch.bfloat16)), after_layer=flips
+    )
+    mix = mixed(projection.post(hidden[:, 8:20].float()), [mix_seed("block", *row)])
+    (expected,) = read(mix, projection.seed).to(torch.float16).tolist()
+    (text,) = EngineProver(engine).prove(of, [row]).values
+    assert decoded(text).tolist() == expected
+
+
+@pytest.mark.parametrize(("value", "missing"), [(float("nan"), True), (float("inf"), True), (0.0, True)])
+def test_a_row_without_an_artifact(value, missing):
+    engine = IdentityEngine(32, 1)
+    rows = [Row("key", nonce) for nonce in range(3)]
+    expected = EngineProver(engine).prove(config(), rows).values
+
+    def spoil(states):
+        states[1, 8:] = value
+
+    engine.between = spoil
+    for projection in (False, True):
+        of = config(use_random_projection=projection)
+        assert (EngineProver(engine).prove(of, rows).values[1] is None) == missing
+    assert EngineProver(engine).prove(config(), rows).values == [expected[0], None, expected[2]]
+
+
+def test_one_position_that_is_not_finite_leaves_no_artifact():
+    engine = IdentityEngine(32, 1)
+
+    def spoil(states):
+        states[:, 11, 3] = float("nan")
+
+    engine.between = spoil
+    assert EngineProver(engine).prove(config(), [Row("key", 1)]).values == [None]
+
+
+def test_a_round_on_a_manager():
+    m = PoCManager(EngineProver(SmallEngine()))
+    m.start_round(config(node_id=1, node_count=2))
+    proof = m.run_batch()
+    verdict = m.validate(proof)
+    assert (verdict.n_total, verdict.n_mismatch, verdict.p_value) == (4, 0, 1.0)
+    m.start_round(config(public_key="other", node_id=1, node_count=2))
+    others = dataclasses.replace(m.run_batch(), public_key="key")
+    assert m.validate(others).mismatch_nonces == proof.nonces
+
+
+def test_inputs_that_are_too_long():
+    with pytest.raises(ValueError, match="seq_len must be at most the 64 positions of the model, got 65"):
+        EngineProver(SmallEngine()).check(config(seq_len=65))
