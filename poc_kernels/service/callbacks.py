@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -200,7 +200,9 @@ class CallbackSender:
                 self._soon(self._spawn, destination)
             self._thread.start()
 
-    def generated(self, url: str, body: Mapping[str, Any], *, per_nonce: tuple[str, ...]) -> None:
+    def generated(
+        self, url: str, body: Mapping[str, Any], *, per_nonce: tuple[str, ...], nonces: Sequence[int] | None = None
+    ) -> None:
         """Send proofs to {url}/generated; returns at once.
 
         Consecutive deliveries may share a post if their bodies differ in nothing except the lists named by per_nonce.
@@ -208,17 +210,17 @@ class CallbackSender:
         Args:
             url: the round's callback_url. One that nothing can be posted to is treated like a dead receiver.
             body: JSON; copied.
-            per_nonce: names of the lists in body that have one value per nonce, as the proof form has them; the first
-                name is "nonces".
+            per_nonce: names of the lists in body that have one value per nonce, as the proof form has them.
+            nonces: of the body, where it has no list of them; by default the list "nonces", the first of per_nonce.
 
         Raises:
             TypeError, ValueError: url is not a str, or body and per_nonce do not fit (see `Delivery`).
         """
-        self._add(GENERATED, url, Delivery(body, per_nonce))
+        self._add(GENERATED, url, Delivery(body, per_nonce, nonces))
 
-    def validated(self, url: str, body: Mapping[str, Any]) -> None:
-        """Send a verdict (JSON with the list nonces) to {url}/validated, alone; otherwise like `generated`."""
-        self._add(VALIDATED, url, Delivery(body, ("nonces",)))
+    def validated(self, url: str, body: Mapping[str, Any], nonces: Sequence[int] | None = None) -> None:
+        """Send a verdict to {url}/validated, alone; otherwise like `generated`."""
+        self._add(VALIDATED, url, Delivery(body, ("nonces",) if nonces is None else (), nonces))
 
     def pending(self) -> int:
         """Return the number of deliveries not yet accepted, including those in flight."""

@@ -13,7 +13,7 @@ import math
 import random
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, TypeGuard
@@ -91,25 +91,43 @@ class Delivery:
 
     Args:
         body: JSON; copied.
-        per_nonce: names of the lists in body that have one value per nonce; the first name is "nonces".
+        per_nonce: names of the lists in body that have one value per nonce.
+        nonces: of the body, where it has no list of them; by default the list "nonces", the first of per_nonce.
 
     Raises:
         TypeError, ValueError: body is not JSON, one of the lists is missing or has another length than the nonces, or
-            per_nonce does not begin with "nonces".
+            per_nonce does not begin with "nonces" though nonces is None.
     """
 
-    __slots__ = ("arrival", "arrived", "common", "due", "goes_after", "per_nonce", "post_id", "refused", "waiting")
+    __slots__ = (
+        "arrival",
+        "arrived",
+        "common",
+        "due",
+        "goes_after",
+        "nonces",
+        "per_nonce",
+        "post_id",
+        "refused",
+        "waiting",
+    )
 
-    def __init__(self, body: Mapping[str, Any], per_nonce: tuple[str, ...]) -> None:
+    def __init__(
+        self, body: Mapping[str, Any], per_nonce: tuple[str, ...], nonces: Sequence[int] | None = None
+    ) -> None:
         if not isinstance(body, Mapping):
             raise TypeError(f"body must be a mapping, got {type(body).__name__}")
-        if not isinstance(per_nonce, tuple) or per_nonce[:1] != ("nonces",):
+        if not isinstance(per_nonce, tuple) or (nonces is None and per_nonce[:1] != ("nonces",)):
             raise ValueError(f'per_nonce must be a tuple of names that begins with "nonces", got {per_nonce!r}')
         self.common: dict[str, Any] = _copied(dict(body))
         self.per_nonce: dict[str, list[Any]] = {name: self.common.pop(name, None) for name in per_nonce}
         for name, values in self.per_nonce.items():
             if not isinstance(values, list):
                 raise TypeError(f"body[{name!r}] must be a list, got {type(values).__name__}")
+        listed = self.per_nonce.get("nonces")
+        self.nonces: list[Any] = list(nonces or ()) if listed is None else listed
+        """Nonces of the body."""
+        for name, values in self.per_nonce.items():
             if len(values) != len(self.nonces):
                 raise ValueError(
                     f"body[{name!r}] must have {len(self.nonces)} values, one per nonce, got {len(values)}"
@@ -128,11 +146,6 @@ class Delivery:
         """If refused: the arrival of the last delivery that goes before it."""
         self.post_id = ""
         """The id of the post that it was last part of, if that may be repeated: with the same deliveries."""
-
-    @property
-    def nonces(self) -> list[Any]:
-        """Nonces of the body."""
-        return self.per_nonce["nonces"]
 
     @property
     def weight(self) -> int:

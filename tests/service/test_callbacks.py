@@ -188,6 +188,27 @@ def test_the_lists_that_the_proof_form_names_are_joined(receiver, senders):
     assert receiver.contents() == [{"block_hash": "b", "nonces": [1, 2, 3], "artifacts": ["a1", "a2", "a3"]}]
 
 
+def test_nonces_may_stand_in_no_list_of_their_own(receiver, senders):
+    """They are counted and logged all the same, and what is said of each is merged."""
+    sender = senders(flush_seconds=60.0)
+    for nonces in ([1, 2], [5]):
+        body = {"public_key": "key", "artifacts": [{"nonce": nonce, "vector_b64": "AAA="} for nonce in nonces]}
+        sender.generated(receiver.url, body, per_nonce=("artifacts",), nonces=nonces)
+    sender.validated(receiver.url, {"n_total": 3, "n_mismatch": 0}, [1, 2, 5])
+    assert (sender.pending(), sender.pending_nonces()) == (3, 6)
+    sender.start()
+    sender.close(SECONDS)
+    told = [{"nonce": nonce, "vector_b64": "AAA="} for nonce in (1, 2, 5)]
+    assert receiver.contents(path="/generated") == [{"public_key": "key", "artifacts": told}]
+    assert receiver.contents(path="/validated") == [{"n_total": 3, "n_mismatch": 0}]
+    assert sorted(sender.observer.of("delivered")) == [("generated", 3), ("validated", 3)]
+
+
+def test_lists_of_another_length_than_the_nonces_are_refused(senders):
+    with pytest.raises(ValueError, match=r"body\['artifacts'\] must have 2 values, one per nonce, got 1"):
+        senders().generated("http://127.0.0.1:1", {"artifacts": [1]}, per_nonce=("artifacts",), nonces=[1, 2])
+
+
 def test_proofs_with_other_per_nonce_lists_are_not_merged(receiver, senders):
     sender = senders()
     bodies = [
