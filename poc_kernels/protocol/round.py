@@ -10,8 +10,9 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..scheduling.slices import Pause
 from .config import PoCConfig
@@ -70,11 +71,18 @@ class Validation:
         round: the one that the proof belongs to, however late its forwards are.
         proof: what a node claims.
         outcomes: those recomputed so far, of the first nonces of the proof. `PoCManager.recompute` alone adds to them.
+        request: the configuration that it came with, if it is of no round that the node was begun with.
     """
 
     round: Round
     proof: Any
     outcomes: list[Any] = dataclasses.field(default_factory=list)
+    request: PoCConfig | None = None
+
+    @property
+    def config(self) -> PoCConfig:
+        """The configuration that it is judged by."""
+        return self.round.config if self.request is None else self.request
 
     @property
     def left(self) -> int:
@@ -108,6 +116,7 @@ class PoCManager:
         self._max_listed = max_listed
         self._state = PoCState.IDLE
         self._round: Round | None = None
+        self._requested: WeakValueDictionary[Hashable, Round] = WeakValueDictionary()
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         self._compute_lock = threading.Lock()
@@ -130,6 +139,16 @@ class PoCManager:
         forms = self.prover.forms
         return next(iter(forms.values())) if config is None else forms[config.proof]
 
+    def check(self, config: PoCConfig) -> ProofForm:
+        """Return the proof form of a configuration that the prover can prove.
+
+        Raises:
+            ValueError: it does not fit the form or the prover.
+        """
+        form = form_of(config, self.prover.forms)
+        self.prover.check(config)
+        return form
+
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after every change of the state or the round, in the thread that made it."""
         self._listeners.append(listener)
@@ -143,28 +162,35 @@ class PoCManager:
         Raises:
             ValueError: the configuration does not fit the prover.
         """
-        self._begin(config, PoCState.IDLE)
+        self._begin(config, PoCState.IDLE, replace=True)
 
-    def start_round(self, config: PoCConfig, phase: PoCState = PoCState.GENERATING) -> None:
+    def start_round(self, config: PoCConfig, phase: PoCState = PoCState.GENERATING, *, replace: bool = True) -> None:
         """Begin a round in ``phase``, GENERATING or VALIDATING.
 
         What is being computed for another round is thrown away. A round of this very configuration that was begun and
         not stopped goes on, in this phase.
 
+        Args:
+            config: of the round.
+            phase: that it begins in.
+            replace: begin it also while a round generates, of whatever configuration.
+
         Raises:
             ValueError: the configuration does not fit the prover, or lacks node_id and node_count to generate.
+            IllegalTransitionError: a round generates, and is not to be replaced.
         """
         self._check_phase(phase)
-        self._begin(config, phase)
+        self._begin(config, phase, replace)
 
-    def _begin(self, config: PoCConfig, state: PoCState) -> None:
+    def _begin(self, config: PoCConfig, state: PoCState, replace: bool) -> None:
         if not isinstance(config, PoCConfig):
             raise TypeError(f"config must be a PoCConfig, got {type(config).__name__}")
-        form_of(config, self.prover.forms)
-        self.prover.check(config)
+        self.check(config)
         self._check_can_enter(config, state)
         with self._lock:
             current = self._round
+            if not replace and self._state == PoCState.GENERATING:
+                raise IllegalTransitionError("Already generating")
             if current is None or current.config != config or self._state == PoCState.STOPPED:
                 if current is not None:
                     current.ended = True
@@ -317,26 +343,37 @@ class PoCManager:
                     del current.valid_nonces[:excess], current.valid_outcomes[:excess]
         return config, proof, valid
 
-    def validation(self, proof: Any) -> Validation:
+    def validation(self, proof: Any, config: PoCConfig | None = None) -> Validation:
         """Return what `recompute` and `verdict` take to validate ``proof``.
 
+        Args:
+            proof: what a node claims.
+            config: what it is validated by, in any state and whatever round comes or ends; None for the round.
+
         Raises:
-            IllegalTransitionError, TypeError, ValueError: as `validate`.
+            IllegalTransitionError, TypeError, ValueError: as `validate`; or ``config`` does not fit the prover.
         """
-        current = self._round
+        current = self._round if config is None else self._round_of_requests(config)
         if current is None:
             raise IllegalTransitionError("No round configured: validate needs a round, none was begun")
-        proof_type = self.form(current.config).proof_type
+        wanted_of = current.config if config is None else config
+        proof_type = self.form(wanted_of).proof_type
         if not isinstance(proof, proof_type):
             raise TypeError(f"batch must be a {proof_type.__name__}, got {type(proof).__name__}")
         for name in ("block_hash", "block_height"):
-            wanted, got = getattr(current.config, name), getattr(proof, name)
+            wanted, got = getattr(wanted_of, name), getattr(proof, name)
             if got != wanted:
                 mismatch = name.replace("_", " ").capitalize()
                 raise ValueError(
                     f"{mismatch} mismatch: {name} of the batch must be the round's, {wanted!r}, got {got!r}"
                 )
-        return Validation(current, proof)
+        return Validation(current, proof, request=config)
+
+    def _round_of_requests(self, config: PoCConfig) -> Round:
+        """Return the round that all requests share whose rows may share a forward, while there are any."""
+        self.check(config)
+        with self._lock:
+            return self._requested.setdefault(config.forward_key(), Round(dataclasses.replace(config)))
 
     def recompute(
         self, shares: Sequence[tuple[Validation, int]], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
@@ -382,7 +419,7 @@ class PoCManager:
         if validation.left:
             raise ValueError(f"validation must have no nonces left to recompute, got {validation.left}")
         _check_validating(validation.round)
-        config = validation.round.config
+        config = validation.config
         return self.form(config).verdict(config, validation.proof, validation.outcomes)
 
     def validate(self, proof: Any) -> Any:
