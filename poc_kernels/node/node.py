@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import fields
+from importlib import metadata
 from typing import Any
 
 from ..engines.transformers import openai_app
@@ -68,7 +69,13 @@ class Node:
             low_priority=not pacing.paced,
         )
         self.service = RoundService(
-            self._prover, device, settings, troubles=[self.inference.trouble], loopback=is_loopback(settings.host)
+            self._prover,
+            device,
+            settings,
+            troubles=[self.inference.trouble],
+            loopback=is_loopback(settings.host),
+            models=[name, settings.model],
+            engine=f"transformers {metadata.version('transformers')}",
         )
         self.api = openai_app.build(self.inference)
         self.api.include_router(routes.poc_router(self.service))

@@ -27,6 +27,9 @@ from .errors import AdmissionError
 from .settings import ServiceSettings
 
 POC_PREFIX = "/api/v1/pow"
+MLNODE_PREFIX = "/api/v1/inference/pow"
+"""Where an MLNode, which the network puts before its engines, has the same routes."""
+POC_PREFIXES = (POC_PREFIX, MLNODE_PREFIX)
 _BODY_DONE = "poc_kernels.body_done"
 _MAX_SMALL_BODY = 1024
 """Bound on the bodies of routes that take none."""
@@ -73,7 +76,9 @@ def _none(scope: Scope) -> bool:
     return False
 
 
-_TAKES_BODY = posted_under(f"{POC_PREFIX}/init", f"{POC_PREFIX}/validate")
+_TAKES_BODY = posted_under(
+    *(f"{prefix}/{name}" for prefix in POC_PREFIXES for name in ("init", "validate", "generate"))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +280,7 @@ class Token:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = path_of(scope)
-        if path.startswith(POC_PREFIX) or (self._everywhere and path != _HEALTH):
+        if path.startswith(POC_PREFIXES) or (self._everywhere and path != _HEALTH):
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._token):
                 message = "this route asks for the node's bearer token"

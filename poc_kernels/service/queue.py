@@ -98,6 +98,11 @@ class ValidationJob:
         return self.validation.round
 
     @property
+    def of_request(self) -> bool:
+        """Whether it came with a configuration of its own, and ends with no round."""
+        return self.validation.request is not None
+
+    @property
     def nonces(self) -> int:
         """Number of nonces of the proof."""
         return len(self.validation.proof)

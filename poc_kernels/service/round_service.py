@@ -33,6 +33,9 @@ class RoundService:
         troubles: further watches for `troubles`: each returns why something makes no progress, or None. What they
             return is told to clients: the class of an error, not its text.
         loopback: whether users and rounds come from this machine alone: callbacks may then go to it.
+        models: names of the served model, the first of which is told; clients that name another one are refused. Empty
+            where any name will do.
+        engine: name and version of what computes, for clients.
     """
 
     def __init__(
@@ -42,8 +45,11 @@ class RoundService:
         settings: ServiceSettings,
         troubles: Sequence[Callable[[], str | None]] = (),
         loopback: bool = False,
+        models: Sequence[str] = (),
+        engine: str = "unknown",
     ) -> None:
         self.settings = settings
+        self.models, self.engine = tuple(models), engine
         self.metrics = Metrics(list(prover.forms.values()))
         self.manager = PoCManager(prover, self.metrics.batch)
         key = None if settings.callback_key is None else settings.callback_key.encode()
@@ -118,23 +124,27 @@ class RoundService:
             check_host("callback_url", config.callback_url, self._hosts)
         return config
 
-    def begin(self, values: dict[str, Any], state: PoCState, ignored: Sequence[str] = ()) -> None:
+    def begin(
+        self, values: dict[str, Any], state: PoCState, ignored: Sequence[str] = (), *, replace: bool = True
+    ) -> None:
         """Begin a round in state IDLE, GENERATING or VALIDATING; errors as `config` and `PoCManager.start_round`.
 
         Args:
             values: as `config`.
+            state: that it begins in.
             ignored: what else the client said, for the status.
+            replace: see `PoCManager.start_round`.
         """
         config = self.config(values)
         if state == PoCState.IDLE:
             self.manager.init_round(config)
         else:
-            self.manager.start_round(config, state)
+            self.manager.start_round(config, state, replace=replace)
         self._ignored = list(ignored)
 
-    def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
+    def enqueue(self, proof: Any, submitter: str, keep: bool = False, config: PoCConfig | None = None) -> ValidationJob:
         """Queue a proof to be validated: see `ProofWorker.enqueue`."""
-        return self.worker.enqueue(proof, submitter, keep)
+        return self.worker.enqueue(proof, submitter, keep, config)
 
     def refuses_users(self) -> tuple[str, str, int] | None:
         """Return (code, message, Retry-After in seconds) while users are refused, else None."""
@@ -150,13 +160,19 @@ class RoundService:
     def status(self) -> dict[str, Any]:
         """Return state and progress of the round, of the validation queue and of the callbacks."""
         config, progress = self.manager.config, self.manager.status()
-        slices, pacing = self._prover.slices, self._device.pacing
         return {
             **progress,
             # As the network's clients read it; the model was loaded before the first request.
             "status": progress["state"],
             "is_model_initialized": True,
-            "config": None if config is None else _told(config),
+            "config": None if config is None else told_of(config),
+            **self.workload(),
+        }
+
+    def workload(self) -> dict[str, Any]:
+        """Return what the status says of every wire's rounds: what was ignored, what waits, callbacks."""
+        slices, pacing = self._prover.slices, self._device.pacing
+        return {
             "ignored": self._ignored,
             "queued_nonces": self.worker.queue.nonces,
             "validation": {
@@ -184,7 +200,7 @@ class RoundService:
         return self.metrics.text()
 
 
-def _told(config: PoCConfig) -> dict[str, Any]:
+def told_of(config: PoCConfig) -> dict[str, Any]:
     """Return what anybody may know of a configuration: of the callback_url its host alone."""
     told = dataclasses.asdict(config)
     url = told.pop("callback_url")

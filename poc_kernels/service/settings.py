@@ -158,13 +158,13 @@ class ServiceSettings:
         TypeError, ValueError: a setting has a value of another type, or out of its limit.
     """
 
-    random_projection: bool = setting(False, "use the projections in rounds that do not say whether to")
+    random_projection: bool = setting(False, "use the projections in rounds of distances that do not say whether to")
     # None: an engine that has bounds on users of its own keeps them.
     max_in_flight: int | None = setting(
         512, "maximum users' requests at once, half of it per client; more get 429", POSITIVE
     )
     max_body_bytes: int | None = setting(2**20, "maximum number of bytes of a body under /v1; more get 413", POSITIVE)
-    max_pow_body_bytes: int = setting(2**23, "maximum bytes of a body under /api/v1/pow; more get 413", POSITIVE)
+    max_pow_body_bytes: int = setting(2**23, "maximum bytes of a body of the PoC routes; more get 413", POSITIVE)
     max_bodies_bytes: int = setting(2**28, "maximum bytes of all bodies, half of it per client; more get 429", POSITIVE)
     body_seconds: float = setting(30.0, "seconds that a client has to send its body; then it gets 408", POSITIVE)
     max_queued_nonces: int = setting(100_000, "maximum nonces waiting to be validated; more get 429", POSITIVE)
@@ -198,7 +198,7 @@ class ServiceSettings:
     )
     allowed_origins: str | None = setting(None, "origins whose web pages may call, by commas; * for all", ORIGINS)
     guard_metrics: bool = setting(False, "ask for the token on all routes except users' and /health")
-    token: str | None = setting(None, "bearer token that routes under /api/v1/pow require", HEADER_TEXT, secret=True)
+    token: str | None = setting(None, "bearer token that the PoC routes require", HEADER_TEXT, secret=True)
     callback_key: str | None = setting(None, "key that signs callbacks", secret=True)
 
     def __post_init__(self) -> None:

@@ -97,14 +97,16 @@ class ProofWorker:
                 self._progressed = self._clock()  # the clock of a stall begins with the work
             self._condition.notify_all()
 
-    def enqueue(self, proof: Any, submitter: str, keep: bool = False) -> ValidationJob:
+    def enqueue(self, proof: Any, submitter: str, keep: bool = False, config: PoCConfig | None = None) -> ValidationJob:
         """Queue ``proof`` to be validated. Its future does not stop the work when nobody waits for it any more.
 
         A proof without nonces is judged at once: its job is done, and not kept.
 
         Args:
+            proof: what a node claims.
             submitter: the queue is fair between submitters.
             keep: keep the outcome for `ValidationQueue.get`.
+            config: what it is validated by; None for the round.
 
         Raises:
             QueueFullError: there is no room for it now.
@@ -112,7 +114,7 @@ class ProofWorker:
                 can ever wait.
             RoundEndedError: the worker is closed.
         """
-        validation = self._manager.validation(proof)
+        validation = self._manager.validation(proof, config)
         if validation.left == 0:
             return ValidationJob.judged(validation, submitter, self._manager.verdict(validation))
         job = self.queue.put(validation, submitter=submitter, keep=keep)
@@ -239,7 +241,7 @@ class ProofWorker:
         self._succeeded()
         if config.callback_url is not None and len(valid) > 0:
             body, per_nonce = self._manager.form(config).generated_body(config, valid)
-            self._callbacks.generated(config.callback_url, body, per_nonce=per_nonce)
+            self._callbacks.generated(config.callback_url, body, per_nonce=per_nonce, nonces=valid.nonces)
         return False
 
     def _validate_some(self) -> bool:
@@ -289,10 +291,25 @@ class ProofWorker:
             self._count_failure(error)
             self.queue.finish(job, error)
             return
-        config = job.round.config
-        if self.queue.finish(job, verdict) and config.callback_url is not None and verdict.judged:
-            body = self._manager.form(config).validated_body(config, verdict)
-            self._callbacks.validated(config.callback_url, body)
+        if self.queue.finish(job, verdict):
+            self._report(job, verdict)
+
+    def _report(self, job: ValidationJob, verdict: Any) -> None:
+        """Send a verdict to the callback_url; and what was computed for a request without claims."""
+        config = job.validation.config
+        url, form = config.callback_url, self._manager.form(config)
+        if url is None:
+            return
+        of_request = {"request_id": job.id} if job.of_request else {}
+        if verdict.judged:
+            body = {**form.validated_body(config, verdict), **of_request}
+            self._callbacks.validated(url, body, verdict.nonces)
+        elif job.of_request:
+            found = form.valid(config, verdict)
+            generated = form.generated_body(config, found)
+            self._callbacks.generated(
+                url, {**generated.body, **of_request}, per_nonce=generated.per_nonce, nonces=found.nonces
+            )
 
     def _count_failure(self, error: Exception) -> bool:
         """Count ``error`` of a validation if it is a failure of the device; return whether it is."""

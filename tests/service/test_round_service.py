@@ -26,8 +26,9 @@ from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, ProofForm, Rou
 from poc_kernels.protocol.distances import wire
 from poc_kernels.protocol.form import GeneratedBody, Histogram
 from poc_kernels.scheduling import Pacing, awake
-from poc_kernels.service import outbox, round_service, routes
+from poc_kernels.service import outbox, round_service
 from poc_kernels.service import worker as worker_module
+from poc_kernels.service.wires import answers, bodies, older
 
 POW = "/api/v1/pow"
 ROUND: dict[str, Any] = {
@@ -403,7 +404,7 @@ def test_a_form_whose_outcomes_are_words(
     monkeypatch.setenv("NO_PROXY", "*")
     form = dataclasses.replace(WORDS, histogram=histogram)
     monkeypatch.setattr(WordsProver, "forms", {"words": form})
-    monkeypatch.setitem(routes.WIRES, "words", wire)
+    monkeypatch.setitem(older.WIRES, "words", wire)
     with tiny_node(WordsProver()) as node:
         service = node.service
         service.begin({**ROUND, "proof": "words", "callback_url": receiver.url}, PoCState.GENERATING)
@@ -458,7 +459,7 @@ def test_proofs_are_checked_and_answered_in_threads(
 
         return call
 
-    monkeypatch.setattr(routes, "_parse", noted("parse", routes._parse))
+    monkeypatch.setattr(bodies, "_parse", noted("parse", bodies._parse))
     monkeypatch.setattr(wire.ProofBody, "proof", noted("proof", wire.ProofBody.proof))
     monkeypatch.setattr(wire.ValidateAnswer, "model_dump_json", noted("answer", wire.ValidateAnswer.model_dump_json))
     posted(http, "/init/validate", ROUND)
@@ -473,13 +474,13 @@ def test_the_status_is_written_in_a_thread(
     node: TinyNode, http: httpx2.Client, loop_thread: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
-    to_json = routes.to_json
+    to_json = answers.to_json
 
     def noted(content: Any) -> bytes:
         threads.append(threading.get_ident())
         return to_json(content)
 
-    monkeypatch.setattr(routes, "to_json", noted)
+    monkeypatch.setattr(answers, "to_json", noted)
     posted(http, "/init/validate", ROUND)
     http.get(f"{POW}/status")
     posted(http, "/stop")
@@ -504,7 +505,7 @@ def test_no_call_of_json_has_a_long_text_or_list(
 
     pieces = types.SimpleNamespace(dumps=checked_dumps, loads=checked_loads, JSONDecodeError=json.JSONDecodeError)
     monkeypatch.setattr(outbox, "json", pieces)
-    monkeypatch.setattr(routes, "json", pieces)
+    monkeypatch.setattr(bodies, "json", pieces)
     node.service.worker.queue._max_nonces = 2 * count
     posted(http, "/init/validate", {**ROUND, "batch_size": 4096, "callback_url": receiver.url})
     proof = claim(list(range(10**12, 10**12 + count)), [0.5] * count)
@@ -549,7 +550,7 @@ def test_what_bodies_are_taken(
 
 def test_bodies_are_parsed_one_at_a_time(node: TinyNode, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes a hundred times its bytes, and the threads are needed for what ends a round."""
-    parse, parsing, most = routes._parse, [0], [0]
+    parse, parsing, most = bodies._parse, [0], [0]
     entered, release = threading.Semaphore(0), threading.Event()
 
     def slow(*arguments: Any) -> Any:
@@ -562,7 +563,7 @@ def test_bodies_are_parsed_one_at_a_time(node: TinyNode, http: httpx2.Client, mo
         finally:
             parsing[0] -= 1
 
-    monkeypatch.setattr(routes, "_parse", slow)
+    monkeypatch.setattr(bodies, "_parse", slow)
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(http.post, f"{POW}/init", json=ROUND) for _ in range(8)]
         assert entered.acquire(timeout=TIMEOUT)
@@ -577,7 +578,7 @@ def test_the_documentation_of_the_routes_has_the_models_of_bodies(http: httpx2.C
     assert {"RoundBody", "ProofBody", "HTTPValidationError"} <= documentation["components"]["schemas"].keys()
     paths = {path: entry["post"] for path, entry in documentation["paths"].items() if "post" in entry and POW in path}
     with_body = {path for path, entry in paths.items() if "requestBody" in entry}
-    assert with_body == {f"{POW}/{name}" for name in ("init", "init/generate", "init/validate", "validate")}
+    assert with_body == {f"{POW}/{name}" for name in ("init", "init/generate", "init/validate", "validate", "generate")}
     assert {path for path, entry in paths.items() if "422" in entry["responses"]} == with_body
 
 

@@ -8,12 +8,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from poc_kernels.protocol import Outcomes, PoCConfig, ProofForm, Prover, Row
+from poc_kernels.protocol.artifacts.encoding import encode
 from poc_kernels.protocol.distances.form import DISTANCES
 from poc_kernels.protocol.engine import never
+from poc_kernels.protocol.fingerprint.form import FINGERPRINT
+from poc_kernels.protocol.vectors.form import VECTORS
 from poc_kernels.scheduling import PriorityLanes, Turns, TurnsClosed
 from poc_kernels.service import routes
 from poc_kernels.service.device import Device, SliceTimes, TurnsDevice
@@ -21,6 +25,7 @@ from poc_kernels.service.gate import Gate, GateRules
 from poc_kernels.service.round_service import RoundService
 from poc_kernels.service.settings import ServiceSettings
 
+ARTIFACT_FORMS = {form.name: form for form in (VECTORS, FINGERPRINT)}
 _FORWARD_SECONDS = 0.005
 """Without a forward's time, a slow test would see more nonces generated than a node lists or keeps."""
 
@@ -61,6 +66,34 @@ class TinyProver:
 
     def outcome(self, config: PoCConfig, public_key: str, nonce: int) -> Any:
         return distance(config, public_key, nonce)
+
+
+def artifact(config: PoCConfig, public_key: str, nonce: int) -> str:
+    """The artifact of a nonce: a unit vector, by its hash."""
+    form = ARTIFACT_FORMS[config.proof]
+    options = (config.proof, config.stronger_rng, config.use_random_projection)
+    seeded = f"{options} {config.block_hash} {public_key} {nonce}"
+    numbers = np.random.default_rng(list(seeded.encode())).normal(size=form.k_dim_of(config))
+    return encode((numbers / np.linalg.norm(numbers)).astype(np.float16))
+
+
+class ArtifactProver(TinyProver):
+    """Proves every form; the nonces of ``missing`` have no artifact."""
+
+    forms: Mapping[str, ProofForm] = {**TinyProver.forms, **ARTIFACT_FORMS}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: set[int] = set()
+
+    def check(self, config: PoCConfig) -> None:
+        if config.seq_len > 32:
+            raise ValueError(f"seq_len must be at most 32, got {config.seq_len}")
+
+    def outcome(self, config: PoCConfig, public_key: str, nonce: int) -> Any:
+        if config.proof not in ARTIFACT_FORMS:
+            return super().outcome(config, public_key, nonce)
+        return None if nonce in self.missing else artifact(config, public_key, nonce)
 
 
 def is_user(scope: Any) -> bool:
@@ -120,12 +153,20 @@ class TinyNode:
     """The service behind its gate, before an app that ends its own event streams."""
 
     def __init__(
-        self, prover: Prover | None = None, device: Device | None = None, *, loopback: bool = True, **settings: Any
+        self,
+        prover: Prover | None = None,
+        device: Device | None = None,
+        *,
+        loopback: bool = True,
+        models: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
         self.prover = prover or TinyProver()
         self.turns = Turns()
         device = device or TurnsDevice(self.turns, PriorityLanes("cpu"), self._drain)
-        self.service = RoundService(self.prover, device, ServiceSettings(**settings), loopback=loopback)
+        self.service = RoundService(
+            self.prover, device, ServiceSettings(**settings), loopback=loopback, models=models, engine="tiny 1.0"
+        )
         self.api = FastAPI()
         self.api.post("/v1/chat/completions")(self._chat)
         self.api.post("/invocations")(lambda: "computed")

@@ -32,10 +32,10 @@ class Posted:
     def __init__(self) -> None:
         self.batches: list[tuple[str, str, dict[str, Any]]] = []
 
-    def generated(self, url: str, batch: dict[str, Any], *, per_nonce: tuple[str, ...]) -> None:
+    def generated(self, url: str, batch: dict[str, Any], *, per_nonce: tuple[str, ...], nonces: list[int]) -> None:
         self.batches.append(("generated", url, batch))
 
-    def validated(self, url: str, batch: dict[str, Any]) -> None:
+    def validated(self, url: str, batch: dict[str, Any], nonces: list[int]) -> None:
         self.batches.append(("validated", url, batch))
 
     def nonces(self) -> list[int]:

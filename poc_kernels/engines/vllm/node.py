@@ -10,7 +10,7 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Scope
 from ...protocol import PoCState, Prover
 from ...service import routes
 from ...service.device import Device
-from ...service.gate import POC_PREFIX, Gate, GateRules, under
+from ...service.gate import POC_PREFIXES, Gate, GateRules, under
 from ...service.receivers import is_loopback
 from ...service.round_service import MIN_CLOSE_SECONDS, RoundService
 from ...service.settings import variable
@@ -33,8 +33,8 @@ from .watch import EngineWatch
 logger = logging.getLogger("poc_kernels")
 
 _READS = ("GET", "HEAD", "OPTIONS")
-_ours = under(POC_PREFIX, "/health", "/metrics")
-_no_users = under(POC_PREFIX, "/metrics")  # vLLM's own /metrics answers every method, and is guarded as ours is
+_ours = under(*POC_PREFIXES, "/health", "/metrics")
+_no_users = under(*POC_PREFIXES, "/metrics")  # vLLM's own /metrics answers every method, and is guarded as ours is
 
 
 def computes(scope: Scope) -> bool:
@@ -61,6 +61,8 @@ class VllmNode:
         settings: what the operator set.
         arrivals: counts users' requests, for the workers to see.
         loopback: whether the server listens to this machine alone.
+        models: names of the served model.
+        version: of vLLM.
     """
 
     def __init__(
@@ -73,11 +75,21 @@ class VllmNode:
         *,
         arrivals: Arrivals | None = None,
         loopback: bool = False,
+        models: Sequence[str] = (),
+        version: str = "unknown",
     ) -> None:
         self.settings = settings
         self._arrivals = arrivals
         self._watch = EngineWatch(client, steps, self._users_wait, self._engine_died, settings.stall_seconds)
-        self.service = RoundService(prover, device, settings, troubles=[self._watch.trouble], loopback=loopback)
+        self.service = RoundService(
+            prover,
+            device,
+            settings,
+            troubles=[self._watch.trouble],
+            loopback=loopback,
+            models=models,
+            engine=version,
+        )
         self._unfinished = client.get_num_unfinished_requests
         self.service.metrics.watch("poc_inference_in_flight", "Users' requests being served", self._unfinished)
         self._deadline = math.inf
@@ -120,7 +132,18 @@ class VllmNode:
             )  # of no round: computes nothing
             return int(unpack(Progress, answers[0]).counters["steps"])
 
-        node = cls(client, prover, device, steps, settings, arrivals=arrivals, loopback=loopback)
+        models = [*(args.served_model_name or ()), args.model]
+        node = cls(
+            client,
+            prover,
+            device,
+            steps,
+            settings,
+            arrivals=arrivals,
+            loopback=loopback,
+            models=models,
+            version=compat.version(),
+        )
         logger.info("rounds on %s, hidden size %d", prover.model.dtype, prover.model.hidden_size)
         return node
 

@@ -1,19 +1,15 @@
-"""The body with which a round is begun, as the network's clients send it."""
+"""The body with which a round is begun on the older wire, as the network's clients send it."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Hashable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..protocol import UNSET, PoCConfig
-from .outbox import printable
-
-_MAX_IGNORED = 50
-_MAX_NAME = 64
+from ...protocol import UNSET, PoCConfig
+from .ignored import ignored_keys
 
 
 class RoundParams(BaseModel):
@@ -65,13 +61,9 @@ class RoundBody(BaseModel):
         }
 
     def ignored(self) -> list[str]:
-        """Name the keys of the body that mean nothing here: the first 50, and how many more there are."""
+        """Name the keys of the body that mean nothing here."""
         of_params = {} if self.params is None else self.params.model_extra or {}
-        unknown = self.model_extra or {}
-        names = itertools.chain(unknown, (f"params.{name}" for name in of_params))
-        more = len(unknown) + len(of_params) - _MAX_IGNORED
-        shown = [printable(name[:_MAX_NAME]) for name in itertools.islice(names, _MAX_IGNORED)]
-        return [*shown, f"and {more} more"] if more > 0 else shown
+        return ignored_keys([*(self.model_extra or {}), *(f"params.{name}" for name in of_params)])
 
 
 def _agreed(name: str, value: Hashable, other_name: str, other: Hashable) -> Hashable:
