@@ -23,6 +23,7 @@ from poc_kernels.engines.vllm.arrivals import Arrivals
 from poc_kernels.engines.vllm.node import VllmNode
 from poc_kernels.engines.vllm.plugin import PoCEndpoints
 from poc_kernels.engines.vllm.settings import VllmSettings
+from poc_kernels.service.gate import POC_PREFIXES
 
 POW = "/api/v1/pow"
 ROUND = {
@@ -125,7 +126,7 @@ async def refused_socket(app: Any, path: str) -> list[dict[str, Any]]:
 
 def test_every_route_that_computes_is_shut_while_generating_and_no_other(rigs: Rigs) -> None:
     with rigs() as rig:
-        found = [each for each in computing(rig.app.routes) if not each[1].startswith(POW)]
+        found = [each for each in computing(rig.app.routes) if not each[1].startswith(POC_PREFIXES)]
         assert ("POST", "/mounted/generate") in found
         assert len(found) == 9
         (accepted, *_) = asyncio.run(refused_socket(rig.app, "/v1/realtime"))
@@ -139,7 +140,8 @@ def test_every_route_that_computes_is_shut_while_generating_and_no_other(rigs: R
             answer = rig.http.request(method, path.replace("{name}", "x"))
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "10"), path
             assert (error_of(answer)["type"], error_of(answer)["code"]) == ("server_error", "generating")
-        for path in ("/v1/models", "/version", "/v1/responses/x", "/health", "/metrics", f"{POW}/status"):
+        ours = [f"{prefix}/status" for prefix in POC_PREFIXES]
+        for path in ("/v1/models", "/version", "/v1/responses/x", "/health", "/metrics", *ours):
             assert rig.http.get(path).status_code == 200, path
         assert 'poc_gate_refusals_total{reason="generating"}' in rig.http.get("/metrics").text
         assert rig.http.post(f"{POW}/phase/validate").status_code == 200
