@@ -32,7 +32,7 @@ class Metrics:
         states = [state.value for state in PoCState]
         self.state = Enum("poc_state", "State of the node", states=states, registry=self.registry)
         self._checked = counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"])
-        self._valid = counter("poc_nonces_valid", "Nonces below r_target, by phase", ["phase"])
+        self._valid = counter("poc_nonces_valid", "Nonces below r_target, or with an artifact, by phase", ["phase"])
         self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=self.registry)
         self._outcomes = {
             of.name: histogram(of.name, of.description, buckets=of.buckets)

@@ -21,7 +21,8 @@ FUZZED_SETTINGS: dict[str, Any] = {"max_proof_tokens": 1024, "max_queued_nonces"
 """Of the server."""
 
 ONE = "/validate/{job_id}"
-WITH_BODY = ["/init", "/init/generate", "/init/validate", "/validate"]
+REQUESTED = "/generate/{request_id}"
+WITH_BODY = ["/init", "/init/generate", "/init/validate", "/validate", "/generate"]
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 
 
@@ -29,13 +30,13 @@ POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.Generati
     ("path", "mode"),
     [
         *((path, mode) for path in WITH_BODY for mode in (POSITIVE, NEGATIVE)),
-        *((path, POSITIVE) for path in ("/phase/generate", "/phase/validate", "/status", "/stop", ONE)),
+        *((path, POSITIVE) for path in ("/phase/generate", "/phase/validate", "/status", "/stop", ONE, REQUESTED)),
     ],
 )
 def test_routes_conform_to_their_schema(
     fuzzed: httpx2.Client, api: Any, path: str, mode: schemathesis.GenerationMode
 ) -> None:
-    operation = api[POW + path]["GET" if path in ("/status", ONE) else "POST"]
+    operation = api[POW + path]["GET" if path in ("/status", ONE, REQUESTED) else "POST"]
 
     @settings(max_examples=40, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))

@@ -96,7 +96,7 @@ def add_routes(router: APIRouter, state: State, current: CurrentWire, bodies: Bo
 
     @router.get("/versions", response_model=dict[str, Any])
     def versions() -> Response:
-        """Say what proves here, and that validation does not disturb users."""
+        """Say what proves here, and whether users are served while proofs are validated."""
         return written(current.versions())
 
 
