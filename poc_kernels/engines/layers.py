@@ -43,7 +43,7 @@ class DecoderLayers:
 
     They are the list of modules that a forward calls once each, in its order. Each takes what the one before it
     returned, and whatever comes after the last takes what that returned. What a layer returns of the hidden states is
-    one tensor, or two where the next norm adds them.
+    one tensor, or two where the next norm adds them, in the dtype of input embeddings.
 
     They are tried: a transform that changes nothing leaves every bit, and one that changes signs reaches the result
     from the first layer and from the last. Where they are not found or the trial fails, forwards without a transform
@@ -187,9 +187,9 @@ def _calls(model: nn.Module, run: _Run, x: Tensor) -> tuple[list[_Call], Tensor]
 
     def states(values: Sequence[Any]) -> dict[int, Tensor]:
         """Copy what has the shape of hidden states."""
-        return {
-            n: value.clone() for n, value in enumerate(values) if isinstance(value, Tensor) and value.shape in shapes
-        }
+        tensors = {n: value for n, value in enumerate(values) if isinstance(value, Tensor)}
+        alike = {n: tensor for n, tensor in tensors.items() if tensor.shape in shapes and tensor.dtype == x.dtype}
+        return {n: tensor.clone() for n, tensor in alike.items()}
 
     def before(module: nn.Module, arguments: Any, named: Any) -> None:
         running.append(_Call(module, [*states([*arguments, *named.values()]).values()]))

@@ -256,6 +256,13 @@ class Time(Model):
         return super().through(states.transpose(0, 1)).transpose(0, 1)
 
 
+class Widened(Model):
+    """States in another dtype than that of input embeddings."""
+
+    def through(self, states):
+        return Model.through(self.double(), states.double())
+
+
 class ByLuck(Model):
     @torch.inference_mode()
     def forward(self, inputs_embeds):
@@ -282,6 +289,7 @@ class Fails(Model):
         (ChangedAtTheEnd, None, "what layers.2 returns is not what is taken after it"),
         (LastLeftOut, None, "what layers.2 returns is not what is taken after it"),
         (Time, None, "what layers.0 returns is not what is taken after it"),
+        (Widened, None, "what layers.0 returns is not what is taken after it"),
         (Twice, None, "no lists of modules are called so"),
         (Shared, None, "no lists of modules are called so"),
         (Backwards, None, "no lists of modules are called so"),

@@ -15,6 +15,7 @@ from vllm_stand_ins import Model, worker
 
 from poc_kernels.engines.vllm import compat
 from poc_kernels.engines.vllm.engine import VllmEngine
+from poc_kernels.engines.vllm.twin import Layout, Twin
 from poc_kernels.protocol import DistanceProver, PoCConfig
 from poc_kernels.protocol.prover import Row
 from poc_kernels.scheduling.repeated import CapturedForward
@@ -110,6 +111,84 @@ def test_a_forward_in_lockstep_can_be_given_up():
     with pytest.raises(GivenUpError):
         engine.forward(x, give_up)
     engine.compute_states(x)  # pauses for nobody
+
+
+def flip(number, states):
+    generator = torch.Generator().manual_seed(number)
+    return states.mul_(1 - 2 * torch.randint(2, states.shape, generator=generator))
+
+
+def by_hand(model, x):
+    """The served model's layers and norm, with signs of both parts of the states flipped in between."""
+    batch, length, width = x.shape
+    twin = Twin(model)
+    twin.layout = Layout(batch, length)
+    states, residual = torch.zeros(batch * length, width), x.flatten(0, 1).clone()
+    for number, layer in enumerate(twin.model.layers):
+        parts = layer(torch.arange(length).repeat(batch), states, residual)
+        states, residual = (flip(number, part.view(x.shape)).flatten(0, 1) for part in parts)
+    return twin.model.norm(states, residual).view(x.shape)
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_transform_after_every_layer(lockstep):
+    made, x, seen = worker(), random_inputs(), []
+    engine = VllmEngine(made, lockstep=lockstep)
+    assert engine.layers == 3
+
+    def after_layer(number, states):
+        assert not any(module._forward_hooks for module in made.model_runner.get_model().modules())
+        seen.append((number, tuple(states.shape)))
+        return flip(number, states)
+
+    plain, pauses = engine.forward(x).clone(), []
+    changed = engine.forward(x, lambda: pauses.append(1), after_layer)
+    assert seen == [(number, (3, 12, 32)) for number in (0, 0, 1, 1, 2, 2)]
+    assert_same_bits(changed, by_hand(made.model_runner.get_model(), x))
+    assert len(pauses) == 3 if lockstep else len(pauses) > 30
+    assert_same_bits(engine.forward(x, after_layer=lambda number, states: states), plain)
+    assert_same_bits(engine.forward(x), plain)
+
+
+def test_slices_with_a_transform_change_no_bit():
+    engine, x = VllmEngine(worker(), slice_seconds=1e-6), random_inputs()
+    plain, changed = engine.compute_states(x), engine.compute_states(x, flip)
+    for _ in range(MEASURED_FORWARDS + 2):
+        assert_same_bits(engine.forward(x), plain)
+        assert_same_bits(engine.forward(x, after_layer=flip), changed)
+    assert len(engine.slices.cuts) > 30
+
+
+def test_a_model_without_layers_to_transform_proves_all_the_same():
+    class Parallel(Model):
+        def forward(self, input_ids, positions, intermediate_tensors, inputs_embeds):
+            parts = [layer(positions, torch.zeros_like(inputs_embeds), inputs_embeds.clone()) for layer in self.layers]
+            return self.norm(sum(states for states, _ in parts), inputs_embeds)
+
+    engine, x = VllmEngine(worker(Parallel())), random_inputs()
+    message = r"model must call its decoder layers one after the other, .*; Parallel: what layers\.0 returns is not"
+    with pytest.raises(ValueError, match=message):
+        _ = engine.layers
+    with pytest.raises(ValueError, match=message):
+        engine.forward(x, after_layer=flip)
+    assert len(DistanceProver(engine).prove(CONFIG, ROWS).values) == 4
+
+
+def test_layers_are_those_of_the_weights_that_serve_now():
+    made, x = worker(), random_inputs()
+    engine = VllmEngine(made)
+    before = engine.forward(x, after_layer=flip).clone()
+    served = made.model_runner.get_model()
+    served.layers[1].mlp.weight = nn.Parameter(served.layers[1].mlp.weight * 2, requires_grad=False)
+    assert engine.refresh()
+    after = engine.forward(x, after_layer=flip)
+    assert not torch.equal(after, before)
+    assert_same_bits(after, by_hand(served, x))
+    made.model_runner.served[0] = Model(layers=2)
+    assert engine.refresh()
+    with pytest.raises(ValueError, match="keep its 3 decoder layers in layers, others are there now"):
+        engine.forward(x, after_layer=flip)
+    engine.forward(x)
 
 
 def test_states_of_inner_layers_are_left_out():

@@ -3,9 +3,11 @@
 import contextlib
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 import vllm_in_process
+from helpers import assert_same_bits
 from vllm_in_process import save_model, serving
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
@@ -23,6 +25,19 @@ PROMPTS = [[5 + (7 * i + 3 * j) % 500 for j in range(20 + i)] for i in range(4)]
 def distances(engine, rows=ROWS):
     with engine.context() if isinstance(engine, VllmEngine) else contextlib.nullcontext():
         return DistanceProver(engine).prove(CONFIG, rows).values
+
+
+def flip(number, states):
+    """Known signs of rows, positions and features after each layer."""
+    generator = torch.Generator().manual_seed(number)
+    return states.mul_((1 - 2 * torch.randint(2, states.shape, generator=generator)).to(states.dtype))
+
+
+def flipped(engine):
+    """The last hidden states of an engine with these signs."""
+    x = torch.randn(3, 40, engine.hidden_size, generator=torch.Generator().manual_seed(1)).to(engine.dtype)
+    with engine.context() if isinstance(engine, VllmEngine) else contextlib.nullcontext():
+        return engine.forward(x, after_layer=flip).clone()
 
 
 def answers(served, engine):
@@ -53,7 +68,8 @@ def prove_between_steps(served, engine):
 @pytest.mark.parametrize("kind", sorted(vllm_in_process.CONFIGS))
 def test_a_family(kind, tmp_path):
     model = save_model(kind, tmp_path)
-    expected = distances(TransformersEngine(model))
+    plain = TransformersEngine(model)
+    expected, expected_flipped = distances(plain), flipped(plain)
     with serving(tmp_path) as served:
         texts = served.texts(PROMPTS, 12)
         engine = VllmEngine(served.worker)
@@ -64,6 +80,10 @@ def test_a_family(kind, tmp_path):
         assert len(set(found)) == 4
         assert [distances(engine, [row])[0] for row in ROWS] == found
         assert distances(engine, ROWS[::-1]) == found[::-1]
+
+        assert engine.layers == plain.layers == 2
+        # After norms: 5e-4 apart with gemma2, 2e-6 at most with the others; 7 from the states without signs.
+        torch.testing.assert_close(flipped(engine), expected_flipped, rtol=0, atol=2e-3)
 
         beside_chats = prove_between_steps(served, engine)
         assert beside_chats == (texts, [found] * len(beside_chats[1]))
@@ -128,11 +148,13 @@ def test_a_model_of_few_bits(options, tmp_path):
 def test_a_compiled_server_gives_the_bits_of_an_eager_one(tmp_path):
     save_model("llama", tmp_path)
     with serving(tmp_path) as served:
-        eager = distances(VllmEngine(served.worker))
+        engine = VllmEngine(served.worker)
+        eager, eager_flipped = distances(engine), flipped(engine)
     with serving(tmp_path, enforce_eager=False) as served:
         texts = served.texts(PROMPTS, 12)
         engine = VllmEngine(served.worker)
         assert distances(engine) == eager
+        assert_same_bits(flipped(engine), eager_flipped)
         assert prove_between_steps(served, engine)[0] == texts
         assert trial.compare(engine, *answers(served, engine)) is None
 
