@@ -5,6 +5,7 @@ Import it before vLLM: vLLM reads the environment once.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ os.environ.update(
     VLLM_PLUGINS="",
 )
 
+import numpy as np
 import torch
 
 VOCABULARY = 512
@@ -67,6 +69,17 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Any:
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return model
+
+
+def apart(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """How far proofs are from others at most: distances, or unit vectors, whose numbers are rounded to float16."""
+
+    def numbers(proofs: Sequence[Any]) -> Any:
+        return np.array(
+            [np.frombuffer(base64.b64decode(x), "<f2") if isinstance(x, str) else [x] for x in proofs], "f4"
+        )
+
+    return float(np.linalg.norm(numbers(found) - numbers(expected), axis=1).max())
 
 
 class Served:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import queue
 import threading
 import types
@@ -16,13 +17,18 @@ from small_engine import SmallEngine
 
 from poc_kernels.engines.vllm import compat, session, trial
 from poc_kernels.engines.vllm.messages import METHOD, Open
-from poc_kernels.protocol import DistanceProver, PoCConfig, Row
+from poc_kernels.protocol import DistanceProver, EngineProver, PoCConfig, Row
 from poc_kernels.protocol.engine import never
 
 OPEN = Open(slice_seconds=0.002, cuda_graphs=True, max_logits=None)
 
 
 CONFIG = PoCConfig("block", 1, "key", r_target=1.4, batch_size=4, seq_len=8, use_random_projection=True)
+CONFIGS = {
+    proof: CONFIG if proof == CONFIG.proof else dataclasses.replace(CONFIG, proof=proof, r_target=None, seq_len=17)
+    for proof in EngineProver.forms
+}
+"""A round of each form."""
 
 
 class EngineDeadError(Exception):
@@ -73,6 +79,14 @@ class LayeredEngine(SmallEngine):
         return hidden
 
 
+class WithoutLayers(LayeredEngine):
+    """The engine of a model after whose layers no transform is possible."""
+
+    @property
+    def layers(self) -> int:  # type: ignore[override]
+        raise ValueError("model must call its layers in order")
+
+
 def rows(first: int, count: int = 4) -> list[Row]:
     """Rows of nonces that follow each other."""
     return [Row("key", nonce) for nonce in range(first, first + count)]
@@ -93,6 +107,11 @@ class Whole(SmallEngine):
 def distances(of: list[Row], config: PoCConfig = CONFIG) -> list[float]:
     """What proofs of these rows are, computed in one go."""
     return DistanceProver(Whole()).prove(config, of).values
+
+
+def outcomes(of: list[Row], config: PoCConfig) -> list[Any]:
+    """What proofs of any form are of these rows, computed in one go."""
+    return EngineProver(Whole()).prove(config, of).values
 
 
 class Worker:
@@ -288,4 +307,4 @@ def install(monkeypatch: pytest.MonkeyPatch, differs: str | None = None) -> list
 def small_session(worker: Worker, **options: Any) -> session.Session:
     """A session on a worker's engine."""
     slice_seconds = session.UNCUT_SECONDS if options.get("lockstep") else OPEN.slice_seconds
-    return session.Session(worker, worker.engine, DistanceProver(worker.engine, slice_seconds=slice_seconds), **options)
+    return session.Session(worker, worker.engine, EngineProver(worker.engine, slice_seconds=slice_seconds), **options)

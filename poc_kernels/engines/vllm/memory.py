@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -33,7 +34,7 @@ def lacking_memory(
         return None  # graphs have it since the round before; another such forward beside them need not fit
     engine.repeated.forget()  # as the first forward of another shape does: what graphs have is given back
     one, two = (_forward_bytes(engine, rows, length) for rows in (1, 2))
-    drawn = length * engine.hidden_size * engine.dtype.itemsize + engine.vocab_size * 8  # inputs and permutation
+    drawn = _drawn_bytes(engine, length)
     needed = int(_RESERVE * (one + (batch_size - 1) * max(two - one, 0) + batch_size * drawn))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(engine.device)
@@ -44,6 +45,17 @@ def lacking_memory(
         f"proofs of {batch_size} x {length} tokens need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on "
         f"{engine.device}: take {fraction:.2f} off --gpu-memory-utilization"
     )
+
+
+def _drawn_bytes(engine: VllmEngine, length: int) -> int:
+    """Return what a row takes beside its forward, in the form of proofs that takes most."""
+    layers = 0
+    with contextlib.suppress(ValueError):
+        layers = engine.layers
+    inputs = length * engine.hidden_size * engine.dtype.itemsize
+    permutation = engine.vocab_size * 8
+    signs_and_states = engine.hidden_size * (layers * engine.dtype.itemsize + length * 4)
+    return inputs + max(permutation, signs_and_states)
 
 
 @torch.inference_mode()

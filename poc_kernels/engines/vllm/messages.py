@@ -34,9 +34,14 @@ class Opened:
     """What proofs are computed with, or the sentence that says why none are."""
 
     refusal: str | None = None
+    model_type: str = ""
     hidden_size: int = 0
     vocab_size: int = 0
     max_positions: int = 0
+    layers: int = 0
+    """Decoder layers."""
+    no_layers: str | None = None
+    """Why there is no transform after them; None if there is."""
     windows: list[int] = field(default_factory=list)
     """How many positions attention layers look back."""
     dtype: str = ""

@@ -15,13 +15,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from ...protocol import Outcomes, PoCConfig, Row
-from ...protocol.distances.form import DISTANCES
-from ...protocol.distances.limits import check_fits
-from ...protocol.engine import never
-from ...protocol.form import ProofForm, form_of
+import torch
+
+from ...protocol import EngineProver, Outcomes, PoCConfig, Row
+from ...protocol.engine import Engine, never
+from ...protocol.form import ProofForm
 from ...scheduling import Pacing, Slices
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
@@ -182,19 +182,41 @@ class _Job:
     outcome: Mapping[str, Any] | None = None
 
 
+class RemoteModel:
+    """What is known here of the model in the workers: of an `Engine`, all that the check of a round reads.
+
+    Args:
+        opened: what the first worker told.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self.model_type, self.hidden_size, self.vocab_size = opened.model_type, opened.hidden_size, opened.vocab_size
+        self.max_positions, self.dtype = opened.max_positions, getattr(torch, opened.dtype)
+        self.device = torch.device("cpu")  # nothing is computed here
+        self._opened = opened
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers; raises a ValueError where no transform is possible after them."""
+        if self._opened.no_layers is not None:
+            raise ValueError(self._opened.no_layers)
+        return self._opened.layers
+
+
 class RemoteProver:
-    """Computes distances in vLLM's workers: a `Prover` of the protocol.
+    """Computes proofs of every form in vLLM's workers: a `Prover` of the protocol.
 
     Args:
         device: of the workers.
         opened: what the first of them told of its model.
     """
 
-    forms: Mapping[str, ProofForm] = {DISTANCES.name: DISTANCES}
+    forms: Mapping[str, ProofForm] = EngineProver.forms
     slices: Slices | None = None
 
     def __init__(self, device: RemoteDevice, opened: Opened) -> None:
-        self.model = opened
+        self.model = RemoteModel(opened)
+        self._checks = EngineProver(cast(Engine, self.model), max_logits=_MAX_LOGITS)
         self.device, self._link = device, device.link
         self._config: PoCConfig | None = None
         self._round = ""
@@ -204,9 +226,7 @@ class RemoteProver:
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the round does not fit the model. It asks no worker."""
-        form_of(config, self.forms)
-        model = self.model
-        check_fits(config, max_positions=model.max_positions, vocab_size=model.vocab_size, max_logits=_MAX_LOGITS)
+        self._checks.check(config)
 
     def prove(
         self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
@@ -326,6 +346,8 @@ async def open_engine(
     """
     message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS, arrivals=arrivals)
     opened = await unless_lost(client, _open_and_try(client, message))
+    if (no_layers := opened[0].no_layers) is not None:
+        logger.warning("rounds of distances alone are served: %s", no_layers)
     link = Link(client, asyncio.get_running_loop(), answer_seconds)
     device = RemoteDevice(link, share=share, ranks=len(opened))
     return RemoteProver(device, opened[0]), device

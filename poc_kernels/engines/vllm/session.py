@@ -375,13 +375,21 @@ def _open(worker: Any, message: Open) -> Opened:
         return Opened(refusal=lacking)
     with engine.context():
         prover.compile_kernels()
+    layers, no_layers = 0, None
+    try:
+        layers = engine.layers
+    except ValueError as error:
+        no_layers = str(error)
     users_are_there = arrivals_at(message.arrivals)
     session = Session(worker, engine, prover, lockstep=lockstep, users_are_there=users_are_there)
     setattr(worker, _ATTRIBUTE, session)
     return Opened(
+        model_type=engine.model_type,
         hidden_size=engine.hidden_size,
         vocab_size=engine.vocab_size,
         max_positions=engine.max_positions,
+        layers=layers,
+        no_layers=no_layers,
         windows=list(engine.windows),
         dtype=str(engine.dtype).removeprefix("torch."),
         device=str(engine.device),

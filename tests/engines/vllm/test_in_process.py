@@ -1,6 +1,8 @@
 """Models that vLLM serves in this process: their proofs are those of transformers, and chats are what they were."""
 
 import contextlib
+import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,16 +10,17 @@ import torch
 pytest.importorskip("vllm")
 import vllm_in_process
 from helpers import assert_same_bits
-from vllm_in_process import save_model, serving
+from vllm_in_process import apart, save_model, serving
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.engines.vllm import trial, twin
 from poc_kernels.engines.vllm.engine import VllmEngine
 from poc_kernels.engines.vllm.support import unsupported_config, unsupported_version
-from poc_kernels.protocol import DistanceProver, PoCConfig
+from poc_kernels.protocol import DistanceProver, EngineProver, PoCConfig
 from poc_kernels.protocol.prover import Row
 
 CONFIG = PoCConfig("0x00ab", 7, "key", 1.4, batch_size=4, seq_len=40, use_random_projection=True)
+FORMS = [dataclasses.replace(CONFIG, proof=proof) for proof in EngineProver.forms]
 ROWS = [Row("key", nonce) for nonce in range(4)]
 PROMPTS = [[5 + (7 * i + 3 * j) % 500 for j in range(20 + i)] for i in range(4)]
 
@@ -25,6 +28,13 @@ PROMPTS = [[5 + (7 * i + 3 * j) % 500 for j in range(20 + i)] for i in range(4)]
 def distances(engine, rows=ROWS):
     with engine.context() if isinstance(engine, VllmEngine) else contextlib.nullcontext():
         return DistanceProver(engine).prove(CONFIG, rows).values
+
+
+def proofs(engine, rows=ROWS):
+    """Proofs of every form."""
+    with engine.context() if isinstance(engine, VllmEngine) else contextlib.nullcontext():
+        prover = EngineProver(engine)
+        return {config.proof: prover.prove(config, rows).values for config in FORMS}
 
 
 def flip(number, states):
@@ -49,17 +59,19 @@ def answers(served, engine):
 
 
 def prove_between_steps(served, engine):
-    """Chat with greedy sampling, with a proof before each step; return the texts and the distances."""
+    """Chat with greedy sampling, with proofs of the next form before each step; return the texts and the proofs."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    core, prover, proved, texts = served.llm.llm_engine, DistanceProver(engine), [], {}
+    core, prover, proved, texts = served.llm.llm_engine, EngineProver(engine), [], {}
+    forms = itertools.cycle(FORMS)
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     for number, prompt in enumerate(PROMPTS):
         core.add_request(f"{number}", TokensPrompt(prompt_token_ids=prompt), sampling)
     while core.has_unfinished_requests():
+        config = next(forms)
         with engine.context():
-            proved.append(prover.prove(CONFIG, ROWS).values)
+            proved.append((config.proof, prover.prove(config, ROWS).values))
         for output in core.step():
             texts[int(output.request_id)] = list(output.outputs[0].token_ids)
     return [texts[number] for number in range(len(PROMPTS))], proved
@@ -69,25 +81,28 @@ def prove_between_steps(served, engine):
 def test_a_family(kind, tmp_path):
     model = save_model(kind, tmp_path)
     plain = TransformersEngine(model)
-    expected, expected_flipped = distances(plain), flipped(plain)
+    expected, expected_flipped = proofs(plain), flipped(plain)
     with serving(tmp_path) as served:
         texts = served.texts(PROMPTS, 12)
         engine = VllmEngine(served.worker)
         assert unsupported_config(engine.vllm_config) is None
 
-        found = distances(engine)
-        assert found == pytest.approx(expected, abs=1e-5)
-        assert len(set(found)) == 4
-        assert [distances(engine, [row])[0] for row in ROWS] == found
-        assert distances(engine, ROWS[::-1]) == found[::-1]
+        found = proofs(engine)
+        for form, values in found.items():
+            assert apart(values, expected[form]) < (1e-5 if form == "distances" else 1e-3)
+            assert len(set(values)) == 4
+        alone = [proofs(engine, [row]) for row in ROWS]
+        assert {form: [one[form][0] for one in alone] for form in found} == found
+        assert proofs(engine, ROWS[::-1]) == {form: values[::-1] for form, values in found.items()}
 
         assert engine.layers == plain.layers == 2
         # After norms: 5e-4 apart with gemma2, 2e-6 at most with the others; 7 from the states without signs.
         torch.testing.assert_close(flipped(engine), expected_flipped, rtol=0, atol=2e-3)
 
-        beside_chats = prove_between_steps(served, engine)
-        assert beside_chats == (texts, [found] * len(beside_chats[1]))
-        assert len(beside_chats[1]) > 10
+        beside_chats, proved = prove_between_steps(served, engine)
+        assert beside_chats == texts
+        assert all(values == found[form] for form, values in proved)
+        assert len(proved) > 10
         assert served.texts(PROMPTS, 12) == texts
 
         assert trial.compare(engine, *answers(served, engine)) is None
@@ -149,11 +164,11 @@ def test_a_compiled_server_gives_the_bits_of_an_eager_one(tmp_path):
     save_model("llama", tmp_path)
     with serving(tmp_path) as served:
         engine = VllmEngine(served.worker)
-        eager, eager_flipped = distances(engine), flipped(engine)
+        eager, eager_flipped = proofs(engine), flipped(engine)
     with serving(tmp_path, enforce_eager=False) as served:
         texts = served.texts(PROMPTS, 12)
         engine = VllmEngine(served.worker)
-        assert distances(engine) == eager
+        assert proofs(engine) == eager
         assert_same_bits(flipped(engine), eager_flipped)
         assert prove_between_steps(served, engine)[0] == texts
         assert trial.compare(engine, *answers(served, engine)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_in_process import save_model
+from vllm_in_process import apart, save_model
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.engines.vllm.link import EngineLost
 from poc_kernels.engines.vllm.remote import RemoteDevice, RemoteProver, open_engine
-from poc_kernels.protocol import DistanceProver, PoCConfig, Row
+from poc_kernels.protocol import EngineProver, PoCConfig, Row
 
 CONFIG = PoCConfig("0x00ab", 7, "key", 1.4, batch_size=4, seq_len=24, use_random_projection=True)
+VECTORS, FINGERPRINT = (dataclasses.replace(CONFIG, proof=proof) for proof in ("vectors", "fingerprint"))
 PROMPTS = [[5 + (7 * i + 3 * j) % 500 for j in range(12 + 5 * i)] for i in range(4)]
 FORWARDS = 6
 SECONDS = 550.0
@@ -29,11 +31,13 @@ def rows(forward: int) -> list[Row]:
     return [Row("key", CONFIG.batch_size * forward + row) for row in range(CONFIG.batch_size)]
 
 
-def proofs(prover: RemoteProver, device: RemoteDevice) -> list[list[float]]:
+def proofs(
+    prover: RemoteProver, device: RemoteDevice, config: PoCConfig = CONFIG, forwards: int = FORWARDS
+) -> list[list[Any]]:
     device.take()
     return [
-        prover.prove(CONFIG, rows(forward), device.pause, [rows(forward + 1), rows(forward + 2)]).values
-        for forward in range(FORWARDS)
+        prover.prove(config, rows(forward), device.pause, [rows(forward + 1), rows(forward + 2)]).values
+        for forward in range(forwards)
     ]
 
 
@@ -61,8 +65,8 @@ async def fail_on_one_rank(client: Any, prover: RemoteProver, device: RemoteDevi
     assert {type(answer) for answer in await chats} <= {EngineDeadError, list}
 
 
-async def serve(folder: Path) -> tuple[list[list[float]], dict[str, float]]:
-    """The distances that two ranks compute, alone and while chats are served, and what they counted."""
+async def serve(folder: Path) -> tuple[dict[str, list[list[Any]]], dict[str, float]]:
+    """The proofs of each form that two ranks compute, alone and beside chats, and what they counted."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -95,22 +99,30 @@ async def serve(folder: Path) -> tuple[list[list[float]], dict[str, float]]:
         assert await asyncio.to_thread(proofs, prover, device) == found
         await asyncio.to_thread(device.resume_users)
         assert await chats == [alone]
+        forms = {"distances": found}
+        for config in (VECTORS, FINGERPRINT):
+            chat = asyncio.create_task(text(client, 0))
+            forms[config.proof] = await asyncio.to_thread(proofs, prover, device, config, 2)
+            assert await chat == alone[0]
+            assert await asyncio.to_thread(proofs, prover, device, config, 1) == forms[config.proof][:1]
         counters = dict(device.counters)
         await fail_on_one_rank(client, prover, device)
-        return found, counters
+        return forms, counters
     finally:
         client.shutdown()
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their distances are those of transformers, alone and beside chats, whose texts are those alone."""
+    """Their proofs are those of transformers, alone and beside chats, whose texts are those alone."""
     support = Path(__file__).parents[2] / "support"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "nobind")
     model = save_model("qwen3", tmp_path)
     found, counters = asyncio.run(asyncio.wait_for(serve(tmp_path), SECONDS))
-    alone = DistanceProver(TransformersEngine(model))
-    for forward, values in enumerate(found):
-        assert values == pytest.approx(alone.prove(CONFIG, rows(forward)).values, abs=1e-5)
+    alone = EngineProver(TransformersEngine(model))
+    for config in (CONFIG, VECTORS, FINGERPRINT):
+        for forward, values in enumerate(found[config.proof]):
+            expected = alone.prove(config, rows(forward)).values
+            assert apart(values, expected) < (1e-5 if config is CONFIG else 1e-3)
     assert counters["slices_between_steps"] > 0

@@ -17,7 +17,19 @@ from web import TIMEOUT, eventually
 
 pytest.importorskip("greenlet")
 
-from vllm_stepping import CONFIG, Client, Request, Worker, distances, install, rows, text_of
+from vllm_stepping import (
+    CONFIG,
+    CONFIGS,
+    Client,
+    Request,
+    WithoutLayers,
+    Worker,
+    distances,
+    install,
+    outcomes,
+    rows,
+    text_of,
+)
 
 from poc_kernels.engines.vllm import remote
 from poc_kernels.engines.vllm import session as session_module
@@ -79,6 +91,18 @@ def test_distances_are_those_of_one_process(serve: Callable[..., Server], ranks:
     assert server.prover.prove(CONFIG, rows(3, 1)).values == distances(rows(3, 1))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rounds_of_every_form_follow_each_other(serve: Callable[..., Server], ranks: int) -> None:
+    server = serve(ranks)
+    for proof in ("vectors", "fingerprint", "distances", "fingerprint"):
+        config = CONFIGS[proof]
+        server.prover.check(config)
+        found = server.prover.prove(config, rows(0), then=[rows(4)])
+        assert found.values == outcomes(rows(0), config)
+        assert set(found.part_seconds) == set(server.prover.forms[proof].parts)
+        assert server.prover.prove(config, rows(3, 1)).values == outcomes(rows(3, 1), config)
+
+
 def test_what_follows_is_begun_and_what_is_not_asked_for_is_cancelled(serve: Callable[..., Server]) -> None:
     server = serve()
     batches = [rows(4 * number) for number in range(6)]
@@ -130,6 +154,44 @@ def test_a_round_that_does_not_fit_is_refused_without_a_call(serve: Callable[...
     with pytest.raises(ValueError, match="seq_len must be at most the 64 positions of the model, got 65"):
         server.prover.check(PoCConfig("block", 1, "key", r_target=1.4, seq_len=65))
     assert server.client.calls == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proof": "dice"}, "proof must be one of distances, vectors, fingerprint, got 'dice'"),
+        (
+            {"proof": "vectors", "k_dim": 25, "seq_len": 8},
+            "k_dim must be at most the hidden size 24 of the model, got 25",
+        ),
+        ({"proof": "vectors", "seq_len": 65}, "seq_len must be at most the 64 positions of the model, got 65"),
+        ({"proof": "fingerprint", "seq_len": 15}, "seq_len must be at least 16 in a round of fingerprints, got 15"),
+    ],
+)
+def test_rounds_of_any_form_are_checked_without_a_call(
+    serve: Callable[..., Server], changes: dict[str, Any], message: str
+) -> None:
+    server = serve()
+    server.client.calls.clear()
+    with pytest.raises(ValueError, match=message):
+        server.prover.check(PoCConfig("block", 1, "key", **changes))
+    assert server.client.calls == []
+
+
+def test_a_model_without_layers_to_transform_serves_distances_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(monkeypatch)
+    worker = Worker()
+    worker.engine = WithoutLayers()
+    prover, _ = opened([worker])
+    prover.check(CONFIGS["distances"])
+    for proof in ("vectors", "fingerprint"):
+        with pytest.raises(ValueError, match="model must call its layers in order"):
+            prover.check(CONFIGS[proof])
+    assert [record.getMessage() for record in caplog.records] == [
+        "rounds of distances alone are served: model must call its layers in order"
+    ]
 
 
 def test_a_round_that_one_worker_refuses_is_computed_by_none(serve: Callable[..., Server]) -> None:

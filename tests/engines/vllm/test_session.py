@@ -15,7 +15,21 @@ import torch
 
 pytest.importorskip("greenlet")
 
-from vllm_stepping import CONFIG, OPEN, Request, Worker, distances, install, rows, scheduled, small_session, text_of
+from vllm_stepping import (
+    CONFIG,
+    CONFIGS,
+    OPEN,
+    Request,
+    WithoutLayers,
+    Worker,
+    distances,
+    install,
+    outcomes,
+    rows,
+    scheduled,
+    small_session,
+    text_of,
+)
 
 from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.messages import Begin, Progress, Run, pack, unpack
@@ -42,10 +56,10 @@ class Clock:
 class Rig:
     """A session on a worker, and what tells it to run."""
 
-    def __init__(self, worker: Worker | None = None, **options: Any) -> None:
+    def __init__(self, worker: Worker | None = None, config: PoCConfig = CONFIG, **options: Any) -> None:
         self.worker = worker or Worker()
         self.session = small_session(self.worker, **options)
-        assert self.session.begin(Begin(round=ROUND, config=dataclasses.asdict(CONFIG))).refusal is None
+        assert self.session.begin(Begin(round=ROUND, config=dataclasses.asdict(config))).refusal is None
 
     def run(self, jobs: dict[str, list[Row]], **fields: Any) -> Progress:
         message = Run(round=ROUND, jobs=[*jobs], rows={job: [(*row,) for row in of] for job, of in jobs.items()})
@@ -195,6 +209,16 @@ def test_a_round_that_cannot_be_computed_is_refused() -> None:
     assert refusal == "RuntimeError: a module has no twin"
 
 
+def test_a_form_that_the_model_does_not_allow_is_refused(small_engine_in_workers: None) -> None:
+    worker = Worker()
+    worker.engine, why = WithoutLayers(), "model must call its layers in order"
+    opened = worker.poc_kernels_call("open", pack(OPEN))
+    assert (opened["refusal"], opened["layers"], opened["no_layers"]) == (None, 0, why)
+    for proof, config in CONFIGS.items():
+        begun = worker.poc_kernels_call("begin", pack(Begin(round=proof, config=dataclasses.asdict(config))))
+        assert begun["refusal"] == (None if proof == "distances" else f"ValueError: {why}")
+
+
 def test_memory_that_is_lacking_is_told_before_anything_is_computed(
     monkeypatch: pytest.MonkeyPatch, small_engine_in_workers: None
 ) -> None:
@@ -325,12 +349,17 @@ def test_step_seconds_leave_slices_out() -> None:
     assert counters.mean_step_seconds == pytest.approx(101.0, abs=5.0)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_users_text_and_distances_are_those_alone_in_every_schedule(seed: int) -> None:
+def schedules(count: int) -> list[tuple[int, str]]:
+    """Seeds of schedules, with a form of proofs: most of them with distances."""
+    return [*((seed, "distances") for seed in range(count)), (count, "vectors"), (count + 1, "fingerprint")]
+
+
+@pytest.mark.parametrize(("seed", "proof"), schedules(10))
+def test_users_text_and_proofs_are_those_alone_in_every_schedule(seed: int, proof: str) -> None:
     choose = random.Random(seed)
-    rig = Rig()
+    rig = Rig(config=CONFIGS[proof])
     wanted: dict[str, list[Row]] = {}
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Any]] = {}
     requests: list[Request] = []
     ended: list[Request] = []
     for _ in range(400):
@@ -352,7 +381,7 @@ def test_users_text_and_distances_are_those_alone_in_every_schedule(seed: int) -
             for job, outcome in progress.outcomes.items():
                 if choose.random() < 0.7:  # else the answer is lost
                     found[job] = outcome["values"]
-                    assert outcome["values"] == distances(wanted.pop(job))
+                    assert outcome["values"] == outcomes(wanted.pop(job), CONFIGS[proof])
         elif wanted and action < 0.36:
             del wanted[choose.choice([*wanted])]
     assert len(found) > 3
@@ -438,9 +467,12 @@ def test_commands(small_engine_in_workers: None) -> None:
     opened = worker.poc_kernels_call("open", pack(OPEN))
     assert opened == {
         "refusal": None,
+        "model_type": "small",
         "hidden_size": 24,
         "vocab_size": 101,
         "max_positions": 64,
+        "layers": 5,
+        "no_layers": None,
         "windows": [16],
         "dtype": "float32",
         "device": "cpu",
@@ -491,8 +523,8 @@ class Collective:
             self.met.append(reason)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_ranks_run_the_same_slices_between_the_same_steps(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "proof"), schedules(6))
+def test_ranks_run_the_same_slices_between_the_same_steps(seed: int, proof: str) -> None:
     """Whatever their clocks say: each rank has one of its own, at its own speed."""
     ranks, collective = 2, Collective(2)
     choose = random.Random(seed)
@@ -521,7 +553,8 @@ def test_ranks_run_the_same_slices_between_the_same_steps(seed: int) -> None:
 
     def play(rank: int) -> None:
         clock = random.Random(rank)
-        rig = Rig(Worker(world_size=ranks, rank=rank), lockstep=True, clock=lambda: clock.random() * 100)
+        worker = Worker(world_size=ranks, rank=rank)
+        rig = Rig(worker, CONFIGS[proof], lockstep=True, clock=lambda: clock.random() * 100)
         rig.worker.engine.before_layer = lambda: collective.meet(rank, "slice")
         rig.worker.in_step = lambda: collective.meet(rank, "step")
         try:
@@ -544,7 +577,7 @@ def test_ranks_run_the_same_slices_between_the_same_steps(seed: int) -> None:
     assert {"step", "slice"} == set(collective.met)
     for _, values, _, _ in told[0]:
         for job, of in values.items():
-            assert of == distances(rows(int(job)))
+            assert of == outcomes(rows(int(job)), CONFIGS[proof])
     assert any(values for _, values, _, _ in told[0])
 
 

@@ -1,4 +1,4 @@
-"""Proofs in slices between the steps of a real vLLM: chats and distances are those alone, in every schedule."""
+"""Proofs in slices between the steps of a real vLLM: chats and proofs are those alone, in every schedule."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from poc_kernels.engines.vllm.messages import Begin, Open, Progress, Run, pack, 
 from poc_kernels.protocol import PoCConfig
 
 CONFIG = PoCConfig("0x00ab", 7, "key", 1.4, batch_size=4, seq_len=24, use_random_projection=True)
+FORMS = ("distances", "vectors", "fingerprint")
 PROMPTS = [[5 + (7 * i + 3 * j) % 500 for j in range(12 + 5 * i)] for i in range(6)]
 TOKENS = 20
 NONCES = 12
@@ -26,7 +27,7 @@ PLENTY = 10**6
 
 
 class Rig:
-    """A worker with a session, and the chats and the distances that it computes alone."""
+    """A worker with a session, and the chats and the proofs of each form that it computes alone."""
 
     def __init__(self, served: Served) -> None:
         from vllm import SamplingParams
@@ -35,22 +36,23 @@ class Rig:
         self.texts = served.texts(PROMPTS, TOKENS)
         opened = self.call("open", Open(slice_seconds=0.0005, cuda_graphs=True, max_logits=None))
         assert opened["refusal"] is None
-        self.distances = self.alone()
+        self.proofs = {form: self.alone(form) for form in FORMS}
         self.sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
 
     def call(self, command: str, message: Any) -> dict[str, Any]:
         return session.call(self.served.worker, command, pack(message))
 
-    def begin(self, name: str) -> None:
-        assert self.call("begin", Begin(round=name, config=dataclasses.asdict(CONFIG)))["refusal"] is None
+    def begin(self, name: str, form: str = "distances") -> None:
+        config = dataclasses.replace(CONFIG, proof=form)
+        assert self.call("begin", Begin(round=name, config=dataclasses.asdict(config)))["refusal"] is None
 
     def run(self, name: str, jobs: dict[str, list[int]], **fields: Any) -> Progress:
         rows = {job: [("key", nonce) for nonce in nonces] for job, nonces in jobs.items()}
         return unpack(Progress, self.call("run", Run(round=name, jobs=[*jobs], rows=rows, **fields)))
 
-    def alone(self) -> list[float]:
-        """Distances of nonces, each computed in a forward of its own."""
-        self.begin("alone")
+    def alone(self, form: str = "distances") -> list[Any]:
+        """Proofs of nonces, each computed in a forward of its own."""
+        self.begin("alone", form)
         outcomes = self.run("alone", {str(nonce): [nonce] for nonce in range(NONCES)}, slices=PLENTY).outcomes
         return [outcomes[str(nonce)]["values"][0] for nonce in range(NONCES)]
 
@@ -69,8 +71,8 @@ def test_random_schedules(rig: Rig, seed: int) -> None:
     from vllm.inputs import TokensPrompt
 
     choose = random.Random(seed)
-    name = f"round {seed}"
-    rig.begin(name)
+    name, form = f"round {seed}", FORMS[seed % 3]
+    rig.begin(name, form)
     engine = rig.served.llm.llm_engine
     jobs: dict[str, list[int]] = {}
     coming, texts, left = [*range(len(PROMPTS))], dict[int, list[int]](), set[int]()
@@ -100,7 +102,7 @@ def test_random_schedules(rig: Rig, seed: int) -> None:
                 share=choose.choice([0.05, 0.5, 0.9]),
             )
             for job, outcome in progress.outcomes.items():
-                assert outcome["values"] == [rig.distances[nonce] for nonce in jobs.pop(job)]
+                assert outcome["values"] == [rig.proofs[form][nonce] for nonce in jobs.pop(job)]
                 computed += 1
         elif engine.has_unfinished_requests():
             for output in engine.step():
@@ -123,7 +125,7 @@ def test_slices_do_follow_steps(rig: Rig) -> None:
     assert after["steps"] - before["steps"] >= TOKENS
     assert not rig.run("steps", {}, alone=True).busy
     for job, outcome in progress.outcomes.items():
-        assert outcome["values"] == [rig.distances[nonce] for nonce in jobs[job]]
+        assert outcome["values"] == [rig.proofs["distances"][nonce] for nonce in jobs[job]]
 
 
 def test_a_session_that_is_closed_leaves_nothing(rig: Rig) -> None:
@@ -133,4 +135,4 @@ def test_a_session_that_is_closed_leaves_nothing(rig: Rig) -> None:
     assert worker.execute_model != wrapped
     assert rig.served.texts(PROMPTS, TOKENS) == rig.texts
     rig.call("open", Open(slice_seconds=0.0005, cuda_graphs=True, max_logits=None))
-    assert rig.alone() == rig.distances
+    assert rig.alone() == rig.proofs["distances"]
