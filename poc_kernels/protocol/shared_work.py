@@ -13,7 +13,7 @@ from ..definition import MAX_FEATURES
 from ..projection import RandomProjection
 from ..scheduling.slices import Pause
 from ..scheduling.stopwatch import Stopwatch
-from . import inputs
+from . import form_kernels, inputs
 from .config import PoCConfig
 from .engine import Engine
 from .pieces import Pieces
@@ -97,6 +97,7 @@ class SharedWork:
         if engine.device.type == "cuda":
             inputs.normal([0], 1, engine.device, engine.dtype)
             inputs.hash32([0], 0, 1, engine.device)
+            form_kernels.on(engine.device)
             backends.warmup(engine.device, engine.hidden_size, dtype=engine.dtype)
 
     @torch.inference_mode()

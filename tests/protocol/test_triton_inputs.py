@@ -22,6 +22,7 @@ from poc_kernels import backends
 from poc_kernels.kernels import trial
 from poc_kernels.protocol import (
     DistanceProver,
+    form_kernels,
     inputs,
     permutations,
     triton_inputs,
@@ -230,6 +231,7 @@ def test_kernels_of_a_gpu_are_compiled_before_they_are_wanted(monkeypatch):
     monkeypatch.setattr(inputs, "normal", calls.normal)
     monkeypatch.setattr(inputs, "hash32", calls.hash32)
     monkeypatch.setattr(backends, "warmup", calls.warmup)
+    monkeypatch.setattr(form_kernels, "on", calls.on)
     prover = DistanceProver(SmallEngine(hidden_size=64, dtype=torch.bfloat16))
     prover.compile_kernels()
     assert not calls.mock_calls
@@ -238,6 +240,7 @@ def test_kernels_of_a_gpu_are_compiled_before_they_are_wanted(monkeypatch):
     assert calls.mock_calls == [
         mock.call.normal([0], 1, device, torch.bfloat16),
         mock.call.hash32([0], 0, 1, device),
+        mock.call.on(device),
         mock.call.warmup(device, 64, dtype=torch.bfloat16),
     ]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
-from .signs import sign_bits
+from ..form_kernels import on
+from .signs import seeds_on
 
 
 class Flips:
@@ -37,11 +38,8 @@ class Flips:
 
     def draw(self, some: slice, seeds: Sequence[int]) -> None:
         """Draw the signs of some rows, from the flips' seed of each."""
-        layers, _, _, features = self.masks.shape
-        bits = sign_bits(seeds, layers, features, self.masks.device).to(self._integer)
-        torch.bitwise_left_shift(
-            bits.transpose(0, 1).unsqueeze(2), 8 * self.masks.element_size() - 1, out=self.masks[:, some]
-        )
+        device = self.masks.device
+        on(device).sign_masks(seeds_on(device, seeds), self.masks[:, some].squeeze(2))
 
     def __call__(self, layer: int, states: Tensor) -> Tensor:
         """Flip states [rows, seq_len, hidden_size] after a layer, and return them."""

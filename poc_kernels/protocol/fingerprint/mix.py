@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ...ops import random_projection
 from ..artifacts.tensors import norms
+from ..form_kernels import on
 from .form import K_DIM
-from .signs import sign_bits
+from .signs import seeds_on
 
 FIRST_POSITION = 8
 """Those before it see too little to be worth mixing."""
@@ -30,14 +31,11 @@ def mixed(states: Tensor, seeds: list[int]) -> Tensor:
     Returns:
         float32 [rows, hidden_size]. Differences are float32, their sum is float64 and rounded once.
     """
-    rows, positions, width = states.shape
-    signs = 1.0 - 2.0 * sign_bits(seeds, 1, positions // 2, states.device).squeeze(1)
-    result = torch.empty(rows, width, device=states.device)
-    # A row at a time: the order in which torch adds depends on the shape.
-    for row in range(rows):
-        pairs = states[row].view(-1, 2, width)
-        difference = pairs[:, 0].float() - pairs[:, 1].float()
-        result[row] = difference.mul_(signs[row, :, None]).sum(0, dtype=torch.float64)
+    device = states.device
+    masks = torch.empty(1, len(seeds), states.shape[1] // 2, dtype=torch.int32, device=device)
+    functions = on(device)
+    functions.sign_masks(seeds_on(device, seeds), masks)
+    result: Tensor = functions.mixed(states, masks[0])
     return result
 
 

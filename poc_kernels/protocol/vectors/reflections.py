@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..artifacts.tensors import norms
 from ..engine import Engine
+from ..form_kernels import on
 from ..inputs import normal, seed32
 
 
@@ -19,8 +20,7 @@ def layer_axes(block_hash: str, layers: int, dim: int, device: torch.device | st
 class Reflections:
     """Replaces states x by x - 2 (x.v) v in place, with v that of the layer: a `LayerTransform`.
 
-    Each step is rounded in the states' dtype, as the network's nodes do: v; x * v; their sum, accumulated in float32;
-    twice the sum, times v; the difference.
+    Each step is rounded in the states' dtype, as the network's nodes do.
 
     Attributes:
         axes: [layers, hidden_size] in the engine's dtype; its place in memory stays.
@@ -28,6 +28,7 @@ class Reflections:
 
     def __init__(self, engine: Engine) -> None:
         self.axes = torch.zeros(engine.layers, engine.hidden_size, dtype=engine.dtype, device=engine.device)
+        self._functions = on(engine.device)
         self._block_hash: str | None = None
 
     def set_block(self, block_hash: str) -> None:
@@ -39,9 +40,5 @@ class Reflections:
 
     def __call__(self, layer: int, states: Tensor) -> Tensor:
         """Reflect states [batch, seq_len, hidden_size] after a layer, and return them."""
-        axis = self.axes[layer]
-        for some in states if states.device.type == "cpu" else [states]:  # a row at a time stays in a CPU's caches
-            along = some * axis
-            twice = along.sum(-1, keepdim=True).mul_(2)
-            some.sub_(torch.mul(axis, twice, out=along))
+        self._functions.reflect(states, self.axes[layer])
         return states

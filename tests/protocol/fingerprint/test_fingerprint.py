@@ -18,8 +18,9 @@ from poc_kernels import RandomProjection, random_projection
 from poc_kernels.protocol import EngineProver, PoCConfig, PoCManager, Row
 from poc_kernels.protocol.fingerprint.flips import Flips
 from poc_kernels.protocol.fingerprint.mix import mixed, pairs_of, read
-from poc_kernels.protocol.fingerprint.signs import flips_seed, mix_seed, sign_bits
+from poc_kernels.protocol.fingerprint.signs import flips_seed, mix_seed
 from poc_kernels.protocol.inputs import nonce_inputs
+from poc_kernels.protocol.plain_forms import sign_bits
 
 KNOWN = json.loads((Path(__file__).parents[2] / "data" / "fingerprint.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +41,7 @@ def signs(text):
 @pytest.mark.parametrize("case", KNOWN["bits"], ids=lambda case: f"{case['nonce']}")
 def test_known_flips(case, device):
     seed = flips_seed(case["block_hash"], case["public_key"], case["nonce"])
-    bits = sign_bits([1, seed], case["layer"] + 1, case["D"], device)
+    bits = sign_bits(torch.tensor([1, seed], device=device), case["layer"] + 1, case["D"])
     assert bits.shape == (2, case["layer"] + 1, case["D"])
     assert bits[1, case["layer"]].tolist() == signs(case["signs"])
 
@@ -48,7 +49,7 @@ def test_known_flips(case, device):
 @pytest.mark.parametrize("case", KNOWN["mix"], ids=lambda case: f"{case['nonce']}")
 def test_known_signs_of_pairs(case, device):
     seed = mix_seed(case["block_hash"], case["public_key"], case["nonce"])
-    assert sign_bits([seed], 1, case["pairs"], device)[0, 0].tolist() == signs(case["signs"])
+    assert sign_bits(torch.tensor([seed], device=device), 1, case["pairs"])[0, 0].tolist() == signs(case["signs"])
 
 
 @pytest.mark.parametrize("case", KNOWN["identity_model"], ids=lambda case: f"{case['nonce']}")
@@ -127,7 +128,7 @@ def test_the_sum_is_float64_and_rounded_once(device):
     states = torch.zeros(1, 8, 3)
     states[0, :, 0] = torch.tensor([1e8, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
     states[0, :, 1] = torch.tensor([1.0, 2.0**-30, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    seed = next(seed for seed in range(10**6) if not sign_bits([seed], 1, 4).any())
+    seed = next(seed for seed in range(10**6) if not sign_bits(torch.tensor([seed]), 1, 4).any())
     mix = mixed(states.to(device), [seed])
     assert mix.dtype == torch.float32
     assert mix.tolist() == [[float(np.float32(1e8 + 3)), 1.0, 0.0]]
