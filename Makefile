@@ -158,6 +158,16 @@ bench-interference-vllm: $(VENV)/installed-dev $(VLLM_VENV)/installed
 	$(BIN)/python -m bench.interference $(INTERFERENCE_RESULT).json --engine vllm $(INTERFERENCE_ARGS)
 	$(BIN)/python -m bench.interference.report $(INTERFERENCE_RESULT).json
 
+# How well the proofs of a model can be guessed. MODEL is smollm2, a folder, or an id on the Hugging Face hub; about 10
+# minutes on 2 cores with smollm2. SOUNDNESS_ARGS takes options of bench/README.md.
+SOUNDNESS_RESULT ?= bench/results/soundness-$(notdir $(MODEL))
+.PHONY: bench-soundness
+bench-soundness: $(VENV)/installed-dev $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))
+	$(if $(MODEL),,$(error bench-soundness takes MODEL=smollm2, a folder, or an id on the Hugging Face hub))
+	mkdir -p $(dir $(SOUNDNESS_RESULT))
+	$(BIN)/python -m bench.soundness $(SOUNDNESS_RESULT).json --device $(DEVICE) \
+	  --model $(patsubst smollm2,$(SMOLLM2),$(MODEL)) $(SOUNDNESS_ARGS)
+
 # For a machine with a GPU, even without a network. Installs into PYTHON's own packages, which need torch, transformers,
 # what the build takes (pybind11, scikit-build-core, cmake, ninja) and what the tests take (pytest, pytest-benchmark,
 # hypothesis, scipy, matplotlib); WHEELS is a folder with wheels of what is missing. Then runs known answers, the tests

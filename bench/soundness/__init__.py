@@ -1,0 +1,1 @@
+"""How well the nonces of each proof form can be guessed without their forward, and how far honest nodes are apart."""
