@@ -176,6 +176,67 @@ def demo(chosen: argparse.Namespace) -> int:
     )
 
 
+def _add_conform(commands: Any) -> None:
+    parser = commands.add_parser(
+        "conform",
+        help="play the chain's node and a validator against an endpoint, and say whether it speaks the network's wire",
+        epilog="The exit status is 0 if nothing failed. Without --token, POC_KERNELS_TOKEN is the token.",
+    )
+    prefixes, proofs = ("/api/v1/pow", "/api/v1/inference/pow"), ("vectors", "fingerprint")
+    parser.add_argument("--url", required=True, help="base of the endpoint, such as http://127.0.0.1:8000")
+    parser.add_argument("--prefix", choices=prefixes, help="of an engine's routes (default), or of an MLNode's")
+    parser.add_argument("--model", help="name of the served model (default: the first of /v1/models)")
+    parser.add_argument("--proof", choices=proofs, help="proof form (default: vectors)")
+    for name, what in (
+        ("--seq-len", "positions of a nonce's inputs (default: 256)"),
+        ("--k-dim", "numbers of an artifact (default: 12 of vectors, 64 of fingerprint)"),
+        ("--batch-size", "nonces per forward (default: 8)"),
+        ("--queue-limit", "nonces that the endpoint lets wait; its 429 is tried if set"),
+    ):
+        parser.add_argument(name, type=positive_int, metavar="N", help=what)
+    parser.add_argument("--token", help="bearer token")
+    parser.add_argument(
+        "--callback-host",
+        metavar="HOST[:PORT]",
+        help="where the endpoint reaches this machine (default: the address from which it is called, any port)",
+    )
+    for name, what in (
+        ("--timeout", "seconds for an answer or a callback (default: 60)"),
+        ("--max-seconds", "seconds for everything (default: 1800)"),
+    ):
+        parser.add_argument(name, type=float, metavar="X", help=what)
+    parser.add_argument("--only", action="append", metavar="NAME", help="play this check; may be given repeatedly")
+    parser.add_argument("--strict", action="store_true", help="count holes of published implementations as failures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
+
+
+def conform(chosen: argparse.Namespace) -> int:
+    """Judge an endpoint; return the exit status."""
+    try:
+        from .conform.plan import Plan
+        from .conform.report import line
+        from .conform.run import NAMES
+        from .conform.run import conform as judge
+    except ModuleNotFoundError as error:
+        print(f"poc-kernels: conform needs {_library(error)}: pip install 'poc-kernels[service]'", file=sys.stderr)
+        return 1
+    names = ("url", "prefix", "model", "proof", "seq_len", "k_dim", "batch_size", "queue_limit", "callback_host")
+    given = {name: getattr(chosen, name) for name in names}
+    given |= {"timeout_seconds": chosen.timeout, "max_seconds": chosen.max_seconds}
+    given["token"] = chosen.token or os.environ.get("POC_KERNELS_TOKEN") or None
+    width = max(map(len, NAMES))
+    try:
+        plan = Plan(**{name: value for name, value in given.items() if value is not None})
+        report = judge(plan, chosen.only or (), lambda result: print(line(result, width), flush=True))
+        print(report.summary())
+        if chosen.json is not None:
+            chosen.json.write_text(report.to_json())
+    except (OSError, ValueError) as error:
+        print(f"poc-kernels: {error}", file=sys.stderr)
+        return 1
+    return 0 if report.conforms(strict=chosen.strict) else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -187,11 +248,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("verify", help="check every backend on every device against the known answers")
     _add_serve(commands)
     _add_demo(commands)
+    _add_conform(commands)
     chosen = parser.parse_args(arguments)
     if chosen.command == "verify":
         return verify()
     if chosen.command == "serve":
         return serve(chosen)
+    if chosen.command == "conform":
+        return conform(chosen)
     return demo(chosen)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import sys
 
 import pytest
 import torch
+from conform_stand_in import MODEL, stand_in
 from helpers import run_python
 
 import poc_kernels
@@ -265,3 +268,48 @@ def test_demo_needs_a_backend(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_serving", lambda device: (None, "no backend"))
     assert cli.main(["demo"]) == 1
     assert "poc-kernels: no backend" in capsys.readouterr().err
+
+
+def test_conform_tells_each_check_and_fails_where_the_wire_is_not_spoken(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("POC_KERNELS_TOKEN", "the-token")
+    with stand_in() as (server, url):
+        options = ["conform", "--url", url, "--only", "health", "--only", "verdict.nan", "--timeout", "20"]
+        assert cli.main(options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        server.reset("not_finite_agrees")
+        assert cli.main(options) == 0
+        assert cli.main([*options, "--strict"]) == 1
+        server.reset("unhealthy")
+        report = tmp_path / "report.json"
+        chosen = ["--proof", "fingerprint", "--prefix", "/api/v1/pow", "--model", MODEL, "--batch-size", "4"]
+        assert cli.main([*options, *chosen, "--json", str(report)]) == 1
+        assert cli.main([*options, "--json", str(tmp_path / "no" / "report.json")]) == 1
+    assert re.findall(r"^pass +(\S+)", "\n".join(lines), re.MULTILINE) == [
+        *("idle_before", "model", "health", "verdict.nan", "left_idle")
+    ]
+    assert re.fullmatch(r"5 checks in .* s: 5 pass, 0 fail, 0 skipped, 0 hole", lines[-1])
+    content = json.loads(report.read_text())
+    assert (content["counts"]["fail"], content["plan"]["proof"], content["plan"]["batch_size"]) == (1, "fingerprint", 4)
+    assert "the-token" not in report.read_text()
+    assert "poc-kernels: [Errno 2]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--url", "nowhere"], "poc-kernels: url must be http or https with a host"),
+        (["--url", "http://127.0.0.1:1", "--only", "nope"], "poc-kernels: only must be names of checks"),
+        (["--url", "http://127.0.0.1:1", "--callback-host", "a@b"], "poc-kernels: callback_host must be a host"),
+    ],
+)
+def test_conform_names_what_is_wrong_with_its_options(capsys, options, message):
+    assert cli.main(["conform", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_conform_says_what_to_install(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("poc_kernels.conform")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    assert cli.main(["conform", "--url", "http://127.0.0.1:1"]) == 1
+    assert "conform needs httpx2: pip install 'poc-kernels[service]'" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""Checks that an artifact is a function of block, key and nonce, whatever else is computed, before or beside it."""
+
+from __future__ import annotations
+
+import statistics
+
+from .check import check
+from .outcome import require
+from .session import NONCES, Session
+
+_DIFFERENT = 0.7
+"""Half of the median distance of unrelated unit vectors: less in the median, and they are not unrelated."""
+
+
+def _same(session: Session, found: dict[int, str]) -> str:
+    """Compare artifacts with those of the first request; return how far apart they are, if it is within the bound."""
+    distances = session.apart(found, session.honest())
+    far, bound = max(distances), session.plan.form.bound
+    exact = sum(distance == 0 for distance in distances)
+    text = f"{exact} of {len(distances)} bit-identical, at most {far:.2g} apart"
+    require(far <= bound, f"{text}, which is more than {bound}")
+    return text
+
+
+def _different(distances: list[float], what: str) -> str:
+    """Return how far artifacts of different things are apart, if they are."""
+    middle, nearest = statistics.median(distances), min(distances)
+    text = f"{what}: {middle:.2f} apart in the median, at least {nearest:.2g}"
+    require(middle >= _DIFFERENT and nearest > 0, f"{text}: they are not unrelated")
+    return text
+
+
+@check("determinism.repeated", "determinism", "the same request gives the same artifacts")
+def repeated(session: Session) -> str:
+    """Repeat a request."""
+    return _same(session, session.compute(NONCES))
+
+
+@check("determinism.alone", "determinism", "a nonce gives the same artifact alone")
+def alone(session: Session) -> str:
+    """Have nonces computed one by one."""
+    return _same(session, {nonce: session.compute([nonce])[nonce] for nonce in NONCES[:3]})
+
+
+@check("determinism.permuted", "determinism", "a nonce gives the same artifact in any place of a request")
+def permuted(session: Session) -> str:
+    """Have nonces computed in another order, with others between them."""
+    others = [nonce + 1_000_000 for nonce in NONCES[:3]]
+    return _same(session, session.compute([*others[:2], *NONCES[::-1], *others[2:]]))
+
+
+@check(
+    "determinism.batch_size", "determinism", "another batch_size may change bits, and no more than a validator allows"
+)
+def batch_size(session: Session) -> str:
+    """Have nonces computed in forwards of other shapes."""
+    sizes = sorted({1, session.plan.batch_size + 3})
+    return "; ".join(f"{size} rows: {_same(session, session.compute(NONCES, batch_size=size))}" for size in sizes)
+
+
+@check("determinism.after_a_round", "determinism", "a round of another block changes no artifact of this one")
+def after_a_round(session: Session) -> str:
+    """Have nonces computed again after a round."""
+    session.honest()
+    with session.round(block_hash=session.block_hash[::-1]):
+        pass
+    return _same(session, session.compute(NONCES))
+
+
+@check("determinism.nonces", "determinism", "artifacts of different nonces are unrelated")
+def nonces_differ(session: Session) -> str:
+    """Compare nonces."""
+    honest = session.honest()
+    pairs = [(one, other) for place, one in enumerate(NONCES) for other in NONCES[:place]]
+    return _different([session.apart({0: honest[one]}, {0: honest[other]})[0] for one, other in pairs], "nonces")
+
+
+@check(
+    "determinism.keys_and_blocks", "determinism", "artifacts of different keys, and of different blocks, are unrelated"
+)
+def keys_and_blocks_differ(session: Session) -> str:
+    """Compare keys, and blocks."""
+    honest = session.honest()
+    others = {
+        "keys": session.compute(NONCES, public_key=session.public_key[::-1]),
+        "blocks": session.compute(NONCES, block_hash=session.block_hash[::-1]),
+    }
+    return "; ".join(_different(session.apart(honest, found), what) for what, found in others.items())
+
+
+CHECKS = (repeated, alone, permuted, batch_size, after_a_round, nonces_differ, keys_and_blocks_differ)

@@ -1,0 +1,131 @@
+"""The endpoint that is judged: calls of it that end, and what they answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+
+from .outcome import FailedError, NoAnswerError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_MAX_BYTES = 2**24
+_MAX_SHOWN = 160
+
+
+def shown(content: bytes) -> str:
+    """Return the beginning of what came from the endpoint, fit for a terminal."""
+    text = content[: 4 * _MAX_SHOWN].decode("utf-8", "replace")
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def read(model: type[_Model], content: bytes, what: str) -> _Model:
+    """Return JSON from the endpoint as ``model``.
+
+    Raises:
+        FailedError: it is not; what is wrong is named.
+    """
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise FailedError(f"{what}: {place}: {first['msg']}: {shown(content)}") from error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of the endpoint."""
+
+    status: int
+    content: bytes
+    headers: httpx2.Headers
+
+    def __str__(self) -> str:
+        return f"{self.status} {shown(self.content)}"
+
+    def expect(self, *statuses: int) -> Answer:
+        """Return the answer if its status is one of those given.
+
+        Raises:
+            FailedError: it is another one.
+        """
+        if self.status not in statuses:
+            raise FailedError(f"expected {' or '.join(map(str, statuses))}, got {self}")
+        return self
+
+    def read(self, model: type[_Model], status: int = 200) -> _Model:
+        """Return the body of an answer with that status as ``model``, or raise `FailedError`."""
+        return read(model, self.expect(status).content, f"answer {self.status}")
+
+
+class Endpoint:
+    """Calls an endpoint.
+
+    Args:
+        url: its base.
+        prefix: of the PoC routes.
+        token: bearer token, or None.
+        timeout_seconds: for an answer.
+        ends: time of time.monotonic() after which nothing is called.
+    """
+
+    def __init__(self, url: str, prefix: str, token: str | None, timeout_seconds: float, ends: float) -> None:
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        self._http = httpx2.Client(base_url=url, headers=headers, trust_env=False)
+        self._prefix, self._timeout, self._ends = prefix, timeout_seconds, ends
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def extend(self, seconds: float) -> None:
+        """Allow calls for at least that many seconds from now on."""
+        self._ends = max(self._ends, time.monotonic() + seconds)
+
+    def seconds_left(self) -> float:
+        """Return how long to wait now for an answer or a callback.
+
+        Raises:
+            NoAnswerError: the time for everything is over.
+        """
+        left = min(self._timeout, self._ends - time.monotonic())
+        if left <= 0:
+            raise NoAnswerError("no time left for more calls")
+        return left
+
+    def get(self, path: str) -> Answer:
+        """Call a PoC route, or raise `NoAnswerError`."""
+        return self._call("GET", self._prefix + path)
+
+    def post(self, path: str, body: Any = None) -> Answer:
+        """Post a body to a PoC route: bytes as they are, None for none, else as JSON. Raises `NoAnswerError`."""
+        return self._call("POST", self._prefix + path, body)
+
+    def get_root(self, path: str) -> Answer:
+        """Call a route that is none of PoC, or raise `NoAnswerError`."""
+        return self._call("GET", path)
+
+    def _call(self, method: str, path: str, body: Any = None) -> Answer:
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {} if content is None else {"content-type": "application/json"}
+        seconds = self.seconds_left()
+        ends = time.monotonic() + seconds
+        received = bytearray()
+        try:
+            with self._http.stream(method, path, content=content, headers=headers, timeout=seconds) as answer:
+                for part in answer.iter_bytes():
+                    received += part
+                    if len(received) > _MAX_BYTES or time.monotonic() > ends:
+                        raise NoAnswerError(
+                            f"{method} {path}: an answer without an end, of {len(received)} bytes so far"
+                        )
+                return Answer(answer.status_code, bytes(received), answer.headers)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise NoAnswerError(f"{method} {path}: {type(error).__name__}: {error}") from error
