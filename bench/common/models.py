@@ -18,6 +18,16 @@ _QWEN3: dict[str, Any] = {
     "max_position_embeddings": 40960,
 }
 _CONFIGS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "intermediate_size": 1536,
+        "tie_word_embeddings": True,
+    },
     "qwen3-0.6b": {
         **_QWEN3,
         "hidden_size": 1024,
@@ -36,6 +46,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 """The published numbers that decide shapes; "demo" is what the demonstration builds."""
+_LLAMAS = {"smollm2-135m"}
+"""Those that are Llamas; others are models of Qwen 3."""
 _CASE = re.compile(r"(?P<model>[^:@]+)(:(?P<layers>[0-9]+))?@(?P<batch_size>[0-9]+)x(?P<seq_len>[0-9]+)")
 _TAKES = f'"MODEL[:LAYERS]@BATCHxSEQ", comma separated, where MODEL is {", ".join(["demo", *_CONFIGS])}'
 
@@ -113,8 +125,10 @@ class Built(NamedTuple):
 
 
 def _config(name: str, directory: Path) -> Any:
-    from transformers import AutoConfig, Qwen3Config
+    from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
+    if name in _LLAMAS:
+        return LlamaConfig(**_CONFIGS[name])
     if name != "demo":
         return Qwen3Config(**_CONFIGS[name])
     from poc_kernels.demo import model
@@ -148,7 +162,8 @@ def build(case: Case, dtype: torch.dtype, device: torch.device, directory: Path)
         raise ValueError(f"cases must have all layers on a GPU, where a layer's time is not taken, got {case}")
     if layers < whole_layers:
         config.num_hidden_layers = layers
-        config.layer_types = config.layer_types[:layers]
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:layers]
     positions = case.batch_size * case.seq_len
     needed = (
         _count_parameters(config) * dtype.itemsize

@@ -17,3 +17,8 @@ def test_cases_are_read():
     cases = models.parse_cases("demo@16x64, qwen3-8b:2@2x8")
     assert cases == [models.Case("demo", None, 16, 64), models.Case("qwen3-8b", 2, 2, 8)]
     assert list(map(str, cases)) == ["demo@16x64", "qwen3-8b:2@2x8"]
+
+
+def test_a_model_that_is_published_has_its_parameters(tmp_path):
+    config = models._config("smollm2-135m", tmp_path)
+    assert models._count_parameters(config) == 134_515_008

@@ -1,0 +1,1 @@
+"""What proof forms add to the forward of a model."""
