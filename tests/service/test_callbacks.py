@@ -26,6 +26,14 @@ def test_a_body_is_canonical_json():
     assert canonical_json({"b": [1, 2.5], "a": "é"}) == b'{"a":"\\u00e9","b":[1,2.5]}'
 
 
+def test_a_known_signature_of_artifacts():
+    """As the first of the network's nodes signed them."""
+    known = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())["akup_signature"]
+    body = canonical_json(json.loads(known["body"]))
+    assert body == known["body"].encode()
+    assert sign(body, known["key"].encode()) == known["x_signature"]
+
+
 def test_signatures_are_hmac_sha256():
     # RFC 4231, case 2.
     expected = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"

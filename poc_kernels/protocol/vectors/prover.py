@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ...scheduling.slices import Pause
 from ..artifacts.tensors import texts
 from ..config import PoCConfig
 from ..limits import check_length
 from ..prover import Outcomes, Row
-from ..shared_work import Parts, SharedWork, filled
+from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
 from .form import VECTORS
 from .reflections import Reflections
 from .vector import picks, rotation_axes, vectors
@@ -44,7 +45,7 @@ class VectorProver:
     @torch.inference_mode()
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
         """Compute the vectors of 1 to batch_size rows: texts, None for a row without."""
-        engine, work, k = self.engine, self.work, VECTORS.k_dim_of(config)
+        engine, work = self.engine, self.work
         work.pieces.forget_unread()
         parts = Parts(VECTORS.parts, engine.device, pause)
         x = work.inputs(config, filled(config, rows), parts)
@@ -57,8 +58,17 @@ class VectorProver:
             parts.pause()
         work.project(config, hidden, work.projection.post, parts)
         with parts.part("vectors"):
-            picked = picks(config.block_hash, rows, engine.hidden_size, k, engine.device)
-            axes = rotation_axes(config.block_hash, rows, k, engine.device)
-            artifacts = texts(vectors(hidden, picked, axes))
+            artifacts = self._artifacts(config, rows, hidden, parts.pause)
         work.pieces.read()
         return Outcomes(artifacts, parts.seconds())
+
+    def _artifacts(self, config: PoCConfig, rows: Sequence[Row], hidden: Tensor, pause: Pause) -> list[str | None]:
+        """Make artifacts of last hidden states, some rows at a time: a row's bits do not depend on the others."""
+        block_hash, k, (_, dim) = config.block_hash, VECTORS.k_dim_of(config), hidden.shape
+        artifacts: list[str | None] = []
+        width = dim + k * k
+        for some in self.work.pieces.of("vectors", len(rows), width, pause, at_once=DRAWN_AT_ONCE // width):
+            picked = picks(block_hash, rows[some], dim, k, hidden.device)
+            axes = rotation_axes(block_hash, rows[some], k, hidden.device)
+            artifacts += texts(vectors(hidden[some], picked, axes))
+        return artifacts
