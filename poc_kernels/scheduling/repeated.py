@@ -55,10 +55,10 @@ class _Known:
 class RepeatedForward:
     """Runs a forward in slices, from one thread at a time. Forwards of one shape and one option are of one kind.
 
-    Each kind is measured once. On CUDA its slices are captured as graphs and replayed, of one kind at a time: a new
-    kind takes the place of the one before. A kind that lost its graphs so is captured again when it comes twice in a
-    row: of two that alternate, one has graphs, and neither waits for captures. A forward that cannot be captured, or
-    whose replay is not bit-identical, runs without graphs, with a warning.
+    Each kind is measured once. On CUDA its slices are captured as graphs and replayed, of one kind at a time: when
+    another kind comes, their memory is given back first. A kind is captured when it is new, and one that had graphs
+    before when it comes twice in a row: two that alternate do not wait for a capture per forward. A forward that cannot
+    be captured, or whose replay is not bit-identical, runs without graphs, with a warning.
 
     Args:
         forward: computes a tensor from a tensor of any shape, both on ``device``, and an option, which is hashable.
@@ -69,7 +69,7 @@ class RepeatedForward:
         as_captured: entered where the forward has to make the calls that it makes in a capture, or is captured.
 
     Attributes:
-        captured: the graphs of the one kind that has some; None where none has.
+        captured: the graphs of the latest kind; None where it runs without.
 
     Raises:
         ValueError: slice_seconds is not positive.
@@ -105,7 +105,11 @@ class RepeatedForward:
     def forget(self) -> None:
         """Measure and capture anew, because the forwards that follow compute something else."""
         self._kinds.clear()
-        self._release()
+        self.release()
+
+    def release(self) -> None:
+        """Give back the memory of graphs."""
+        self.captured = self._captured_kind = None
 
     def __call__(self, inputs: Tensor, pause: Pause, option: Hashable = None) -> Tensor:
         """Compute the forward of ``inputs``; the result may be overwritten by the next call.
@@ -115,11 +119,12 @@ class RepeatedForward:
         kind = tuple(inputs.shape), option
         capture_now = self._cuda_graphs and (kind not in self._kinds or kind == next(reversed(self._kinds)))
         known = self._remember(kind)
-        if capture_now and kind != self._captured_kind and not known.too_large:
-            self._release()
-            self.captured = self._capture_checked(inputs, pause, option)
-            self._captured_kind = kind if self.captured is not None else None
-        if self.captured is not None and kind == self._captured_kind:
+        if kind != self._captured_kind:
+            self.release()
+            if capture_now and not known.too_large:
+                self.captured = self._capture_checked(inputs, pause, option)
+                self._captured_kind = kind if self.captured is not None else None
+        if self.captured is not None:
             return self.captured.replay(inputs, pause)
         return known.sliced.run(lambda: self._forward(inputs, option), pause)
 
@@ -128,14 +133,8 @@ class RepeatedForward:
         known = self._kinds.pop(kind, None) or _Known(self._sliced_forward())
         self._kinds[kind] = known
         if len(self._kinds) > _MAX_KINDS:
-            oldest, _ = self._kinds.popitem(last=False)
-            if oldest == self._captured_kind:
-                self._release()
+            self._kinds.popitem(last=False)
         return known
-
-    def _release(self) -> None:
-        """Give back the memory of graphs."""
-        self.captured = self._captured_kind = None
 
     def _capture_checked(self, example: Tensor, pause: Pause, option: Hashable) -> CapturedForward | None:
         """Capture the latest kind of forward; None, with a warning, if its replay would not be bit-identical."""

@@ -73,6 +73,7 @@ def test_two_kinds_that_alternate_are_not_captured_again_and_again():
     repeated = Repeated()
     run(repeated, [(5, 1), (5, 3)] * 5)
     assert repeated.captures == [(5, 1), (5, 3)]
+    assert repeated.captured is None  # nor does one of them keep memory while the other computes
     run(repeated, [(5, 1), (5, 1), (5, 1)])
     assert repeated.captures == [(5, 1), (5, 3), (5, 1)]
     computed = repeated.computed
@@ -108,14 +109,14 @@ def test_few_kinds_are_remembered():
     assert repeated.captures[-2:] == [(19, 1), (19, 1)]
 
 
-def test_the_graphs_of_a_kind_that_is_forgotten_are_given_back():
+def test_graphs_that_were_given_back_are_made_again():
     repeated = Repeated()
-    run(repeated, [(1, 1)])
-    repeated._cuda_graphs = False
-    run(repeated, [(length, 1) for length in range(2, 9)])
-    assert repeated.holds((1,))
-    run(repeated, [(9, 1)])
+    run(repeated, [(5, 1)] * 2)
+    repeated.release()
     assert repeated.captured is None
+    assert repeated.slices is not None
+    run(repeated, [(5, 1)] * 2)
+    assert repeated.captures == [(5, 1)] * 2
 
 
 def test_options_have_to_be_hashable():

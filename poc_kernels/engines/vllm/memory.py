@@ -32,7 +32,7 @@ def lacking_memory(
     length = min(seq_len, engine.max_positions)
     if engine.repeated.holds((batch_size, length, engine.hidden_size)):
         return None  # graphs have it since the round before; another such forward beside them need not fit
-    engine.repeated.forget()  # as the first forward of another shape does: what graphs have is given back
+    engine.repeated.release()  # as the first forward of another shape does: what graphs have is given back
     one, two = (_forward_bytes(engine, rows, length) for rows in (1, 2))
     drawn = _drawn_bytes(engine, length)
     needed = int(_RESERVE * (one + (batch_size - 1) * max(two - one, 0) + batch_size * drawn))
