@@ -38,16 +38,18 @@ def main(name: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
     engine = TransformersEngine(model, slice_seconds=1e-4)
     x, square = torch.randn(2, 16, 64, device=device).to(dtype), torch.randn(512, 512, device=device).to(dtype)
-    lanes = PriorityLanes(device)
-    for _ in range(MEASURED_FORWARDS + 2):
-        with lanes.inference():
-            product = square @ square
-        with lanes.validation():
-            states = engine.forward(x)
-    assert engine.slices is not None, "not measured"
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        assert engine.repeated.captured is not None, "not captured"
+    signs, lanes = torch.ones(64, device=device).to(dtype), PriorityLanes(device)
+    for after_layer in (None, lambda layer, hidden: hidden.mul_(signs)):
+        for _ in range(MEASURED_FORWARDS + 2):
+            signs.neg_()
+            with lanes.inference():
+                product = square @ square
+            with lanes.validation():
+                states = engine.forward(x, after_layer=after_layer)
+        assert engine.slices is not None, "not measured"
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            assert engine.repeated.captured is not None, "not captured"
     del product, states
     print(f"forwards in {len(engine.slices.seconds)} slices done")
 

@@ -6,6 +6,7 @@ keep their text.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def main(name: str) -> None:
     from poc_kernels.engines.vllm.engine import VllmEngine
     from poc_kernels.engines.vllm.memory import lacking_memory
     from poc_kernels.engines.vllm.support import unsupported_version
-    from poc_kernels.protocol import DistanceProver, PoCConfig, Row
+    from poc_kernels.protocol import EngineProver, PoCConfig, Row
 
     if (refusal := unsupported_version(compat.version())) is not None:
         print(f"SKIPPED [1] proofs in vLLM: {refusal}")
@@ -77,13 +78,16 @@ def main(name: str) -> None:
     if name == "cuda":
         assert engine.repeated.captured is not None, "not captured"
     before = texts()
-    prover, rows = DistanceProver(engine), [Row("key", nonce) for nonce in range(4)]
+    prover, rows = EngineProver(engine), [Row("key", nonce) for nonce in range(4)]
     settings = PoCConfig("0x00ab", 7, "key", 1.4, batch_size=4, seq_len=64, use_random_projection=True)
-    with engine.context():
-        together = prover.prove(settings, rows).values
-        assert [prover.prove(settings, [row]).values[0] for row in rows] == together, "a row depends on the others"
-    assert texts() == before, "chats are not what they were"
-    print(f"proofs in vLLM {compat.version()} done, distances {min(together):.3f} to {max(together):.3f}")
+    for form in prover.forms:
+        settings = dataclasses.replace(settings, proof=form)
+        with engine.context():
+            together = prover.prove(settings, rows).values
+            assert [prover.prove(settings, [row]).values[0] for row in rows] == together, "a row depends on the others"
+        assert len(set(together)) == len(rows), "rows have the same proofs"
+        assert texts() == before, "chats are not what they were"
+    print(f"proofs in vLLM {compat.version()} done: {', '.join(prover.forms)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import (
 
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.engines.transformers.masks import masks_as_outside_a_capture
-from poc_kernels.protocol import DistanceProver, PoCConfig, PoCManager, ProofBatch
+from poc_kernels.protocol import DistanceProver, EngineProver, PoCConfig, PoCManager, ProofBatch, Row
 from poc_kernels.scheduling.repeated import CapturedForward
 from poc_kernels.scheduling.slices import MEASURED_FORWARDS
 
@@ -328,6 +328,20 @@ def test_a_model_without_layers_to_transform_proves_all_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
+def test_an_artifact_does_not_depend_on_the_batch(dtype, proof):
+    prover = EngineProver(TransformersEngine(make(CONFIGS["qwen3"], dtype)))
+    config = PoCConfig("block", 1, "key", batch_size=6, seq_len=25, use_random_projection=True, proof=proof)
+    rows = [Row("key", nonce) for nonce in range(5)]
+    together = prover.prove(config, rows).values
+    assert len(set(together)) == 5
+    assert all(isinstance(artifact, str) for artifact in together)
+    for order in ([4, 2, 0, 1, 3], [3], [1, 1, 4]):
+        assert prover.prove(config, [rows[n] for n in order]).values == [together[n] for n in order]
+    assert prover.prove(config, [Row("other", 0)]).values != together[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slices_with_a_transform_change_no_bit(dtype):
     engine = TransformersEngine(make(CONFIGS["qwen3"], dtype), slice_seconds=1e-9)
     x = random_inputs(engine)
@@ -567,6 +581,24 @@ def test_cuda_graphs_give_the_bits_of_the_model(name):
         for seed in range(3):
             x = random_inputs(plain, batch=8, seq_len=seq_len, seed=seed)
             assert_same_bits(graphs.forward(x), plain.forward(x))
+        assert graphs.repeated.captured is not None
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_read_anew_what_a_transform_reads():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make(CONFIGS["qwen3"], torch.bfloat16).cuda()
+    plain, graphs = TransformersEngine(model, cuda_graphs=False), TransformersEngine(model)
+    factors = torch.ones(64, dtype=torch.bfloat16, device="cuda")
+
+    def scale(number, states):
+        return states.mul_(factors)
+
+    for seed in range(3):
+        x = random_inputs(plain, batch=8, seed=seed)
+        factors.copy_(torch.randn(64, generator=torch.Generator().manual_seed(seed)))
+        assert_same_bits(graphs.forward(x, after_layer=scale), plain.forward(x, after_layer=scale))
         assert graphs.repeated.captured is not None
 
 
