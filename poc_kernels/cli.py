@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends, definition
+from .conform.plan import ENGINE_PREFIX, FORMS, MLNODE_PREFIX, Plan
 from .kernels import native
 from .node.settings import DTYPES, OPTIONS, SECRETS, Settings, described
 from .service.settings import REQUIRED, from_variables
@@ -182,15 +183,16 @@ def _add_conform(commands: Any) -> None:
         help="play the chain's node and a validator against an endpoint, and say whether it speaks the network's wire",
         epilog="The exit status is 0 if nothing failed. Without --token, POC_KERNELS_TOKEN is the token.",
     )
-    prefixes, proofs = ("/api/v1/pow", "/api/v1/inference/pow"), ("vectors", "fingerprint")
+    prefixes = (ENGINE_PREFIX, MLNODE_PREFIX)
     parser.add_argument("--url", required=True, help="base of the endpoint, such as http://127.0.0.1:8000")
     parser.add_argument("--prefix", choices=prefixes, help="of an engine's routes (default), or of an MLNode's")
     parser.add_argument("--model", help="name of the served model (default: the first of /v1/models)")
-    parser.add_argument("--proof", choices=proofs, help="proof form (default: vectors)")
+    parser.add_argument("--proof", choices=tuple(FORMS), help=f"proof form (default: {Plan.proof})")
+    k_dims = ", ".join(f"{form.k_dim} of {name}" for name, form in FORMS.items())
     for name, what in (
-        ("--seq-len", "positions of a nonce's inputs (default: 256)"),
-        ("--k-dim", "numbers of an artifact (default: 12 of vectors, 64 of fingerprint)"),
-        ("--batch-size", "nonces per forward (default: 8)"),
+        ("--seq-len", f"positions of a nonce's inputs (default: {Plan.seq_len})"),
+        ("--k-dim", f"numbers of an artifact (default: {k_dims})"),
+        ("--batch-size", f"nonces per forward (default: {Plan.batch_size})"),
         ("--queue-limit", "nonces that the endpoint lets wait; its 429 is tried if set"),
     ):
         parser.add_argument(name, type=positive_int, metavar="N", help=what)
@@ -201,8 +203,8 @@ def _add_conform(commands: Any) -> None:
         help="where the endpoint reaches this machine (default: the address from which it is called, any port)",
     )
     for name, what in (
-        ("--timeout", "seconds for an answer or a callback (default: 60)"),
-        ("--max-seconds", "seconds for everything (default: 1800)"),
+        ("--timeout", f"seconds for an answer or a callback (default: {Plan.timeout_seconds:g})"),
+        ("--max-seconds", f"seconds for everything (default: {Plan.max_seconds:g})"),
     ):
         parser.add_argument(name, type=float, metavar="X", help=what)
     parser.add_argument("--only", action="append", metavar="NAME", help="play this check; may be given repeatedly")
@@ -213,7 +215,6 @@ def _add_conform(commands: Any) -> None:
 def conform(chosen: argparse.Namespace) -> int:
     """Judge an endpoint; return the exit status."""
     try:
-        from .conform.plan import Plan
         from .conform.report import line
         from .conform.run import NAMES
         from .conform.run import conform as judge

@@ -142,7 +142,7 @@ def generated_of_request(session: Session) -> str:
         require(post.path == GENERATED, f"posted to {post.path} of the url")
         body = post.read(Generated)
         _same_round(body, session.request_body(NONCES))
-        _same_id(session, body.request_id, queued.request_id)
+        session.expect_id(body.request_id, queued.request_id)
         nonces += [artifact.nonce for artifact in body.artifacts]
     require(sorted(nonces) == sorted(NONCES), f"queued nonces {NONCES}, got callbacks of {nonces[:20]}")
     return f"{len(nonces)} artifacts in {len(mailbox.posts)} callbacks"
@@ -176,7 +176,7 @@ def _validated(session: Session, refuse: int) -> str:
     require(taken[0].path == VALIDATED, f"posted to {taken[0].path} of the url")
     told = taken[0].read(Validated)
     _same_round(told, body)
-    _same_id(session, told.request_id, queued.request_id)
+    session.expect_id(told.request_id, queued.request_id)
     answered = session.result(queued.request_id, Verdict)
     differs = [
         name
@@ -192,12 +192,6 @@ def _same_round(body: Generated | Validated, sent: dict[str, object]) -> None:
     names = ("public_key", "block_hash", "block_height", "node_id")
     wrong = {name: getattr(body, name) for name in names if getattr(body, name) != sent[name]}
     require(not wrong, f"the callback has not what was sent: {wrong}")
-
-
-def _same_id(session: Session, told: str | None, queued: str) -> None:
-    """Check the request_id of a callback, which an engine posts: it knows nothing of the port that an MLNode adds."""
-    expected = (queued, queued.rpartition(":")[2]) if session.plan.is_mlnode else (queued,)
-    require(told in expected, f"request_id is {told!r}, queued as {queued!r}")
 
 
 CHECKS = (

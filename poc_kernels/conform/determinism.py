@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+from .answers import Artifacts
 from .check import check
 from .outcome import require
-from .session import NONCES, Session
+from .session import NONCES, Session, by_nonce
 
 _DIFFERENT = 0.7
 """Half of the median distance of unrelated unit vectors: less in the median, and they are not unrelated."""
@@ -49,6 +50,16 @@ def permuted(session: Session) -> str:
     return _same(session, session.compute([*others[:2], *NONCES[::-1], *others[2:]]))
 
 
+@check("determinism.beside_others", "determinism", "requests of other keys and blocks at the same time change nothing")
+def beside_others(session: Session) -> str:
+    """Queue requests whose nonces may share forwards."""
+    key, block = session.public_key[::-1], session.block_hash[::-1]
+    bodies = [session.request_body(NONCES, **changes) for changes in ({"public_key": key}, {}, {"block_hash": block})]
+    queued = [session.queue(body) for body in bodies]
+    _, found, _ = (by_nonce(session.result(each.request_id, Artifacts), NONCES) for each in queued)
+    return _same(session, found)
+
+
 @check(
     "determinism.batch_size", "determinism", "another batch_size may change bits, and no more than a validator allows"
 )
@@ -88,4 +99,4 @@ def keys_and_blocks_differ(session: Session) -> str:
     return "; ".join(_different(session.apart(honest, found), what) for what, found in others.items())
 
 
-CHECKS = (repeated, alone, permuted, batch_size, after_a_round, nonces_differ, keys_and_blocks_differ)
+CHECKS = (repeated, alone, permuted, beside_others, batch_size, after_a_round, nonces_differ, keys_and_blocks_differ)

@@ -89,10 +89,10 @@ class Plan:
         for name, taken in (("prefix", (ENGINE_PREFIX, MLNODE_PREFIX)), ("proof", tuple(FORMS))):
             if getattr(self, name) not in taken:
                 raise ValueError(f"{name} must be one of {', '.join(taken)}, got {getattr(self, name)!r}")
-        for name in ("seq_len", "batch_size", "k_dim", "queue_limit"):
+        for name, least in (("seq_len", 1), ("batch_size", 1), ("k_dim", 2), ("queue_limit", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("timeout_seconds", "max_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ class Receiver:
 
     def mailbox(self, refuse: int = 0) -> Mailbox:
         """Make a mailbox that refuses that many callbacks at first."""
-        name = str(len(self._mailboxes))
+        name = secrets.token_hex(8)  # nobody else posts there
         self._mailboxes[name] = Mailbox(f"{self._base}{_PATH}{name}", refuse)
         return self._mailboxes[name]
 

@@ -114,7 +114,7 @@ def _played(each: Check, session: Session) -> Result:
     except CheckError as error:
         outcome, seen = error.outcome, str(error)
     except Exception as error:  # an endpoint may answer anything, and the other checks are still of interest
-        outcome, seen = Outcome.FAIL, f"{type(error).__name__}: {error}"
+        outcome, seen = Outcome.FAIL, f"unexpected {type(error).__name__}: {error}"
     return Result(each.name, each.section, each.says, outcome, seen, time.monotonic() - start)
 
 

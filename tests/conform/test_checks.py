@@ -54,6 +54,7 @@ FAULTS = [
     ("determinism.repeated", "drifts"),
     ("determinism.alone", "sees_neighbours"),
     ("determinism.permuted", "sees_places"),
+    ("determinism.beside_others", "key_of_the_one_before"),
     ("determinism.batch_size", "sees_batches"),
     ("determinism.after_a_round", "sees_rounds"),
     ("determinism.nonces", "one_for_all"),
@@ -167,6 +168,10 @@ def test_faults_with_fingerprints(outcome, name, fault, expected):
 @pytest.mark.parametrize(("name", "fault"), OF_MLNODES)
 def test_faults_of_mlnodes(outcome, name, fault):
     assert outcome(name, fault, prefix=MLNODE_PREFIX) is not Outcome.PASS
+
+
+def test_an_mlnode_may_tell_its_engines_ids(outcome):
+    assert outcome("generate.queues", "engines_ids", prefix=MLNODE_PREFIX) is Outcome.PASS
 
 
 def test_every_check_has_a_fault_that_it_finds():

@@ -27,7 +27,7 @@ URL = "http://127.0.0.1:1"
         ({"proof": "distances"}, "proof must be one of vectors, fingerprint, got 'distances'"),
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"k_dim": 0}, "k_dim must be at least 1, got 0"),
+        ({"k_dim": 1}, "k_dim must be at least 2, got 1"),
         ({"queue_limit": 0}, "queue_limit must be at least 1, got 0"),
         ({"timeout_seconds": 0.0}, "timeout_seconds must be positive and finite, got 0.0"),
         ({"max_seconds": math.nan}, "max_seconds must be positive and finite, got nan"),

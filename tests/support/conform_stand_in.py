@@ -68,6 +68,7 @@ class StandIn:
         self.round: Body | None = None
         self.rounds = self.requests = 0
         self.results: dict[str, Any] = {}
+        self.queued_key = ""
         self.app = FastAPI()
         self.app.add_api_route("/health", self.health)
         self.app.add_api_route("/v1/models", self.models)
@@ -189,6 +190,9 @@ class StandIn:
         wait = body.wait or (self.has("waits_by_default") and "wait" not in body.model_fields_set)
         if not wait and len(body.nonces) > QUEUE_LIMIT and not self.has("unlimited"):
             raise HTTPException(429, "full" if self.has("says_no_reason") else f"Queue full: limit is {QUEUE_LIMIT}")
+        if not wait:
+            before, self.queued_key = self.queued_key, body.public_key
+            body.public_key = before if before and self.has("key_of_the_one_before") else body.public_key
         self.requests += 1
         request_id = str(self.requests) if self.has("ids_are_numbers") else str(uuid.uuid4())
         artifacts = self.artifacts(body, body.nonces, "queued" if not wait and self.has("queued_differs") else "")
@@ -216,7 +220,7 @@ class StandIn:
         known = known or {"status": "queued", "request_id": request_id}
         if self.has("never_done"):
             known = {"status": "queued", "request_id": request_id}
-        is_node = "/inference/" in request.url.path
+        is_node = "/inference/" in request.url.path and not self.has("engines_ids")
         return {**known, "request_id": f"8000:{request_id}" if is_node else request_id}
 
     # ---- artifacts ----
