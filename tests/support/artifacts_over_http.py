@@ -21,10 +21,11 @@ BODY: dict[str, Any] = {
     **{name: value for name, value in ROUND.items() if name not in ("r_target", "seq_len")},
     "params": {"model": NAME, "seq_len": ROUND["seq_len"]},
 }
-STAT_TEST = {"dist_threshold": 0.02, "p_mismatch": 0.001, "p_value_threshold": 0.01}
+STAT_TEST = {"dist_threshold": 0.005, "p_mismatch": 0.001, "p_value_threshold": 0.01}
+"""What another engine's roundings change in float32, and those of artifacts to float16."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def older(http: httpx2.Client) -> Iterator[None]:
     """The status is that of the older wire again, as those who reset the server read it."""
     yield
@@ -36,24 +37,24 @@ def asked(nonces: list[int], proof: str, **changes: Any) -> dict[str, Any]:
     return {**BODY, "nonces": nonces, "wait": True, "params": params, **changes}
 
 
+@pytest.mark.usefixtures("older")
 @pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
 def test_artifacts_are_those_of_every_batch(http: httpx2.Client, alone: Alone, proof: str) -> None:
+    nonces = [5, 0, 2**31 - 1, 3]
+    told = posted(http, "/generate", asked(nonces, proof))["artifacts"]
+    assert [each["nonce"] for each in told] == nonces
+    for some in (slice(2, None), slice(0, 1)):
+        assert posted(http, "/generate", asked(nonces[some], proof))["artifacts"] == told[some]
     config = PoCConfig(**{**ROUND, "r_target": None, "proof": proof})
-    rows = [Row(ROUND["public_key"], nonce) for nonce in (5, 0, 2**31 - 1, 3)]
-    expected = EngineProver(alone._engine).prove(config, rows).values
-    nonces = [row.nonce for row in rows]
-    for some in (nonces, nonces[2:], nonces[:1]):
-        told = posted(http, "/generate", asked(some, proof))["artifacts"]
-        assert {each["nonce"]: each["vector_b64"] for each in told} == {
-            nonce: artifact for nonce, artifact in zip(nonces, expected, strict=True) if nonce in some
-        }
-    claims = {"artifacts": [{"nonce": n, "vector_b64": artifact} for n, artifact in zip(nonces, expected, strict=True)]}
+    proved = EngineProver(alone._engine).prove(config, [Row(ROUND["public_key"], nonce) for nonce in nonces]).values
+    claims = {"artifacts": [{"nonce": n, "vector_b64": artifact} for n, artifact in zip(nonces, proved, strict=True)]}
     honest = posted(http, "/generate", asked(nonces, proof, validation=claims, stat_test=STAT_TEST))
     assert (honest["n_total"], honest["n_mismatch"], honest["fraud_detected"]) == (4, 0, False)
     stolen = posted(http, "/generate", asked(nonces, proof, validation=claims, public_key="another key"))
     assert (stolen["n_mismatch"], stolen["fraud_detected"]) == (4, True)
 
 
+@pytest.mark.usefixtures("older")
 @pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
 def test_a_round_of_artifacts_and_its_validation(http: httpx2.Client, receiver: Receiver, proof: str) -> None:
     body = {**BODY, "params": {**BODY["params"], "proof": proof}, "url": receiver.url}

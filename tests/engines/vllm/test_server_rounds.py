@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from artifacts_over_http import *  # noqa: F403
 from rounds_over_http import *  # noqa: F403
 
 pytest_plugins = ["vllm_server"]
