@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
-from tiny_service import artifact
+import httpx2
+from tiny_service import TinyNode, artifact
+from web import TIMEOUT, eventually
 
 from poc_kernels.protocol import PoCConfig
 
@@ -35,3 +40,56 @@ def claims(nonces: list[int], **other: str) -> dict[str, Any]:
     """What a node claims: the artifacts, or by ``n{nonce}`` another text."""
     texts = {nonce: other.get(f"n{nonce}", vector(nonce)) for nonce in nonces}
     return {"artifacts": [{"nonce": nonce, "vector_b64": text} for nonce, text in texts.items()]}
+
+
+OLDER: dict[str, Any] = {
+    "block_hash": "older",
+    "block_height": 1,
+    "public_key": "key",
+    "r_target": 1.0,
+    "node_id": 0,
+    "node_count": 1,
+    "batch_size": 4,
+    "seq_len": 8,
+}
+"""A round of the older wire."""
+STAT_TEST = {"dist_threshold": 0.4, "p_mismatch": 0.1, "p_value_threshold": 0.05}
+"""What the chain's node sends."""
+
+
+@contextlib.contextmanager
+def blocked(node: TinyNode) -> Iterator[threading.Event]:
+    """Forwards wait until the block ends; the event says that one does."""
+    entered, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        assert release.wait(TIMEOUT)
+
+    node.prover.before_forward = wait
+    try:
+        yield entered
+    finally:
+        node.prover.before_forward = lambda: None
+        release.set()
+
+
+def ok(answer: httpx2.Response) -> Any:
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def refused(answer: httpx2.Response, status: int) -> Any:
+    assert answer.status_code == status, answer.text
+    return answer.json()["detail"]
+
+
+def generate(http: httpx2.Client, body: dict[str, Any]) -> Any:
+    return ok(http.post(f"{POW}/generate", json=body))
+
+
+def ended(http: httpx2.Client, request_id: str) -> Any:
+    """What a request that did not wait comes to."""
+    answer = lambda: ok(http.get(f"{POW}/generate/{request_id}"))  # noqa: E731
+    eventually(lambda: answer()["status"] not in ("queued", "running"))
+    return answer()

@@ -70,10 +70,10 @@ class CurrentWire:
         form = self._manager.form(config)
         if config is None or not isinstance(form, ArtifactForm):
             return None
-        told: dict[str, Any] = {"status": PoCState.IDLE.value, "config": None, "stats": None}
+        told: dict[str, Any] = {"status": PoCState.IDLE.value, "config": None, "stats": None, "round": None}
         if progress["state"] in PHASES:
             stats = {"total_processed": progress["total_checked"], "nonces_per_second": progress["rate_per_second"]}
-            told = {"status": progress["state"], "config": _told(config, form), "stats": stats}
+            told = {"status": progress["state"], **_told(config, form), "stats": stats}
         return {**told, **self.service.workload()}
 
     def versions(self) -> dict[str, Any]:
@@ -202,13 +202,11 @@ def _check_nonces(config: PoCConfig) -> None:
 
 
 def _told(config: PoCConfig, form: ArtifactForm) -> dict[str, Any]:
-    """Return what anybody may know of a configuration: what the network's clients read first."""
+    """Return what anybody may know of a configuration: ``config``, as the network has it, and ours in ``round``."""
     told = told_of(config)
-    first = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
-    ours = ("batch_size", "proof", "use_random_projection", "callback_host")
+    known = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
+    ours = ("proof", "batch_size", "use_random_projection", "stronger_rng", "callback_host")
     return {
-        **{name: told[name] for name in first},
-        "k_dim": form.k_dim_of(config),
-        **{name: told[name] for name in ours},
-        "poc_stronger_rng": config.stronger_rng,
+        "config": {**{name: told[name] for name in known}, "k_dim": form.k_dim_of(config)},
+        "round": {name: told[name] for name in ours},
     }
