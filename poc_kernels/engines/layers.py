@@ -25,7 +25,7 @@ class _RefusedError(Exception):
 
 @dataclasses.dataclass
 class _Call:
-    """A call of a module, with copies of the hidden states that it was given and that it returned.
+    """A call of a module, with copies, [tokens, hidden_size], of the hidden states that it was given and returned.
 
     Attributes:
         ended: how many modules had been called when it returned.
@@ -147,7 +147,7 @@ class DecoderLayers:
             raise _RefusedError(f"{len(found) or 'no'} lists of {which}modules are called so")
         ((self._path, layers),) = found.items()
         self._layers = [call.module for call in layers]
-        after = calls[layers[-1].ended].given if layers[-1].ended < len(calls) else [result]
+        after = calls[layers[-1].ended].given if layers[-1].ended < len(calls) else [_copy(result)]
         takers = [*(call.given for call in layers[1:]), after]
         places = [_handed_on(call, given) for call, given in zip(layers, takers, strict=True)]
         for number, handed_on in enumerate(places):
@@ -189,7 +189,7 @@ def _calls(model: nn.Module, run: _Run, x: Tensor) -> tuple[list[_Call], Tensor]
         """Copy what has the shape of hidden states."""
         tensors = {n: value for n, value in enumerate(values) if isinstance(value, Tensor)}
         alike = {n: tensor for n, tensor in tensors.items() if tensor.shape in shapes and tensor.dtype == x.dtype}
-        return {n: tensor.clone() for n, tensor in alike.items()}
+        return {n: _copy(tensor) for n, tensor in alike.items()}
 
     def before(module: nn.Module, arguments: Any, named: Any) -> None:
         running.append(_Call(module, [*states([*arguments, *named.values()]).values()]))
@@ -206,15 +206,22 @@ def _calls(model: nn.Module, run: _Run, x: Tensor) -> tuple[list[_Call], Tensor]
         return calls, run(x.clone()).clone()
 
 
+def _copy(states: Tensor) -> Tensor:
+    """Copy states as [tokens, hidden_size], to where memory is not short."""
+    return states.reshape(-1, states.shape[-1]).to("cpu", copy=True)
+
+
 def _in_order(model: nn.Module, calls: Sequence[_Call]) -> dict[str, list[_Call]]:
     """Return, by its path, each outermost list whose modules were called once each, in its order."""
     found: dict[str, list[_Call]] = {}
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for path, modules in lists.items():
-        inner = any(path.startswith(f"{other}.") for other in lists)
+        if any(path.startswith(f"{other}.") for other in lists):
+            continue
         ids = [id(module) for module in modules]
-        of_list = [call for call in calls if id(call.module) in ids]
-        if not inner and len(set(ids)) == len(ids) > 0 and [id(call.module) for call in of_list] == ids:
+        once = frozenset(ids)
+        of_list = [call for call in calls if id(call.module) in once]
+        if len(once) == len(ids) > 0 and [id(call.module) for call in of_list] == ids:
             found[path] = of_list
     return found
 

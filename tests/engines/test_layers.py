@@ -89,6 +89,21 @@ class SummedFirst(WithResidual):
     sum_first = True
 
 
+class WithoutNorm(Model):
+    """The result is what the last layer returns, with its tokens in one dimension inside."""
+
+    class Layer(nn.Linear):
+        def __init__(self):
+            super().__init__(WIDTH, WIDTH)
+
+    def __init__(self):
+        super().__init__(self.Layer)
+
+    @torch.inference_mode()
+    def forward(self, inputs_embeds):
+        return self.through(inputs_embeds.flatten(0, 1)).view(inputs_embeds.shape)
+
+
 def found(model, run=None, count=None):
     device = torch.device("cpu")
     return DecoderLayers(model, run or model, hidden_size=WIDTH, dtype=torch.float32, device=device, count=count)
@@ -143,6 +158,16 @@ def test_both_parts_of_the_states_are_transformed(kind):
             states, residual = (part * signs.view(21, WIDTH) for part in each(states, residual))
         expected = nn.LayerNorm.forward(model.norm, states + residual)
     assert_same_bits(result, expected.view(X.shape))
+
+
+def test_a_model_without_a_last_norm():
+    model = WithoutNorm()
+    layers = found(model)
+    expected = X
+    with torch.inference_mode():
+        for each in model.layers:
+            expected = nn.functional.linear(expected.flatten(0, 1), each.weight, each.bias).view(X.shape) * 2
+    assert_same_bits(transformed(layers, model, lambda _, states: states * 2, X), expected)
 
 
 def test_nothing_stays_at_the_layers():
