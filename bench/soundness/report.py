@@ -148,9 +148,13 @@ independent. Compute is counted in layers and positions; no guess was timed. Mea
 form's own code."""
 
 
-def _form_section(form: str, found: dict[str, Any]) -> list[str]:
+def _by_kind(found: dict[str, Any]) -> list[dict[str, Any]]:
     order = [*_KINDS]
-    guesses = sorted(found["guesses"], key=lambda guess: order.index(guess["kind"]))
+    return sorted(found["guesses"], key=lambda guess: order.index(guess["kind"]))
+
+
+def _form_section(form: str, found: dict[str, Any]) -> list[str]:
+    guesses = _by_kind(found)
     likeness = f"Mean cosine of two nonces' last hidden states: {found['likeness']:.3f}."
     if form == "distances":
         rows = [_distance_row(guess) for guess in guesses]
@@ -219,7 +223,7 @@ def _plot_artifacts(axes: Any, form: str, found: dict[str, Any]) -> None:
 
 def _plot_correlations(axes: Any, found: dict[str, Any]) -> None:
     """Draw the correlation of each guess's distances with the true ones."""
-    guesses = found["guesses"]
+    guesses = _by_kind(found)
     for at, guess in enumerate(reversed(guesses)):
         value = guess["correlation"]
         axes.plot([value["low"], value["high"]], [at, at], color=_COLOURS[guess["kind"]])
