@@ -28,7 +28,6 @@ _selected: dict[torch.device, Backend] = {}
 _forced: str | None = None
 
 _TRITON = "poc_kernels.kernels.triton.product"
-_TRITON_CHECK = "poc_kernels.kernels.triton.check"
 
 
 def _imported_when_called(module: str, name: str) -> Callable[..., Any]:
@@ -67,7 +66,7 @@ def backends() -> tuple[Backend, ...]:
             entries=_imported_when_called(_TRITON, "entries"),
             unavailable=_triton_unavailable,
             by_name_only=("cpu",),  # by Triton's interpreter
-            wrong=_imported_when_called(_TRITON_CHECK, "wrong_tiles"),
+            wrong=_imported_when_called(_TRITON, "wrong_tiles"),
             may_crash=True,
             warmup=_imported_when_called(_TRITON, "warmup"),
         ),

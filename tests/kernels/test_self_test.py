@@ -310,8 +310,8 @@ def test_tiles_are_tried_of_a_backend_that_gives_the_known_answers(tiled, asked)
 
 def test_the_triton_backend_has_its_tiles_tried(monkeypatch):
     asked = []
-    check = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.check")
-    monkeypatch.setattr(check, "wrong_tiles", lambda device: asked.append(device) or ["a tile"])
+    kernels = pytest.importorskip("triton") and pytest.importorskip("poc_kernels.kernels.triton.product")
+    monkeypatch.setattr(kernels, "wrong_tiles", lambda device: asked.append(device) or ["a tile"])
     monkeypatch.setattr(self_test, "wrong_answers", lambda backend, device: [])
     assert backends.verdict(next(each for each in backends.backends() if each.name == "triton"), CPU) == ["a tile"]
     assert asked == [CPU]

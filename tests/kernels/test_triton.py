@@ -32,8 +32,8 @@ import triton.language as tl
 
 from poc_kernels import backends, definition, reference
 from poc_kernels.kernels import Backend, self_test, trial
-from poc_kernels.kernels.triton import check
 from poc_kernels.kernels.triton import device as triton_device
+from poc_kernels.kernels.triton import plan
 from poc_kernels.kernels.triton import product as kernels
 from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
@@ -295,7 +295,7 @@ def test_a_tile_that_only_calls_of_many_rows_take_is_found_before_its_use(fresh_
         return y
 
     monkeypatch.setattr(kernels, "project", broken)
-    monkeypatch.setattr(kernels, "LONGEST_BLOCK", 256)  # for the interpreter's sake
+    monkeypatch.setattr(plan, "LONGEST_BLOCK", 256)  # for the interpreter's sake
     few = {"entries": [], "residual": [], "projection": [], "edge": self_test._known_answers()["edge"]}
     monkeypatch.setattr(self_test, "_known_answers", lambda: few)
     monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
@@ -325,7 +325,7 @@ def test_the_tiles_of_a_device_are_tried_whole_and_in_parts_and_with_every_dtype
     monkeypatch.setenv("POC_KERNELS_TRITON_ARITHMETIC", arithmetic)
     monkeypatch.setattr(kernels, "project", recorded)
     monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 4))
-    wrong = check.wrong_tiles(CPU)
+    wrong = kernels.wrong_tiles(CPU)
     assert len(wrong) == len(set(wrong)) == len(calls)
     cut = {1: "whole", 2: "in 2 parts"}
     assert wrong[1] == f"bfloat16, 16 bits in {arithmetic} by {calls[1][3]}, K = 140 {cut[calls[1][4]]}"
@@ -459,7 +459,7 @@ def test_old_cards_are_refused(capability, reason, monkeypatch):
     ],
 )
 def test_a_triton_without_fences_is_refused_where_products_need_them(release, capability, refused, monkeypatch):
-    monkeypatch.setattr(tile_table, "TRITON", release)
+    monkeypatch.setattr(tile_table, "release", lambda: release)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 4))
     version = ".".join(map(str, release))
@@ -471,7 +471,7 @@ def test_a_triton_without_fences_is_refused_where_products_need_them(release, ca
 
 
 def test_the_interpreter_needs_no_fences(monkeypatch):
-    monkeypatch.setattr(tile_table, "TRITON", (3, 6, 0))
+    monkeypatch.setattr(tile_table, "release", lambda: (3, 6, 0))
     assert kernels.unavailable(CPU) is None
 
 
@@ -499,7 +499,7 @@ from poc_kernels import definition
 from poc_kernels.kernels import self_test
 from poc_kernels.kernels import Backend
 from poc_kernels.kernels.triton import tiles as tile_table
-from poc_kernels.kernels.triton import check, product as kernels
+from poc_kernels.kernels.triton import product as kernels
 """
 NO_COMPILATION_AFTER_WARMUP = """
 for sms, bits in itertools.product((132, 30), (16, 8)):
@@ -534,7 +534,7 @@ for arithmetic in ("int8", "fp16"):
     compiled.clear()
     self_test.wrong_answers(Backend("triton", kernels.project, kernels.entries, None), torch.device("cpu"))
     answers = len(compiled)
-    check.wrong_tiles(torch.device("cpu"))
+    kernels.wrong_tiles(torch.device("cpu"))
     print(answers, len(compiled) - answers)
 """
 

@@ -3,46 +3,75 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ... import definition, reference
 from ...definition import Request
 from .. import self_test
-from . import product
-from . import tiles as tile_table
+from . import plan
 from .tiles import Tile
 
+Project = Callable[[Tensor, Tensor, Request, Tile, int], Tensor]
+"""project(x, seed, request, tile, parts): by a tile, with K in parts."""
+SIZES = (300, 1152, 512)
+"""Rows, k and columns of a product with several tiles of each."""
 
-def wrong_tiles(device: torch.device) -> list[str]:
+
+def wrong_tiles(
+    device: torch.device,
+    project: Project,
+    tiles_of: Callable[[int], Sequence[Tile]],
+    parts: Sequence[int],
+    arithmetic: str,
+    *,
+    sizes: tuple[int, int, int] = SIZES,
+    beyond: int = 128,
+) -> list[str]:
     """Return which tiles give other bits on a device than `poc_kernels.reference` on the CPU; empty if none does.
 
-    It tries the tiles of the device's table for both activation_bits, in the arithmetic that calls would take, with K
-    whole and (except on AMD's) in two parts; on bfloat16 activations of several tiles of rows, two of these rows with
-    the largest sums, and, in float16, more than one flush of sums. Then the largest tile with rows so long that they
-    are read twice, in every dtype; of float32 and float16 one takes K whole and the other in parts, the other way round
-    for the other activation_bits.
+    It tries the tiles of ``tiles_of`` (activation_bits), with K in each of the ``parts`` (whole or cut); on bfloat16
+    activations of several tiles of rows, two of these rows with the largest sums, and, in float16, more than one flush
+    of sums. Then the largest tile with rows so long that they are read twice, in every dtype; of float32 and float16
+    one takes K whole and the other in parts, the other way round for the other activation_bits.
+
+    Args:
+        device: with its index.
+        project: what is tried.
+        tiles_of: the tiles, by activation_bits.
+        parts: numbers of parts of K, fewest first.
+        arithmetic: in which tiles multiply, for what is returned.
+        sizes: rows, k and columns of a product.
+        beyond: k of long rows beyond the longest that are read once.
     """
-    capability, _ = product.hardware(device)
-    arithmetic = product.choose_arithmetic(capability)
-    parts = tile_table.forms_of_k(capability)
-    k, columns = (140, 20) if product.INTERPRETED else (1152, 512)
-    long_k, few_columns = product.LONGEST_BLOCK + 128, 20 if product.INTERPRETED else 128
+    rows, k, columns = sizes
+    few_columns = min(columns, 128 + columns % 16)
+    long_k = plan.LONGEST_BLOCK + beyond
     wrong = []
     for bits, (of_float32, of_float16) in ((16, (parts[0], parts[-1])), (8, (parts[-1], parts[0]))):
-        tiles = tile_table.tiles(capability, bits, arithmetic)
+        tiles = tiles_of(bits)
         forms = list(itertools.product(tiles, parts))
-        wrong += _wrong_forms(device, "bfloat16", k, columns, bits, arithmetic, forms)
-        for dtype, splits in (("bfloat16", parts[0]), ("float32", of_float32), ("float16", of_float16)):
-            wrong += _wrong_forms(device, dtype, long_k, few_columns, bits, arithmetic, [(tiles[-1], splits)])
+        wrong += wrong_forms(device, project, "bfloat16", (rows, k, columns), bits, arithmetic, forms)
+        for dtype, cut in (("bfloat16", parts[0]), ("float32", of_float32), ("float16", of_float16)):
+            wrong += wrong_forms(
+                device, project, dtype, (rows, long_k, few_columns), bits, arithmetic, [(tiles[-1], cut)]
+            )
     return wrong
 
 
-def _wrong_forms(
-    device: torch.device, dtype: str, k: int, columns: int, bits: int, arithmetic: str, forms: list[tuple[Tile, int]]
+def wrong_forms(
+    device: torch.device,
+    project: Project,
+    dtype: str,
+    sizes: tuple[int, int, int],
+    bits: int,
+    arithmetic: str,
+    forms: Sequence[tuple[Tile, int]],
 ) -> list[str]:
-    """Return which forms of a product (tile, number of parts of K) give other bits than the reference on the CPU."""
-    rows = 20 if product.INTERPRETED else 300
+    """Return which forms of a product (tile, parts of K) of ``sizes`` (rows, k, columns) are wrong on a device."""
+    rows, k, columns = sizes
     x = self_test.activations({"dtype": dtype, "M": rows, "K": k, "x_amp": 4.0, "x_salt": rows})
     seed = definition.seed_tensor(-rows, "cpu")
     request = Request(
@@ -61,7 +90,7 @@ def _wrong_forms(
     on_device = (x.to(device), seed.to(device), request._replace(row_mask=request.row_mask.to(device)))
     wrong = []
     for tile, splits in forms:
-        y = product.project(*on_device, tile=tile, splits=splits, arithmetic=arithmetic)
+        y = project(*on_device, tile, splits)
         if self_test.digest(y) != expected:
             cut = "whole" if splits == 1 else f"in {splits} parts"
             wrong.append(f"{dtype}, {bits} bits in {arithmetic} by {tile}, K = {k} {cut}")

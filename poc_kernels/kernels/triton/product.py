@@ -16,10 +16,7 @@ result and its workspace through torch, so that it may be captured.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
-import os
 
 import torch
 import triton
@@ -28,9 +25,25 @@ from torch import Tensor
 
 from ... import definition
 from ...definition import Request
+from . import check
 from . import device as on_tile
 from . import tiles as tile_table
 from .device import NOT_FINITE, PANEL
+from .plan import (
+    DTYPE_CODES,
+    ENTRIES_CALLS,
+    ENTRIES_COLUMNS,
+    block_of,
+    choose_arithmetic,
+    entries_grid,
+    hardware,
+    product_constants,
+    product_numbers,
+    quantise_constants,
+    quantise_numbers,
+    signed_word,
+)
+from .plan import plan as make_plan
 from .tiles import Tile
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -249,45 +262,9 @@ def entries_kernel(
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
-_DTYPES = {torch.float32: (0, torch.int32), torch.bfloat16: (1, torch.int16), torch.float16: (2, torch.int16)}
-_PANEL = PANEL.value
-_CLEAR = 2048
-LONGEST_BLOCK = 8192
-"""Largest K whose rows are quantised in one block; longer rows are read twice."""
+_BITS_DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 INTERPRETED = not isinstance(product_kernel, triton.runtime.JITFunction)
 _BYTE_PERM = not INTERPRETED and torch.version.cuda is not None
-
-
-@functools.cache
-def hardware(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Return compute capability (`tile_table.HIP` for AMD's) and number of SMs; a small GPU's under the interpreter."""
-    if device.type != "cuda":
-        return (9, 0), 4
-    properties = torch.cuda.get_device_properties(device)
-    capability = tile_table.HIP if torch.version.hip is not None else (properties.major, properties.minor)
-    return capability, properties.multi_processor_count
-
-
-def _signed_word(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
-
-
-def _float32_bits(value: float) -> int:
-    """Return the bits of a positive float32, computed in integers: a subnormal is kept where the CPU flushes them."""
-    unit = max(math.frexp(value)[1] - 24, -149)
-    return ((unit + 149) << 23) + int(math.ldexp(value, -unit))
-
-
-def choose_arithmetic(capability: tuple[int, int], asked_for: str | None = None) -> str:
-    """Return ``int8`` or ``fp16``: what is asked for, here or in the environment, or else the table's choice.
-
-    Raises:
-        ValueError: another one is asked for.
-    """
-    arithmetic = asked_for or os.environ.get("POC_KERNELS_TRITON_ARITHMETIC") or tile_table.arithmetic(capability)
-    if arithmetic not in ("int8", "fp16"):
-        raise ValueError(f"POC_KERNELS_TRITON_ARITHMETIC must be int8 or fp16, got {arithmetic}")
-    return arithmetic
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -324,86 +301,56 @@ def project(
     rows and K rounded up to tiles; twice that in fp16; 8 bytes per row; and with splits, 8 or 4 bytes per element of y,
     columns rounded up to tiles, and 4 per tile.
     """
-    domain, coefficient, activation_bits, columns, residual, column_start, row_mask = request
+    columns, activation_bits, row_mask = request.columns, request.activation_bits, request.row_mask
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     m, k = x.shape
     capability, sms = hardware(x.device)
     arithmetic = choose_arithmetic(capability, arithmetic)
     tile = tile or tile_table.choose(capability, m, activation_bits, arithmetic)
-    panels, planes = triton.cdiv(k, _PANEL), 2 if activation_bits == 16 else 1
-    column_tiles = triton.cdiv(columns, tile.columns)
-    tiles = column_tiles * triton.cdiv(m, tile.rows)
-    splits = min(splits, panels) if splits else tile_table.splits(capability, tile, tiles, panels, sms)
-    panels_per_split = triton.cdiv(panels, splits)
-    splits = triton.cdiv(panels, panels_per_split)
+    plan = make_plan(m, k, columns, activation_bits, tile, sms, capability, splits or 0)
 
-    code, bits_dtype = _DTYPES[x.dtype]
-    fp16 = arithmetic == "fp16"
-    shared = {"DTYPE": code, "BITS": activation_bits, "RUN": tile.run, "FP16": fp16, "enable_fp_fusion": False}
+    code, bits_dtype, fp16 = DTYPE_CODES[x.dtype], _BITS_DTYPES[x.dtype], arithmetic == "fp16"
     y = torch.empty(m, columns, dtype=x.dtype, device=x.device)
     limb_dtype = torch.float16 if fp16 else torch.int8
-    padded_rows = triton.cdiv(m, tile.rows) * tile.rows
-    limbs = torch.empty(panels, planes, padded_rows, _PANEL, dtype=limb_dtype, device=x.device)
+    limbs = torch.empty(plan.panels, plan.planes, plan.padded_rows, PANEL.value, dtype=limb_dtype, device=x.device)
     # Both aligned, whatever m.
-    exponents, sums = torch.empty(2, padded_rows, dtype=torch.int32, device=x.device)
-    added = planes * column_tiles * m * tile.columns
-    totals = torch.empty(added + tiles if splits > 1 else 0, dtype=torch.int32, device=x.device)
+    exponents, sums = torch.empty(2, plan.padded_rows, dtype=torch.int32, device=x.device)
+    totals = torch.empty(plan.cleared, dtype=torch.int32, device=x.device)
     masked_rows = 0 if row_mask is None else m
     mask = limbs.view(torch.int8) if row_mask is None else row_mask.contiguous().view(torch.int8)
     row_stride = x.stride(0) if m > 1 else 0  # one row's means nothing, and must not compile a kernel
-    block = min(LONGEST_BLOCK, triton.next_power_of_2(max(k, _PANEL)))
+    _, quantise_warps = block_of(k)
     with torch.cuda.device_of(x):
         # In the order of the kernels' parameters: by name, a launch would take 3 us more.
-        quantise_kernel[(m + triton.cdiv(totals.numel(), _CLEAR),)](
+        quantise_kernel[(m + plan.clearing,)](
             x.view(bits_dtype),
             limbs,
             exponents,
             sums,
             totals,
             mask,
-            m,
-            k,
-            padded_rows,
-            totals.numel(),
-            row_stride,
-            masked_rows,
-            BLOCK=block,
-            ONE_BLOCK=k <= block,
-            CLEAR=_CLEAR,
-            ALIGNED_ROWS=row_stride % 16 == 0,
-            num_warps=8 if block >= 4096 else 4,
-            **shared,
+            *quantise_numbers(plan, m, k, row_stride, masked_rows),
+            **quantise_constants(code, activation_bits, tile.run, fp16, k, row_stride % 16 == 0),
+            num_warps=quantise_warps,
+            enable_fp_fusion=False,
         )
-        product_kernel[(tiles, splits)](
+        product_kernel[(plan.tiles, plan.parts)](
             x.view(bits_dtype),
             limbs,
             exponents,
             sums,
             totals,
-            totals[added:],
+            totals[plan.totals :],
             mask,
             y.view(bits_dtype),
             seed,
-            _float32_bits(coefficient),
-            m,
-            padded_rows,
-            panels,
-            panels_per_split,
-            row_stride,
-            columns,
-            _signed_word(column_start),
-            _signed_word(domain),
-            columns if residual else 0,
-            masked_rows,
-            COLUMNS=tile.columns,
-            ROWS=tile.rows,
-            WARPS=tile.warps,
-            SPLIT=splits > 1,
+            *product_numbers(plan, m, row_stride, masked_rows, request),
+            **product_constants(code, activation_bits, tile, fp16, plan.parts),
             BYTE_PERM=_BYTE_PERM,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            **shared,
+            enable_fp_fusion=False,
         )
     return y
 
@@ -411,19 +358,17 @@ def project(
 def entries(seed: Tensor, domain: int, k_start: int, k: int, n_start: int, n: int) -> Tensor:
     """Draw the integers e[k_start : k_start + k, n_start : n_start + n] as int16 on a GPU."""
     out = torch.empty(k, n, dtype=torch.int16, device=seed.device)
-    calls, columns = 4, 128
-    grid = (triton.cdiv(n, columns), triton.cdiv(k_start % 16 + k, 16 * calls))
     with torch.cuda.device_of(seed):
-        entries_kernel[grid](
+        entries_kernel[entries_grid(k_start, k, n)](
             seed=seed,
             out=out,
-            domain=_signed_word(domain),
+            domain=signed_word(domain),
             k_start=k_start,
             k=k,
-            n_start=_signed_word(n_start),
+            n_start=signed_word(n_start),
             columns=n,
-            CALLS=calls,
-            COLUMNS=columns,
+            CALLS=ENTRIES_CALLS,
+            COLUMNS=ENTRIES_COLUMNS,
             BYTE_PERM=_BYTE_PERM,
         )
     return out
@@ -456,3 +401,18 @@ def warmup(
             )
             x = memory.as_strided((2, dim), (stride + ragged, 1), unaligned)
             project(x, seed, request, tile=tile, splits=forms[-1] if ragged else 1)
+
+
+def wrong_tiles(device: torch.device) -> list[str]:
+    """Return which tiles of the device's table are wrong there (`check.wrong_tiles`)."""
+    capability, _ = hardware(device)
+    arithmetic = choose_arithmetic(capability)
+
+    def by_tile(x: Tensor, seed: Tensor, request: Request, tile: Tile, parts: int) -> Tensor:
+        return project(x, seed, request, tile=tile, splits=parts, arithmetic=arithmetic)
+
+    def tiles_of(activation_bits: int) -> tuple[Tile, ...]:
+        return tile_table.tiles(capability, activation_bits, arithmetic)
+
+    sizes = (20, 140, 20) if INTERPRETED else check.SIZES
+    return check.wrong_tiles(device, by_tile, tiles_of, tile_table.forms_of_k(capability), arithmetic, sizes=sizes)

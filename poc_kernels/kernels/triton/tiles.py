@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
-
-import triton
 
 
 class Tile(NamedTuple):
@@ -25,11 +24,18 @@ class Tile(NamedTuple):
 _FEW = tuple((64, rows, 4) for rows in (16, 32, 64))
 """Columns, rows and warps of the tiles for few rows."""
 
-TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
-"""Triton's release, such as (3, 7, 1)."""
 
-# mma.sync: Triton hands a thread of int8 operands runs of 8 consecutive k, since 3.7 runs of 4.
-_SYNC_RUN = 8 if TRITON < (3, 7) else 4
+@functools.cache
+def release() -> tuple[int, ...]:
+    """Return the release of the installed Triton, such as (3, 7, 1)."""
+    import triton
+
+    return release_of(triton.__version__)
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version of Triton."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> dict[int, tuple[Tile, ...]]:
@@ -40,15 +46,24 @@ def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> d
 HIP = (0, 0)
 """Stands for the compute capability of AMD's GPUs, whose own numbers mean other things: gfx942 gives (9, 4)."""
 
-# By compute capability; a device takes the entry of the largest that is not above its own.
-_TABLE: dict[tuple[int, int], dict[int, tuple[Tile, ...]]] = {
-    HIP: _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=2, run=4),  # 64 KiB of shared memory
-    (8, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=3, run=_SYNC_RUN),
-    (8, 6): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=_SYNC_RUN),  # less shared memory
-    (9, 0): _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=3, run=4),
-    (10, 0): _tiles({16: (128, 128, 8), 8: (128, 256, 8)}, stages=2, run=_SYNC_RUN),
-    (12, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=_SYNC_RUN),
-}
+
+@functools.cache
+def _table(triton: tuple[int, ...]) -> dict[tuple[int, int], dict[int, tuple[Tile, ...]]]:
+    """Return the tiles of what a release of Triton compiles, by compute capability.
+
+    A device takes the entry of the largest that is not above its own.
+    """
+    # mma.sync: Triton hands a thread of int8 operands runs of 8 consecutive k, since 3.7 runs of 4.
+    sync_run = 8 if triton < (3, 7) else 4
+    return {
+        HIP: _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=2, run=4),  # 64 KiB of shared memory
+        (8, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=3, run=sync_run),
+        (8, 6): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=sync_run),  # less shared memory
+        (9, 0): _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=3, run=4),
+        (10, 0): _tiles({16: (128, 128, 8), 8: (128, 256, 8)}, stages=2, run=sync_run),
+        (12, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=sync_run),
+    }
+
 
 # Products of float16 hold half as many k in the same registers and shared memory.
 _FP16_TILES = (Tile(64, 16, 4, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2))
@@ -65,8 +80,8 @@ def unsafe(capability: tuple[int, int]) -> str | None:
     Before 3.7.1 (triton-lang/triton#10537) it puts no fence.proxy.async between the copies that fill shared memory and
     the products (wgmma) that read it; a product may then read what was there before.
     """
-    if (9, 0) <= capability < (10, 0) and TRITON < _FENCES_SINCE:
-        version = ".".join(map(str, TRITON))
+    if (9, 0) <= capability < (10, 0) and release() < _FENCES_SINCE:
+        version = ".".join(map(str, release()))
         return (
             f"Triton {version} leaves out a memory fence that products on compute capability 9.x need: install Triton "
             "3.7.1 or later"
@@ -78,16 +93,23 @@ BLOCKS_PER_SM = 4
 """Blocks per SM that a product of few tiles is cut into, along K."""
 
 
-def tiles(capability: tuple[int, int], activation_bits: int, arithmetic: str) -> tuple[Tile, ...]:
-    """Return the tiles for a device, fewest rows first."""
+def tiles(
+    capability: tuple[int, int], activation_bits: int, arithmetic: str, triton: tuple[int, ...] | None = None
+) -> tuple[Tile, ...]:
+    """Return the tiles for a device, fewest rows first, of code that a release of Triton (the installed) compiles."""
     if arithmetic == "fp16":
         return _FP16_TILES
-    return _TABLE[max(key for key in _TABLE if key <= capability)][activation_bits]
+    table = _table(triton or release())
+    return table[max(key for key in table if key <= capability)][activation_bits]
 
 
 def choose(capability: tuple[int, int], rows: int, activation_bits: int, arithmetic: str) -> Tile:
     """Return the smallest tile that holds all rows, or else the largest tile."""
-    candidates = tiles(capability, activation_bits, arithmetic)
+    return choose_from(tiles(capability, activation_bits, arithmetic), rows)
+
+
+def choose_from(candidates: tuple[Tile, ...], rows: int) -> Tile:
+    """Return the first of the candidates, fewest rows first, that holds all rows, or else the last."""
     return next((tile for tile in candidates if tile.rows >= rows), candidates[-1])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from poc_kernels import definition, reference
 from poc_kernels.definition import Request
 from poc_kernels.kernels import Backend, self_test
-from poc_kernels.kernels.triton import check
+from poc_kernels.kernels.triton import check, plan
 from poc_kernels.kernels.triton import product as kernels
 from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 """What a launcher gave, and what it had to give."""
 
 # Rows beyond M, and rows that are masked off, hold what nobody wrote; nothing of it reaches a result.
-_PADDING = {"product_kernel": frozenset(("limbs", "exponents", "sums"))}
+PADDING = {"product_kernel": frozenset(("limbs", "exponents", "sums"))}
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def launchers_on(emulator: Emulator) -> Iterator[None]:
 
 def emulator(capability: int, seed: int, mutate: Mutate) -> Emulator:
     """Make an emulator that knows what the project's kernels leave unwritten by design."""
-    return Emulator(capability, seed, mutate, _PADDING)
+    return Emulator(capability, seed, mutate, PADDING)
 
 
 def rows_at_the_ends_of_the_ranges(m: int, k: int, dtype: torch.dtype, salt: int) -> Tensor:
@@ -204,7 +204,7 @@ class LongRows(NamedTuple):
 
     def run(self) -> list[Pair]:
         """Launch it."""
-        k = kernels.LONGEST_BLOCK + 128
+        k = plan.LONGEST_BLOCK + 128
         x = rows_at_the_ends_of_the_ranges(10, k, getattr(torch, self.dtype), 8)
         seed = definition.seed_tensor(2**62 + 1, "cpu")
         request = _request(domain=0, columns=16, column_start=64, activation_bits=self.bits)
@@ -273,7 +273,12 @@ class LargestTile(NamedTuple):
         capability = divmod(self.capability, 10)
         largest = tile_table.tiles(capability, self.bits, "int8")[-1]
         forms = [(largest, parts) for parts in tile_table.forms_of_k(capability)]
-        wrong = check._wrong_forms(torch.device("cpu"), "bfloat16", 384, 128, self.bits, "int8", forms)
+
+        def by_tile(x: Tensor, seed: Tensor, request: Request, tile: Tile, parts: int) -> Tensor:
+            return kernels.project(x, seed, request, tile=tile, splits=parts, arithmetic="int8")
+
+        sizes = (300, 384, 128)
+        wrong = check.wrong_forms(torch.device("cpu"), by_tile, "bfloat16", sizes, self.bits, "int8", forms)
         assert not wrong, "; ".join(wrong)
         return []
 
