@@ -7,6 +7,9 @@
 #include "cpu/parallel.h"
 #include "cpu/project.h"
 #include "definition.h"
+#ifdef POC_KERNELS_DRIVER
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace poc;
@@ -119,4 +122,7 @@ PYBIND11_MODULE(_native, m) {
               py::kw_only(), py::arg("seed"), py::arg("domain"), py::arg("k_start"), py::arg("k"), py::arg("n_start"),
               py::arg("n"), py::arg("out"), py::arg("threads"));
   bind_run(entries, &cpu::entries_workspace, &cpu::entries);
+#ifdef POC_KERNELS_DRIVER
+  cuda::bind(m);
+#endif
 }
