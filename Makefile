@@ -116,11 +116,17 @@ format: $(VENV)/installed-dev
 	$(BIN)/mdformat $(DOCS)
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
+# Machine code of the GPU kernels, into the sources, from where builds package it: some 25 minutes of a core's time, again
+# only after a change of what is compiled. Takes the one release of Triton that poc_kernels/kernels/cuda/forms.py names.
+.PHONY: machine-code
+machine-code: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python -m poc_kernels.machine_code
+
 # A wheel for dist/ with the oldest manylinux tag that this compiler allows, tried in an environment of its own, with
 # no compiler in PATH. Nothing is grafted into it: the native core finds the OpenMP that torch has loaded.
 .PHONY: wheel
 WHEEL_ENV := build/wheel-env
-wheel: $(VENV)/installed-dev
+wheel: machine-code
 	rm -rf build/wheel $(WHEEL_ENV)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl

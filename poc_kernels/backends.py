@@ -20,6 +20,7 @@ import torch
 
 from . import reference
 from .kernels import Backend, cpu, self_test, trial, trial_process
+from .kernels.cuda import launcher
 
 logger = logging.getLogger("poc_kernels")
 
@@ -27,6 +28,7 @@ _lock = threading.RLock()
 _selected: dict[torch.device, Backend] = {}
 _forced: str | None = None
 
+_CUDA = "poc_kernels.kernels.cuda.product"
 _TRITON = "poc_kernels.kernels.triton.product"
 
 
@@ -60,6 +62,16 @@ def backends() -> tuple[Backend, ...]:
     """Return every backend of this installation, best first, whether or not this machine can run it."""
     return (
         *cpu.backends(),
+        Backend(
+            name="cuda",
+            project=_imported_when_called(_CUDA, "project"),
+            entries=_imported_when_called(_CUDA, "entries"),
+            unavailable=launcher.unavailable,
+            by_name_only=("cpu",),  # by a stand-in for the driver
+            wrong=_imported_when_called(_CUDA, "wrong_tiles"),
+            may_crash=True,
+            warmup=_imported_when_called(_CUDA, "warmup"),
+        ),
         Backend(
             name="triton",
             project=_imported_when_called(_TRITON, "project"),

@@ -35,6 +35,7 @@ from poc_kernels import (
     seed_tensor,
 )
 from poc_kernels.kernels import self_test, trial
+from poc_kernels.kernels.cuda import launcher
 from poc_kernels.protocol import inputs, permutations
 
 pytestmark = [
@@ -53,9 +54,12 @@ def test_the_chosen_backend_gives_the_vectors():
     assert self_test.wrong_answers(backends.select(GPU), GPU, VECTORS) == []
 
 
-def test_triton_serves_where_it_is_installed():
-    pytest.importorskip("triton")
-    assert backends.select(GPU).name == "triton"
+def test_machine_code_or_else_triton_serves():
+    if launcher.unavailable(GPU) is None:
+        assert backends.select(GPU).name == "cuda"
+    else:
+        pytest.importorskip("triton")
+        assert backends.select(GPU).name == "triton"
 
 
 @pytest.mark.parametrize("bits", [16, 8])

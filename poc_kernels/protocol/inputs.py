@@ -4,8 +4,8 @@ Everything is drawn from MurmurHash3 of an index under a 32-bit seed. Hashes are
 `normal` are evaluated in float64 and rounded to float32, so that a value depends neither on its place in a batch nor on
 the device: of all the values that a hash can give, none is too close to a tie for float64 functions good to 0.6 ulp.
 
-On GPUs with Triton one kernel draws a batch (`poc_kernels.protocol.triton_inputs`), once it has given the bits of the
-operators of torch there; without, those serve.
+On GPUs one kernel draws a batch, once it has given the bits of the operators of torch there: the package's machine code
+(`poc_kernels.protocol.cuda_inputs`), or else what Triton compiles (`triton_inputs`). Without either, those serve.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import trial, trial_process
+from ..kernels.cuda import launcher
 
 _C1 = 0xCC9E2D51 - 2**32
 _C2 = 0x1B873593
@@ -35,6 +36,7 @@ _SEGMENTS = 8
 _CHECKED_SEEDS = (0, 1, 2**31, 2**32 - 1)
 _CHECKED_COUNT = 10_001
 
+_CUDA_INPUTS = "poc_kernels.protocol.cuda_inputs"
 _TRITON_INPUTS = "poc_kernels.protocol.triton_inputs"
 
 
@@ -153,16 +155,24 @@ def _kernels(device: torch.device) -> ModuleType | None:
     Raises:
         RuntimeError: they were not tried yet and a CUDA graph is being captured, in which they cannot be.
     """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda":
         return None
+    kernels = None
+    if launcher.unavailable(device) is None:
+        kernels = _right_kernels(_CUDA_INPUTS, "machine code", device)
+    if kernels is None and importlib.util.find_spec("triton") is not None:
+        kernels = _right_kernels(_TRITON_INPUTS, "Triton", device)
+    return kernels
 
+
+def _right_kernels(module: str, by: str, device: torch.device) -> ModuleType | None:
     def find_wrong() -> list[str]:
         return trial_process.on_gpu_apart(
-            f"{__name__}:_wrong_draws_of", _TRITON_INPUTS, device, lambda: _wrong_draws_of(_TRITON_INPUTS, device)
+            f"{__name__}:_wrong_draws_of", module, device, lambda: _wrong_draws_of(module, device)
         )
 
-    wrong = trial.verdict("draw of inputs by Triton", device, find_wrong)
-    return None if wrong else importlib.import_module(_TRITON_INPUTS)
+    wrong = trial.verdict(f"draw of inputs by {by}", device, find_wrong)
+    return None if wrong else importlib.import_module(module)
 
 
 def _wrong_draws_of(kernels: str, device: torch.device) -> list[str]:

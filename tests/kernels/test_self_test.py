@@ -388,7 +388,7 @@ def test_plain_torch_serves_where_there_is_no_native_core(no_native_core):
         for _ in range(2):
             assert_same_bits(poc_kernels.residual_projection(X, SEED), expected(X))
         assert cpu.instruction_sets() == []
-        assert [backend.name for backend in backends.backends()] == ["triton", "reference"]
+        assert [backend.name for backend in backends.backends()] == ["cuda", "triton", "reference"]
     assert [w.category for w in caught] == [RuntimeWarning]
     assert "without its native core" in str(caught[0].message)
     assert caught[0].category is RuntimeWarning
@@ -398,7 +398,7 @@ def test_no_native_core_is_a_known_state_of_the_environment(no_native_core, monk
     monkeypatch.setenv("POC_KERNELS_BACKEND", "native-portable")
     with (
         pytest.warns(RuntimeWarning, match="without its native core"),
-        pytest.raises(ValueError, match="must be one of triton, reference, got native-portable"),
+        pytest.raises(ValueError, match="must be one of cuda, triton, reference, got native-portable"),
     ):
         project(backends.select(CPU), X)
 

@@ -210,8 +210,8 @@ def test_a_cpu_tries_all_backends_here(tried_here, monkeypatch):
     assert tried_here == ["compiled"]
 
 
-def test_the_kernels_of_triton_may_crash():
-    assert [backend.name for backend in backends.backends() if backend.may_crash] == ["triton"]
+def test_kernels_of_gpus_may_crash():
+    assert [backend.name for backend in backends.backends() if backend.may_crash] == ["cuda", "triton"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 from helpers import bits_of
 
+from poc_kernels import machine_code
+
 from . import cases
 from .cases import Case
 from .launches import Mutate, unchanged
@@ -78,9 +80,9 @@ def ptx_of(case: Case, kernel: str) -> str:
 
 @functools.cache
 def processes(count: int = 1) -> concurrent.futures.ProcessPoolExecutor:
-    """Return processes that compile kernels, even where this one interprets them."""
+    """Return processes that compile kernels as those of the package are, even where this one interprets them."""
     pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):  # they start as work comes, so all of them here
+    with mock.patch.dict(os.environ, machine_code.ENVIRONMENT):  # they start as work comes, so all of them here
         concurrent.futures.wait([pool.submit(time.sleep, 0.1) for _ in range(count)])
     return pool
 

@@ -1,0 +1,41 @@
+"""A GPU that is none, for tests of the package's machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poc_kernels.kernels import native
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for the driver."""
+    pytest.importorskip("triton")
+    import cuda_stand_in
+
+    if not hasattr(native.load(), "CudaDriver"):
+        pytest.skip("the native core has no launcher")
+    return cuda_stand_in.compile_stand_in(tmp_path_factory.mktemp("driver")) or pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def idle(driver_library: Path, tmp_path: Path) -> Iterator[Any]:
+    """A GPU that takes launches of every form and runs nothing."""
+    import cuda_stand_in
+
+    stand_in = cuda_stand_in.StandIn(driver_library, cuda_stand_in.empty_package(tmp_path), {})
+    with cuda_stand_in.in_use(stand_in, tmp_path):
+        yield stand_in
+
+
+@pytest.fixture
+def kernel(idle: Any) -> Any:
+    """A kernel of more shared memory than is usual."""
+    from poc_kernels.kernels.cuda import launcher
+
+    code = idle.made.objects["product-bfloat16-16-64x128"]
+    return launcher._loaded((9, 0), code.name)
