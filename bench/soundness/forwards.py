@@ -211,5 +211,5 @@ def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
             hook.remove()
     for module, result in reversed(results):
         if isinstance(result, Tensor) and torch.equal(result, last):
-            return module  # type: ignore[no-any-return]
+            return module
     raise ValueError(f"model must end with a norm of its hidden states, {type(model).__name__} has none")

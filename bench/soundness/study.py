@@ -161,9 +161,14 @@ class Study:
 
     @torch.inference_mode()
     def judge_forward(
-        self, name: str, kind: str, cost: float | None, compute: Compute = honest, engine: Engine | None = None,
+        self,
+        name: str,
+        kind: str,
+        cost: float | None,
+        compute: Compute = honest,
+        engine: Engine | None = None,
         batch_size: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Judge what a forward gives that is not the round's: another computation, engine or batch."""
         config = dataclasses.replace(self.config, batch_size=batch_size or self.config.batch_size)
         count = self.sizes.nonces if kind == NOISE and self._counts_noise else self.sizes.fewer
