@@ -369,6 +369,38 @@ def test_a_worker_answers_whoever_submits(
     record_property("interleavings", explore(working, scenario, max_preemptions=2 if THOROUGH else 1))
 
 
+def test_a_request_is_answered_though_the_round_is_stopped(
+    working: Instruments,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+    alone_distances: dict[int, float],
+) -> None:
+    working.patch(monkeypatch, futures_module)
+
+    def scenario(world: World) -> Callable[[], None]:
+        manager = manager_in(world)
+        worker = worker_of(manager, turns_of("paced"))
+        manager.start_round(config(block_hash="another"), PoCState.VALIDATING)
+        worker.start()
+        answers: list[list[float]] = []
+
+        def ask() -> None:
+            answers.append(worker.enqueue(claim(1), "a", config=config()).future.result().dist)
+            worker.close(LONG)
+
+        world.spawn("ask", ask)
+        world.spawn("control", manager.stop_round)
+
+        def check() -> None:
+            assert answers == [[alone_distances[1]]]
+            assert (worker.queue.batches, worker.queue.nonces) == (0, 0)
+            assert world.now < LONG, "somebody slept until a deadline: a wake-up is missing"
+
+        return check
+
+    record_property("interleavings", explore(working, scenario, max_preemptions=2 if THOROUGH else 1))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_worker_through_phases_lets_inference_go_on(working: Instruments, record_property: Record, mode: str) -> None:
     def scenario(world: World) -> Callable[[], None]:
