@@ -21,7 +21,7 @@ from current_wire import (
     ok,
     refused,
 )
-from tiny_service import ArtifactProver, TinyNode, tiny_node
+from tiny_service import ARTIFACT_FORMS, ArtifactProver, TinyNode, tiny_node
 from web import CHAT, client, eventually, serving
 
 from poc_kernels import __version__
@@ -133,6 +133,16 @@ def test_the_status_before_the_first_round_is_of_either_wire() -> None:
             None,
         )
         assert ok(http.post(f"{POW}/stop"))["pow_status"]["status"] == "STOPPED"
+
+
+def test_a_prover_that_has_no_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ArtifactProver, "forms", ARTIFACT_FORMS)
+    with tiny_node(ArtifactProver()) as node, serving(node.app) as url, client(url) as http:
+        assert refused(http.post(f"{POW}/init", json=OLDER), 400).startswith(
+            "proof must be one of vectors, fingerprint"
+        )
+        assert generate(http, asked([1]))["artifacts"] == artifacts([1])
+        assert ok(http.get(f"{POW}/status"))["status"] == "IDLE"
 
 
 def test_versions(http: httpx2.Client) -> None:

@@ -65,7 +65,7 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     return body
 
 
-@settings(max_examples=100, **SETTINGS)
+@settings(max_examples=60, **SETTINGS)
 @given(
     body=bodies(),
     path=st.sampled_from([f"{prefix}/{name}" for prefix in (POW, MLNODE) for name in ("generate", "init/generate")]),
@@ -83,7 +83,7 @@ def test_every_body_is_answered_as_documented(http: httpx2.Client, body: dict[st
         assert http.post(f"{POW}/stop").status_code == 200
 
 
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=25, **SETTINGS)
 @given(
     nonces=st.lists(st.integers(0, 2**31 - 1), unique=True, min_size=1, max_size=20),
     batch_size=st.integers(1, 9),
@@ -107,7 +107,7 @@ def test_answers_are_those_of_every_batch(
     assert (verdict["n_total"], verdict["n_mismatch"]) == (len(nonces), len(forged))
 
 
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=25, **SETTINGS)
 @given(request_id=st.text(st.characters(codec="utf-8", exclude_characters="/."), min_size=1, max_size=60))
 def test_every_id_is_answered(http: httpx2.Client, request_id: str) -> None:
     for prefix in (POW, MLNODE):

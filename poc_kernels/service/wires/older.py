@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from ...protocol import FORMS, IllegalTransitionError, PoCState, RoundEndedError
+from ...protocol import FORMS, IllegalTransitionError, PoCConfig, PoCState, RoundEndedError
 from ..gate import POC_PREFIX
 from ..queue import QueueFullError, ValidationJob
 from .answers import BODY_ERRORS, ERRORS, TOO_MANY, bad_value, refusal, shutting_down, submitter_of, written
@@ -53,7 +53,7 @@ def add_routes(router: APIRouter, state: State, bodies: Bodies) -> None:
     """Add the routes that are of this wire alone."""
     service = state.service
     manager = service.manager
-    wire = WIRES[manager.form(None).name]
+    wire = WIRES.get(manager.form(None).name, WIRES[PoCConfig.proof])
     init_options: dict[str, Any] = {**PHASE, "responses": BODY_ERRORS, "openapi_extra": takes(RoundBody)}
 
     def changed(change: Callable[[], None]) -> Response:
