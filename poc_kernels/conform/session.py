@@ -35,6 +35,7 @@ class Session:
         receiver: takes its callbacks.
         model: name of the served model.
         block_hash, public_key: of this session; nobody had them before.
+        may_generate: whether a round of this session may still run.
     """
 
     def __init__(self, plan: Plan, endpoint: Endpoint, receiver: Receiver, model: str) -> None:
