@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.cuda import launcher
 from ..kernels.cuda.forms import Form
+from ..kernels.triton import plan
 
 BLOCK, WARPS = 512, 4
 """Of `triton_inputs`."""
@@ -44,7 +45,7 @@ def normal(seeds: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 def hash32(seeds: Tensor, start: int, count: int) -> Tensor:
     """Compute the hashes of start .. start + count - 1 as int32 [rows, count], for seeds int32 [rows, 1] on a GPU."""
     out = torch.empty(len(seeds), count, dtype=torch.int32, device=seeds.device)
-    _launch("hash", seeds, out, start, count, -(-count // BLOCK))
+    _launch("hash", seeds, out, plan.signed_word(start % 2**32), count, -(-count // BLOCK))
     return out
 
 

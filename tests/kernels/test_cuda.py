@@ -103,13 +103,21 @@ def test_entries_and_inputs(gpu):
     seeds = torch.tensor([[0], [-1]], dtype=torch.int32)
     normal = cuda_inputs.normal(seeds, 1001, torch.bfloat16)
     assert_same_bits(normal, inputs._plain_normal(seeds, 1001, torch.bfloat16))
-    assert_same_bits(cuda_inputs.hash32(seeds, 2**31 - 9, 600), inputs._plain_hash32(seeds, 2**31 - 9, 600))
+    for start in (2**31 - 9, 2**32 - 9):
+        assert_same_bits(cuda_inputs.hash32(seeds, start, 600), inputs._plain_hash32(seeds, start, 600))
 
 
 def test_nothing_is_launched_for_nothing(idle):
     assert product.entries(SEED, 0, 0, 0, 0, 5).shape == (0, 5)
     assert cuda_inputs.normal(torch.zeros(0, 1, dtype=torch.int32), 5, torch.float32).shape == (0, 5)
     assert idle.calls.stand_in_launches() == 0
+
+
+def test_rows_further_apart_than_32_bits_count_are_copied(idle, monkeypatch):
+    monkeypatch.setattr(product, "_MAX_STRIDE", 99)
+    product.project(torch.zeros(3, 100)[:, :32], SEED, requested(torch.zeros(3, 32)))
+    product.project(torch.zeros(3, 99)[:, :32], SEED, requested(torch.zeros(3, 32)))
+    assert [numbers["row_stride"] for numbers in idle.numbers] == [32, 32, 99, 99]
 
 
 def test_more_columns_than_a_launch_counts(idle, monkeypatch):

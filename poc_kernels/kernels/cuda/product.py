@@ -23,6 +23,7 @@ from . import forms, launcher
 
 _MAX_COLUMNS = 2**31 - 128
 """Of one launch, which counts them in int32."""
+_MAX_STRIDE = 2**31 - 1
 _ALIGNMENT = 256
 """Bytes to which the parts of the workspace are aligned."""
 
@@ -89,7 +90,7 @@ def project(x: Tensor, seed: Tensor, request: Request, tile: Tile | None = None,
     if columns > _MAX_COLUMNS:
         return _by_shards(x, seed, request)
     m, k = x.shape
-    if k > 1 and x.stride(1) != 1:
+    if (k > 1 and x.stride(1) != 1) or x.stride(0) > _MAX_STRIDE:
         x = x.contiguous()
     row_stride = x.stride(0) if m > 1 else 0
     device, address = x.device, x.data_ptr()
