@@ -139,7 +139,7 @@ def positive_int(text: str) -> int:
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
-        help="serve a model and play a round on it as a validator and a user would",
+        help="serve a model and play rounds on it, as a validator, users and cheats would",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", help="directory or hub id; a small model with random weights is built if not set")
@@ -152,14 +152,16 @@ def _add_demo(commands: Any) -> None:
         "--port", type=int, default=0, help="port of the server on the loopback address; 0 for a free one"
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="nonces per forward")
-    parser.add_argument("--seq-len", type=positive_int, default=64, metavar="N", help="positions of a nonce's inputs")
-    parser.add_argument("--seconds", type=float, default=12.0, help="minimum number of seconds to look for nonces")
+    parser.add_argument(
+        "--seq-len", type=positive_int, default=64, metavar="N", help="positions of a nonce's inputs, at least 16"
+    )
+    parser.add_argument("--seconds", type=float, default=12.0, help="minimum number of seconds to compute fingerprints")
 
 
 def demo(chosen: argparse.Namespace) -> int:
     """Play the demonstration; return the exit status."""
     try:
-        from .demo.play import Plan
+        from .demo.plan import Plan
         from .demo.run import run
     except ModuleNotFoundError as error:
         print(f"poc-kernels: the demo needs {_library(error)}: pip install 'poc-kernels[demo]'", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import openai
@@ -21,6 +21,22 @@ QUESTIONS = (
     "Describe the colour of the morning sky in winter.",
     "Give three reasons to check the work of others.",
 )
+
+
+class Progress(NamedTuple):
+    """Nonces of a round so far: checked, those of them that count as proofs, and checked per second."""
+
+    checked: int
+    valid: int
+    rate: float
+
+    @classmethod
+    def of(cls, status: dict[str, Any]) -> Progress:
+        """Return the progress in a status: of fingerprints, all of which count, or of distances."""
+        stats = status.get("stats")
+        if stats is not None:
+            return cls(stats["total_processed"], stats["total_processed"], stats["nonces_per_second"])
+        return cls(status["total_checked"], status["total_valid"], status["rate_per_second"])
 
 
 class NodeClient:
@@ -46,7 +62,7 @@ class NodeClient:
         return self._call("GET", "/status")
 
     def begin(self, name: str, config: dict[str, Any]) -> None:
-        """Begin a round in the phase ``name``: "generate" or "validate"."""
+        """Begin a round in the phase ``name``: "generate" or "validate". Its form is that of the configuration."""
         self._call("POST", f"/init/{name}", config)
 
     def phase(self, name: str) -> None:
@@ -56,6 +72,10 @@ class NodeClient:
     def stop(self) -> None:
         """End the round."""
         self._call("POST", "/stop")
+
+    def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have fingerprints computed, and judged if the request claims some; return them or the verdict."""
+        return self._call("POST", "/generate", request)
 
     def validate(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Have a ProofBatch recomputed, and return the verdict."""

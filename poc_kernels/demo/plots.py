@@ -82,6 +82,19 @@ def _timeline(figure: Figure, results: Results) -> None:
     upper.margins(x=0.005)
 
 
+def _claims(figure: Figure, results: Results) -> None:
+    """Plot how far each claimed fingerprint is from the node's own, a line per claim, and the threshold."""
+    axes = figure.subplots()
+    for line, judged in enumerate(results.judged):
+        colour, gid = ("good", "honest") if judged.claim.honest else ("bad", "cheat")
+        lines = [line] * len(judged.distances)
+        axes.plot(judged.distances, lines, "o", color=_COLOURS[colour], alpha=0.35, markersize=5, gid=gid)
+    axes.axvline(results.dist_threshold, color=_COLOURS["ink"], linestyle="--", gid="threshold")
+    axes.set(xlabel="distance from the node's fingerprint", xlim=(0, 2), ylim=(max(1, len(results.judged)) - 0.5, -0.5))
+    axes.set_yticks(range(len(results.judged)), [judged.claim.name for judged in results.judged])
+    axes.grid(visible=False, axis="y")
+
+
 def _distances(figure: Figure, results: Results) -> None:
     """Plot the distances of consecutive nonces and the density that theory predicts."""
     axes = figure.subplots()
@@ -119,11 +132,11 @@ def _latency(figure: Figure, results: Results) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-_HEIGHTS = {_timeline: 3.6, _distances: 3.0, _latency: 4.2}
+_HEIGHTS = {_timeline: 3.6, _claims: 3.0, _distances: 3.0, _latency: 4.2}
 
 
 def plots(results: Results) -> dict[str, str]:
-    """Return the SVG elements of the plots: timeline, distances and latency."""
+    """Return the SVG elements of the plots: timeline, claims, distances and latency."""
     return {
         draw.__name__[1:]: "\n".join(_svg(draw, height, size, results) for size in _WIDTHS)
         for draw, height in _HEIGHTS.items()

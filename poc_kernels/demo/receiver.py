@@ -32,14 +32,30 @@ class Receiver:
         with self._arrived:
             return list(self._calls)
 
-    def nonces(self, path: str, block_hash: str) -> list[int]:
-        """Return the nonces of a block's accepted messages on a path, in order; repeated if they arrived repeatedly."""
+    def nonces(self, path: str, block_hash: str, *, fingerprints: bool = False) -> list[int]:
+        """Return the nonces of a block's accepted messages on a path, in order; repeated if they arrived repeatedly.
+
+        Args:
+            path: where they were posted.
+            block_hash: of the block.
+            fingerprints: whether those of messages that have fingerprints, or those of messages that have none.
+        """
         return [
             nonce
             for call in self.calls
             if call.path == path and call.block_hash == block_hash and call.answered == 200
+            if bool(call.vectors) == fingerprints
             for nonce in call.nonces
         ]
+
+    def fingerprints(self, block_hash: str) -> dict[int, str]:
+        """Return the fingerprints of a block's accepted messages, by nonce."""
+        return {
+            nonce: vector
+            for call in self.calls
+            if call.block_hash == block_hash and call.answered == 200
+            for nonce, vector in zip(call.nonces, call.vectors, strict=False)
+        }
 
     def wait_for(self, predicate: Callable[[], bool], seconds: float) -> bool:
         """Wait until ``predicate``, evaluated whenever a message arrives, is true; return whether it was in time."""
@@ -51,7 +67,7 @@ class Receiver:
         signed = verify(body, signature, self._key)
         try:
             batch = json.loads(body)
-            nonces = tuple(int(nonce) for nonce in batch["nonces"])
+            told = _told(batch)
             block_hash, public_key = str(batch["block_hash"]), str(batch["public_key"])
         except (ValueError, KeyError, TypeError):
             return 400
@@ -59,9 +75,23 @@ class Receiver:
         with self._arrived:
             status = 503 if self._refuse > 0 else 200 if signed else 401
             self._refuse -= status == 503
-            self._calls.append(Callback(self._clock(), path, status, signed, block_hash, public_key, nonces, fraud))
+            at = self._clock()
+            self._calls.append(Callback(at, path, status, signed, block_hash, public_key, fraud_detected=fraud, **told))
             self._arrived.notify_all()
         return status
+
+
+def _told(batch: Any) -> dict[str, Any]:
+    """Return what a message says of nonces: fingerprints, the verdict on some, or a list that has distances beside."""
+    if "artifacts" in batch:
+        artifacts = batch["artifacts"]
+        return {
+            "nonces": tuple(int(artifact["nonce"]) for artifact in artifacts),
+            "vectors": tuple(str(artifact["vector_b64"]) for artifact in artifacts),
+        }
+    if "n_total" in batch:
+        return {"nonces": (), "total": int(batch["n_total"])}
+    return {"nonces": tuple(int(nonce) for nonce in batch["nonces"])}
 
 
 @contextmanager

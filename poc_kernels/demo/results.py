@@ -55,7 +55,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class Callback:
-    """A message that the receiver got, and the status that it answered."""
+    """A message that the receiver got, and the status that it answered.
+
+    ``vectors`` are the fingerprints of the nonces, where it has some; ``total`` is the number of nonces that it is of,
+    where it does not list them.
+    """
 
     at: float
     path: str
@@ -65,6 +69,52 @@ class Callback:
     public_key: str
     nonces: tuple[int, ...]
     fraud_detected: bool | None
+    vectors: tuple[str, ...] = ()
+    total: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of nonces that it is of."""
+        return len(self.nonces) or self.total
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What somebody claims to be the node's fingerprints of some nonces.
+
+    ``spared`` says what of an honest node's work was not done for it; ``vectors`` has one fingerprint per nonce.
+    """
+
+    name: str
+    spared: str
+    vectors: tuple[str | None, ...]
+    honest: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim, and what came of it.
+
+    ``distances`` is how far its fingerprints are from the node's own (NaN for what is no fingerprint), ``mismatches``
+    how many of its nonces the validator counted as wrong, and ``p_value`` the probability that an honest node has that
+    many.
+    """
+
+    claim: Claim
+    distances: tuple[float, ...]
+    mismatches: int
+    p_value: float
+    fraud_detected: bool
+
+    @property
+    def median(self) -> float:
+        """Median of the distances that there are, or NaN."""
+        there = [distance for distance in self.distances if not math.isnan(distance)]
+        return float(np.median(there)) if there else math.nan
+
+    def below(self, threshold: float) -> int:
+        """Return how many of the distances are not above the threshold."""
+        return sum(distance <= threshold for distance in self.distances)
 
 
 @dataclass(frozen=True)
@@ -119,10 +169,14 @@ class Results:
             would take if they were stored.
         geometric: whether the mean of the logits is known to be zero, so that geometry alone predicts distances;
             otherwise r_target and expected_share come from a survey.
-        checked, valid: nonces that were checked in the round, and valid ones among them.
+        dist_threshold: how far apart two fingerprints of a nonce may be.
+        noise: how far apart those of two honest nodes with different arithmetic are, by which the threshold was set.
+        fingerprints: number of fingerprints that the round computed.
+        judged: what was claimed to be the fingerprints of the round, and what came of it.
+        parts: seconds of the round of fingerprints by part: inputs, projection, forward, mix.
+        generating_rate, validating_rate: fingerprints per second.
+        checked, valid: nonces that were checked in the round of distances, and valid ones among them.
         survey: recomputed distances of consecutive nonces, which nobody selected.
-        parts: seconds of the round by part: inputs, projection, forward, distance.
-        generating_rate, validating_rate: nonces per second.
     """
 
     about: dict[str, str]
@@ -132,6 +186,10 @@ class Results:
     retained_bytes: int
     stored_bytes: int
     geometric: bool = True
+    dist_threshold: float = math.nan
+    noise: list[float] = field(default_factory=list)
+    fingerprints: int = 0
+    judged: list[Judged] = field(default_factory=list)
     checked: int = 0
     valid: int = 0
     checks: list[Check] = field(default_factory=list)
@@ -153,6 +211,21 @@ class Results:
     def passed(self) -> bool:
         """Whether there were checks, and all of them passed."""
         return bool(self.checks) and not self.failed
+
+    @property
+    def accepted(self) -> int:
+        """Number of honest claims that were accepted."""
+        return sum(judged.claim.honest and not judged.fraud_detected for judged in self.judged)
+
+    @property
+    def caught(self) -> int:
+        """Number of claims of cheats that were detected."""
+        return sum(judged.fraud_detected and not judged.claim.honest for judged in self.judged)
+
+    @property
+    def forged(self) -> int:
+        """Number of claims of cheats."""
+        return sum(not judged.claim.honest for judged in self.judged)
 
     @property
     def valid_share(self) -> float:
@@ -189,8 +262,16 @@ class Results:
         """Return the rows of the closing table: what was measured, and its value."""
         stored = do_filesizeformat(self.stored_bytes, binary=True)
         return [
-            ("proofs while GENERATING", f"{self.generating_rate:.1f} nonces per second"),
-            ("proofs while users are served", f"{self.validating_rate:.1f} nonces per second, {self.rate_kept:.0%}"),
+            ("proofs while GENERATING", f"{self.generating_rate:.1f} fingerprints per second"),
+            (
+                "proofs while users are served",
+                f"{self.validating_rate:.1f} fingerprints per second, {self.rate_kept:.0%}",
+            ),
+            (
+                f"fingerprints within {self.dist_threshold:.3f}",
+                f"{self.accepted} of {len(self.judged) - self.forged} honest claims accepted, "
+                f"{self.caught} of {self.forged} cheats caught",
+            ),
             (
                 f"valid nonces, distance below {self.r_target:.4f}",
                 f"{self.valid} of {self.checked}: {self.valid_share:.1%}, expected {self.expected_share:.1%}",

@@ -21,15 +21,17 @@ import transformers
 from transformers import AutoConfig
 
 from .. import RandomProjection, __version__
+from . import cheats, fingerprints, theory
 from . import model as small_model
 from . import report as html_report
-from . import theory
 from .client import Chatter, NodeClient
-from .play import BLOCK_HASH, Plan, Play
+from .plan import BLOCK_HASH, Plan
+from .play import Play
 from .receiver import receiving
-from .results import Results
+from .results import Claim, Results
 from .server import SERVED_NAME, ServerFailedError, ServerProcess, serving
 from .show import Show
+from .stage import Stage
 
 _READY_SECONDS = 120.0
 _READY_SECONDS_GIVEN = 1800.0
@@ -76,7 +78,15 @@ def _prepared(model: str, device: str, dtype: str | None, plan: Plan, *, geometr
     )
 
 
-def _play(server: ServerProcess, key: str, plan: Plan, results: Results, show: Show) -> None:
+def _claims(model: str, device: str, dtype: str | None, plan: Plan, results: Results) -> list[Claim]:
+    """Return what will be claimed to be the node's first fingerprints, and set the threshold for this model."""
+    nonces = range(plan.batch_nonces)
+    prepared = cheats.prepare(model, device, dtype, fingerprints.config(plan), nonces)
+    results.dist_threshold, results.noise = prepared.dist_threshold, prepared.noise
+    return prepared.claims
+
+
+def _play(server: ServerProcess, key: str, plan: Plan, claims: list[Claim], results: Results, show: Show) -> None:
     start = time.monotonic()
 
     def clock() -> float:
@@ -89,7 +99,7 @@ def _play(server: ServerProcess, key: str, plan: Plan, results: Results, show: S
             stack.enter_context(contextlib.closing(Chatter(server.url, SERVED_NAME, clock, plan.max_tokens)))
             for _ in range(plan.users)
         ]
-        Play(plan, server, node, receiver, users, results, show, clock).play()
+        Play(Stage(plan, server, node, receiver, users, results, show, clock), claims).play()
 
 
 def run(
@@ -102,7 +112,7 @@ def run(
     plan: Plan | None = None,
     show: Show | None = None,
 ) -> int:
-    """Play a round against a real server, show what happens, and write the report.
+    """Play rounds against a real server, show what happens, and write the report.
 
     Args:
         model: directory or hub id of a causal language model; by default a small one is built in a temporary directory.
@@ -126,6 +136,9 @@ def run(
                 show.say("Built a small Qwen3-like model with random weights: its text is noise, its compute is real.")
             results = _prepared(directory, device, dtype, plan, geometric=model is None)
             show.say(f"{results.about['model']}, on {results.about['device']}")
+            show.say("Computing what cheats will claim ...")
+            claims = _claims(directory, device, dtype, plan, results)
+            torch.cuda.empty_cache()  # the server takes the memory
             show.say("Starting the server ...")
             key = secrets.token_hex(32)
             with serving(
@@ -139,7 +152,7 @@ def run(
                 offline=model is None,
             ) as server:
                 try:
-                    _play(server, key, plan, results, show)
+                    _play(server, key, plan, claims, results, show)
                 except httpx2.HTTPError as error:
                     raise ServerFailedError(f"{error}; the end of the server's log:\n{server.end_of_log()}") from error
     except KeyboardInterrupt:

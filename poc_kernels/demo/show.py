@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .client import Progress
 from .results import Check, Results
 
 
@@ -41,13 +41,13 @@ class Show:
             self.note(check.detail)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Show a line that the yielded function updates by the node's status."""
+    def progress(self) -> Iterator[Callable[[Progress], None]]:
+        """Show a line that the yielded function updates by a round's progress."""
         with self._console.status("") as line:
 
-            def update(status: dict[str, Any]) -> None:
-                found = f"{status['total_checked']} nonces checked, {status['total_valid']} valid"
-                line.update(f"{found}, {status['rate_per_second']:.0f} per second")
+            def update(progress: Progress) -> None:
+                found = f"{progress.checked} nonces checked, {progress.valid} valid"
+                line.update(f"{found}, {progress.rate:.0f} per second")
 
             yield update
 

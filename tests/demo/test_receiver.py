@@ -38,6 +38,20 @@ def test_what_is_signed_is_taken_and_kept_in_order(receiver):
     assert receiver.nonces("/generated", "0xdef") == []
 
 
+def test_fingerprints_and_verdicts_on_them_are_kept(receiver):
+    told = {"block_hash": "0xabc", "public_key": "node", "encoding": {}}
+    artifacts = [{"nonce": 4, "vector_b64": "AAAA"}, {"nonce": 6, "vector_b64": "BBBB"}]
+    assert post(receiver, {**told, "artifacts": artifacts}) == 200
+    assert post(receiver, {**told, "artifacts": [{"nonce": 8, "vector_b64": "CCCC"}]}, key=b"another key") == 401
+    assert post(receiver, {**told, "n_total": 7, "fraud_detected": True}, "/validated") == 200
+    assert post(receiver, BATCH) == 200
+    assert receiver.fingerprints("0xabc") == {4: "AAAA", 6: "BBBB"}
+    assert receiver.fingerprints("0xdef") == {}
+    assert receiver.nonces("/generated", "0xabc", fingerprints=True) == [4, 6]
+    assert receiver.nonces("/generated", "0xabc") == [3, 5]
+    assert [call.count for call in receiver.calls] == [2, 1, 7, 2]
+
+
 @pytest.mark.parametrize("key", [None, b"another key"])
 def test_a_wrong_signature_is_refused_and_noted(receiver, key):
     assert post(receiver, BATCH, key=key) == 401
@@ -45,7 +59,9 @@ def test_a_wrong_signature_is_refused_and_noted(receiver, key):
     assert receiver.nonces("/generated", "0xabc") == []
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", json.dumps({**BATCH, "nonces": "x"}).encode()])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"{}", json.dumps({**BATCH, "nonces": "x"}).encode(), b'{"artifacts": [{}]}']
+)
 def test_what_is_no_batch_is_refused(receiver, body):
     headers = {"X-Signature": sign(body, KEY)}
     answer = httpx2.post(receiver.url + "/generated", content=body, headers=headers, timeout=10, trust_env=False)

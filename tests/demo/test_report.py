@@ -59,7 +59,7 @@ class Page(HTMLParser):
 def plots(text: str) -> dict[tuple[str, str], xml.etree.ElementTree.Element]:
     """The SVG elements of a report, by plot and size."""
     elements = [xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-    names = [(plot, size) for plot in ("timeline", "distances", "latency") for size in SIZES]
+    names = [(plot, size) for plot in ("timeline", "claims", "distances", "latency") for size in SIZES]
     assert [element.get("class") for element in elements] == [size for _, size in names]
     return dict(zip(names, elements, strict=True))
 
@@ -88,13 +88,13 @@ def text():
 def test_the_page_says_first_what_it_shows_then_three_figures_then_the_round(text):
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
-    assert [tag for tag in page.seen if re.fullmatch(r"h\d", tag)] == ["h1", *["h2"] * 7]
-    assert page.all("h2")[:4] == ["The round", "Distances", "Latency of chats", "Checks"]
+    assert [tag for tag in page.seen if re.fullmatch(r"h\d", tag)] == ["h1", *["h2"] * 8]
+    assert page.all("h2")[:4] == ["The rounds", "Fingerprints", "Distances", "Latency of chats"]
     paragraphs = page.all("p")
     assert paragraphs[0].endswith("All 3 checks of the round passed.")
     assert paragraphs[1:10] == [
         "Proofs",
-        "500 nonces per second",
+        "500 fingerprints per second",
         "while GENERATING. 250 per second, 50% of that rate, are kept while users are served.",
         "Random projections",
         "1.0% of the compute",
@@ -109,7 +109,8 @@ def test_tables_have_what_was_measured(text):
     page = Page(text)
     assert {"honest proofs are accepted", "3 batches"} <= set(page.all("span"))
     cells = page.all("td")
-    assert cells[:6] == ["3", "20.0", "20.0", "1", "100.0", "100.0"]
+    claims = ["nothing", "0.150", "2 of 2", "honest", "memory", "1.100", "0 of 2", "fraud"]
+    assert cells[:14] == [*claims, "3", "20.0", "20.0", "1", "100.0", "100.0"]
     assert cells.count("passed") == 3
     assert {"1.800", "90.00%", "tiny"} <= set(cells)
 
@@ -144,6 +145,12 @@ def test_no_plot_is_empty_while_validating(text, size):
     for what in ("first-token", "between-tokens"):
         for when in ("users-alone", "while-validating"):
             assert marks(drawn["latency", size], f"{what}-{when}")
+    points = [x for x in marks(drawn["claims", size], "honest") if re.fullmatch(r"[\d.]+", x)]
+    forged = [x for x in marks(drawn["claims", size], "cheat") if re.fullmatch(r"[\d.]+", x)]
+    threshold = across(marks(drawn["claims", size], "threshold")[0])[0]
+    assert len(points) == 2
+    assert len(forged) == 1
+    assert max(map(float, points)) < threshold < float(forged[0])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -187,7 +194,7 @@ def test_plots_are_drawn_in_the_pages_colours(text):
         assert not re.findall(r"#[0-9a-f]{6}\b", svg)
         assert set(re.findall(r"var\(--(\w+)\)", svg)) <= known
     described = Page(text).values("aria-label")
-    assert len(described) == 3
+    assert len(described) == 4
     assert all(len(description) > 40 for description in described)
 
 
@@ -260,10 +267,11 @@ def test_a_long_callback_log_is_cut_in_the_middle():
 
 
 def test_a_round_in_which_nothing_happened_has_a_report():
-    empty = results(checks=[], chats=[], callbacks=[], bands=[], samples=[], survey=[], parts={}, checked=0, valid=0)
+    lists = {name: [] for name in ("checks", "chats", "callbacks", "bands", "samples", "survey", "judged", "noise")}
+    empty = results(**lists, parts={}, fingerprints=0, checked=0, valid=0)
     text = report.html(empty)
     page = Page(text)
-    assert len(plots(text)) == 6
+    assert len(plots(text)) == 8
     assert page.all("td")[:3] == ["0", "-", "-"]
     assert "No callback arrived." in page.all("p")
 
@@ -291,14 +299,14 @@ def test_the_same_results_give_the_same_file(text, tmp_path):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 480])
 def test_the_page_is_readable(text, tmp_path, width, dark):
-    assert_readable(text, tmp_path, width, dark=dark, plots=3)
+    assert_readable(text, tmp_path, width, dark=dark, plots=4)
 
 
 @needs_chromium
 def test_large_numbers_are_readable_too(tmp_path):
     chats = [chat("IDLE", 0.0, 0.001), chat("VALIDATING", 5.0, 8.0)]
     given = results(chats=chats, generating_rate=123456.7, validating_rate=1234.5, stored_bytes=2**31 - 1)
-    assert_readable(report.html(given), tmp_path, 480, dark=False, plots=3)
+    assert_readable(report.html(given), tmp_path, 480, dark=False, plots=4)
 
 
 @needs_chromium

