@@ -5,9 +5,8 @@ from .artifacts.proofs import ArtifactBatch, ArtifactVerdict, StatTest
 from .config import UNSET, PoCConfig
 from .distances.distance import permutations, target
 from .distances.proofs import ProofBatch, ValidatedBatch, validate_distances
-from .distances.prover import DistanceProver
 from .engine import Engine
-from .engine_prover import EngineProver
+from .engine_prover import DistanceProver, EngineProver
 from .form import ProofForm
 from .forms import FORMS
 from .honesty import probability_honest

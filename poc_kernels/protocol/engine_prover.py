@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..scheduling.slices import Pause, Slices
 from .config import PoCConfig
+from .distances.form import DISTANCES
 from .engine import Engine, never
 from .form import ProofForm, form_of
 from .forms import FORMS, FormProver
@@ -33,7 +34,7 @@ class EngineProver:
     def __init__(self, engine: Engine, *, slice_seconds: float = 0.002, max_logits: int | None = None) -> None:
         self.engine = engine
         self.work = SharedWork(engine, slice_seconds=slice_seconds, max_logits=max_logits)
-        self._provers: Mapping[str, FormProver] = {name: entry.prover(self.work) for name, entry in FORMS.items()}
+        self._provers: Mapping[str, FormProver] = {name: FORMS[name].prover(self.work) for name in self.forms}
 
     @property
     def slices(self) -> Slices | None:
@@ -58,3 +59,9 @@ class EngineProver:
     def measure_slices(self) -> None:
         """Measure and capture a GPU's forward of a round's default shape: see `SharedWork.measure_slices`."""
         self.work.measure_slices()
+
+
+class DistanceProver(EngineProver):
+    """An `EngineProver` of distances alone."""
+
+    forms: Mapping[str, ProofForm] = {DISTANCES.name: DISTANCES}

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .distances.form import DISTANCES
-from .distances.prover import DistanceProver
+from .distances.prover import Distances
 from .fingerprint.form import FINGERPRINT
-from .fingerprint.prover import FingerprintProver
+from .fingerprint.prover import Fingerprints
 from .form import ProofForm
 from .prover import Outcomes, Row
 from .shared_work import SharedWork
 from .vectors.form import VECTORS
-from .vectors.prover import VectorProver
+from .vectors.prover import Vectors
 
 
 class FormProver(Protocol):
@@ -53,9 +53,9 @@ class FormEntry:
 FORMS: Mapping[str, FormEntry] = {
     entry.form.name: entry
     for entry in (
-        FormEntry(DISTANCES, DistanceProver.on, ".distances.wire"),
-        FormEntry(VECTORS, VectorProver),
-        FormEntry(FINGERPRINT, FingerprintProver),
+        FormEntry(DISTANCES, Distances, ".distances.wire"),
+        FormEntry(VECTORS, Vectors),
+        FormEntry(FINGERPRINT, Fingerprints),
     )
 }
 """By the name that `PoCConfig.proof` has; the first is the default."""

@@ -19,7 +19,7 @@ from .mix import FIRST_POSITION, mixed, pairs_of, read
 from .signs import flips_seed, mix_seed
 
 
-class FingerprintProver:
+class Fingerprints:
     """Computes fingerprints on the engine of ``work``."""
 
     def __init__(self, work: SharedWork) -> None:

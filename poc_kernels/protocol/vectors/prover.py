@@ -21,7 +21,7 @@ _ROUTED_BY_TOKENS = ("deepseek_v4",)
 """Model types for which the network's nodes hand in token ids beside the input embeddings."""
 
 
-class VectorProver:
+class Vectors:
     """Computes vectors on the engine of ``work``."""
 
     def __init__(self, work: SharedWork) -> None:
