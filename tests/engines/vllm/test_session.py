@@ -310,7 +310,9 @@ def test_proofs_that_nobody_asks_for_any_more_cost_users_nothing() -> None:
 
 
 def test_a_failure_between_steps_is_not_the_users() -> None:
-    rig = Rig()
+    clock = Clock()
+    rig = Rig(clock=clock)
+    rig.worker.in_step = lambda: setattr(clock, "now", clock.now + 1.0)  # slices are owed after each step
     unwound: list[int] = []
     prove = rig.session.prover.prove
 
