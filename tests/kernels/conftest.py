@@ -37,5 +37,5 @@ def kernel(idle: Any) -> Any:
     """A kernel of more shared memory than is usual."""
     from poc_kernels.kernels.cuda import launcher
 
-    code = idle.made.objects["product-bfloat16-16-64x128"]
-    return launcher._loaded((9, 0), code.name)
+    name = next(name for name, code in idle.made.objects.items() if code.shared_bytes > 49152)
+    return launcher._loaded((9, 0), name)

@@ -259,7 +259,7 @@ def empty_package(folder: Path) -> Package:
     """Write a package for compute capability 9.0 that has every form and no code."""
     entries, codes = {}, []
     for form in machine_code.all_forms((9, 0)):
-        made = machine_code.Compiled("", f"{form.name}\n".encode(), 98304 if "64x128" in form.name else 0)
+        made = machine_code.Compiled("", f"{form.name}\n".encode(), 98304 if form.constants.get("ROWS", 0) > 64 else 0)
         entries[form.name], code = machine_code.described(form, made)
         codes.append(code)
     path = package.path_of((9, 0), folder)
