@@ -45,9 +45,10 @@ class DecoderLayers:
     returned, and whatever comes after the last takes what that returned. What a layer returns of the hidden states is
     one tensor, or two where the next norm adds them, in the dtype of input embeddings.
 
-    They are tried: a transform that changes nothing leaves every bit, and one that changes signs reaches the result
-    from the first layer and from the last. Where they are not found or the trial fails, forwards without a transform
-    are as before, and all that needs the layers raises a ValueError that says why.
+    They are tried: a transform that changes nothing leaves every bit, one that changes signs reaches the result from
+    the first layer and from the last, and one that gives zeros after the last leaves nothing else to the result, such
+    as a residual in another dtype. Where they are not found or the trial fails, forwards without a transform are as
+    before, and all that needs the layers raises a ValueError that says why.
 
     Where several processes compute one model, each of them makes the same forwards for this.
 
@@ -170,6 +171,7 @@ class DecoderLayers:
         in_place, kept = with_transform(lambda layer, states: states.mul_(signs))
         first_flipped, _ = with_transform(lambda layer, states: states * signs if layer == 0 else states)
         last_flipped, _ = with_transform(lambda layer, states: states * signs if layer == last else states)
+        last_zero, _ = with_transform(lambda layer, states: torch.zeros_like(states) if layer == last else states)
         # Not before all of them are computed: other processes compute them too.
         if not torch.equal(same, expected):
             raise _RefusedError("results change with a transform that changes nothing")
@@ -177,6 +179,8 @@ class DecoderLayers:
             raise _RefusedError("something else changes with what layers return")
         if torch.equal(first_flipped, expected) or torch.equal(last_flipped, expected):
             raise _RefusedError("results do not change with what its first and its last layer return")
+        if not torch.equal(last_zero, last_zero[:1, :1].expand_as(last_zero)):
+            raise _RefusedError("results depend on more than what a transform of the last layer's states is given")
 
 
 def _calls(model: nn.Module, run: _Run, x: Tensor) -> tuple[list[_Call], Tensor]:

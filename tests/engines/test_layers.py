@@ -288,6 +288,39 @@ class Widened(Model):
         return Model.through(self.double(), states.double())
 
 
+class WidenedResidual(WithResidual):
+    """A residual in another dtype than that of states, which no transform is given."""
+
+    class Layer(WithResidual.Layer):
+        def forward(self, states, residual):
+            residual = residual + states
+            return torch.tanh(self.mix(residual.float())), residual
+
+    @torch.inference_mode()
+    def forward(self, inputs_embeds):
+        states, residual = inputs_embeds.flatten(0, 1), 0.0
+        for layer in self.layers:
+            states, residual = layer(states, torch.as_tensor(residual, dtype=torch.float64))
+        return self.norm(states, residual.float()).view(inputs_embeds.shape)
+
+
+class ResidualWithin(WithResidual):
+    """A residual that layers return inside of something else."""
+
+    class Layer(WithResidual.Layer):
+        def forward(self, states, within):
+            states, residual = super().forward(states, within["residual"])
+            return states, {"residual": residual}
+
+    @torch.inference_mode()
+    def forward(self, inputs_embeds):
+        states = inputs_embeds.flatten(0, 1).clone()
+        within = {"residual": torch.zeros_like(states)}
+        for layer in self.layers:
+            states, within = layer(states, within)
+        return self.norm(states, within["residual"]).view(inputs_embeds.shape)
+
+
 class ByLuck(Model):
     @torch.inference_mode()
     def forward(self, inputs_embeds):
@@ -323,6 +356,8 @@ class Fails(Model):
         (TwoLists, 3, r"2 lists of 3 \(see its configuration\) modules are called so"),
         (Model, 4, r"no lists of 4 \(see its configuration\) modules are called so"),
         (Inputs, None, "something else changes with what layers return"),
+        (WidenedResidual, None, "results depend on more than what a transform of the last layer's states is given"),
+        (ResidualWithin, None, "results depend on more than what a transform of the last layer's states is given"),
         (ByLuck, None, "results change with a transform that changes nothing"),
         (Deaf, None, "results do not change with what its first and its last layer return"),
         (Fails, None, "MemoryError: no room"),
