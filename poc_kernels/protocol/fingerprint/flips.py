@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,16 @@ class Flips:
     def rows(self) -> int:
         """Rows of a forward."""
         return self.masks.shape[1]
+
+    def narrowed(self, rows: int) -> Flips:
+        """Return flips for forwards of fewer rows, in the same memory: each of the two draws over the other."""
+        flips = copy.copy(self)
+        flips.masks = self.masks[:, :rows]
+        return flips
+
+    def release(self) -> None:
+        """Give back the memory, whoever remembers this."""
+        self.masks = self.masks.new_empty(0)
 
     def draw(self, some: slice, seeds: Sequence[int]) -> None:
         """Draw the signs of some rows, from the flips' seed of each."""

@@ -24,7 +24,7 @@ class Fingerprints:
 
     def __init__(self, work: SharedWork) -> None:
         self.work, self.engine = work, work.engine
-        self._flips: Flips | None = None
+        self._flips: dict[int, Flips] = {}  # by their rows, all in the memory of the most
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the engine cannot compute fingerprints, or the round does not fit it."""
@@ -56,13 +56,21 @@ class Fingerprints:
         return Outcomes(artifacts, parts.seconds())
 
     def _drawn_flips(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Flips:
-        engine = self.engine
-        if self._flips is None or self._flips.rows != len(rows):
-            self._flips = Flips(engine, len(rows))
-        width = engine.layers * engine.hidden_size
+        flips, width = self._flips_of(len(rows)), self.engine.layers * self.engine.hidden_size
         for some in self.work.pieces.of("flips", len(rows), width, pause, at_once=max(1, DRAWN_AT_ONCE // width)):
-            self._flips.draw(some, [flips_seed(config.block_hash, *row) for row in rows[some]])
-        return self._flips
+            flips.draw(some, [flips_seed(config.block_hash, *row) for row in rows[some]])
+        return flips
+
+    def _flips_of(self, rows: int) -> Flips:
+        """Return the same flips for every forward of so many rows: the engine measures and captures it with them."""
+        most = max(self._flips, default=0)
+        if rows > most:
+            for flips in self._flips.values():
+                flips.release()
+            self._flips = {rows: Flips(self.engine, rows)}
+        elif rows not in self._flips:
+            self._flips[rows] = self._flips[most].narrowed(rows)
+        return self._flips[rows]
 
     def _mix(self, config: PoCConfig, rows: Sequence[Row], states: Tensor, pause: Pause) -> Tensor:
         """Mix positions, some rows at a time: a row's bits do not depend on the others."""

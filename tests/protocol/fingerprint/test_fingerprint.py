@@ -241,3 +241,19 @@ def test_a_round_on_a_manager():
 def test_inputs_that_are_too_long():
     with pytest.raises(ValueError, match="seq_len must be at most the 64 positions of the model, got 65"):
         EngineProver(SmallEngine()).check(config(seq_len=65))
+
+
+def test_forwards_of_one_shape_have_the_same_flips(device):
+    """An engine measures and captures a forward with its transform. Flips of all shapes take the memory of one."""
+    engine = IdentityEngine(40, 2, device=device)
+    prover, rows = EngineProver(engine), [Row("one", 3), Row("two", 5)]
+    computed = [prover.prove(config(batch_size=size), rows).values for size in (4, 2, 4, 3, 2, 9, 2, 4, 9)]
+    assert computed == [computed[0]] * 9
+    seen = engine.transforms
+    four, two, _, three, _, nine, *_ = seen
+    assert seen[:6] == [four, two, four, three, two, nine]
+    assert seen[8] is nine
+    assert len(set(seen)) == 6
+    assert [flips.rows for flips in seen[5:]] == [9, 2, 4, 9]
+    kept = {flips.masks.untyped_storage().data_ptr(): flips.masks.untyped_storage().nbytes() for flips in seen}
+    assert sum(kept.values()) == 2 * 9 * 40 * 4
