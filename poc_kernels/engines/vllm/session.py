@@ -23,8 +23,9 @@ import collections
 import contextlib
 import functools
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
@@ -93,7 +94,7 @@ class Session:
     ) -> None:
         self.counters = Counters()
         self.engine, self.prover = engine, prover
-        self._lockstep, self._clock = lockstep, clock
+        self.lockstep, self._clock = lockstep, clock
         self._users_are_there = users_are_there
         self._clocked, self._counted = ClockedDebt(self.counters), CountedDebt()
         self._debt = self._counted if lockstep else self._clocked
@@ -125,6 +126,8 @@ class Session:
             )
         except Exception as error:
             logger.exception("a round cannot be computed in this worker")
+            if self.engine.device.type == "cuda":  # the other ranks may be in the forwards that measure memory
+                self._stay_in_step()
             return Begun(refusal=f"{type(error).__name__}: {error}")
         if lacking is not None:
             return Begun(refusal=lacking)
@@ -206,7 +209,7 @@ class Session:
             return
         with self.engine.context():
             # A GPU that is behind is not given more: the step would wait, and what is owed stays owed.
-            while self._waits and self._debt.due() and (self._lockstep or self._in_flight.has_room()):
+            while self._waits and self._debt.due() and (self.lockstep or self._in_flight.has_room()):
                 self._debt.pay(self._run_slice(between_steps=True))
 
     def _run_between(self, slices: int, seconds: float, seconds_without_users: float) -> None:
@@ -296,15 +299,41 @@ class Session:
         self._stay_in_step()
 
     def _stay_in_step(self) -> None:
-        """After a failure, end this process unless all ranks failed: the others would wait in a collective for ever."""
-        if self._lockstep and not self.engine.all_ranks_failed():
-            logger.critical("a proof failed on this rank alone, which is out of step with the others: the worker ends")
-            raise SystemExit("a proof failed on one rank of several")
+        if self.lockstep:
+            _stay_in_step(self.engine)
 
     def _cancel_all(self) -> None:
         self._cancel_running()
         self._rows.clear()
         self._outcomes.clear()
+
+
+def _stay_in_step(engine: SessionEngine) -> None:
+    """After a failure, end this process unless all ranks failed: the others would wait in a collective for ever."""
+    if not engine.all_ranks_failed():
+        logger.critical("a proof failed on this rank alone, which is out of step with the others: the worker ends")
+        _end_process()
+
+
+def _end_process() -> None:
+    """End this process at once: vLLM tells users that the engine died when it is gone, and not before.
+
+    An orderly end takes seconds of a core, for which the others have no time to spare while they wait in a collective.
+    And it destroys what the ranks have in common, for which NCCL may wait until the others do so too.
+    """
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _in_step(engine: SessionEngine, lockstep: bool) -> Iterator[None]:
+    """Have what fails inside the block come through, where it fails on all ranks of several; else see above."""
+    try:
+        yield
+    except Exception:
+        if lockstep:
+            logger.exception("proofs cannot be tried in this worker")
+            _stay_in_step(engine)
+        raise
 
 
 def _outcome(resumable: Resumable[Outcomes]) -> dict[str, Any]:
@@ -351,8 +380,9 @@ def call(worker: Any, command: str, payload: Mapping[str, Any]) -> dict[str, Any
 def _try(session: Session, message: Trial) -> Tried:
     """Try the engine of a session, which has no jobs yet."""
     engine = cast(VllmEngine, session.engine)
-    differs = trial.compare(engine, message.texts, message.served)
-    depends = trial.independence(engine)  # in any case: other ranks compute it, and would wait for this one
+    with _in_step(engine, session.lockstep):
+        differs = trial.compare(engine, message.texts, message.served)
+        depends = trial.independence(engine)  # in any case: other ranks compute it, and would wait for this one
     return Tried(refusal=differs or depends)
 
 
@@ -371,15 +401,18 @@ def _open(worker: Any, message: Open) -> Opened:
         prover = EngineProver(engine, slice_seconds=slice_seconds, max_logits=message.max_logits)
     except ValueError as error:
         return Opened(refusal=str(error))
-    if (lacking := lacking_memory(engine)) is not None:
-        return Opened(refusal=lacking)
-    with engine.context():
-        prover.compile_kernels()
     layers, no_layers = 0, None
     try:
         layers = engine.layers
     except ValueError as error:
         no_layers = str(error)
+        if lockstep:  # where it is a failure of this rank alone, the others are in the next forward of their search
+            _stay_in_step(engine)
+    with _in_step(engine, lockstep):
+        if (lacking := lacking_memory(engine)) is not None:
+            return Opened(refusal=lacking)
+        with engine.context():
+            prover.compile_kernels()
     users_are_there = arrivals_at(message.arrivals)
     session = Session(worker, engine, prover, lockstep=lockstep, users_are_there=users_are_there)
     setattr(worker, _ATTRIBUTE, session)

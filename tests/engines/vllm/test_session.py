@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import threading
 import types
@@ -32,7 +33,8 @@ from vllm_stepping import (
 )
 
 from poc_kernels.engines.vllm import session as session_module
-from poc_kernels.engines.vllm.messages import Begin, Progress, Run, pack, unpack
+from poc_kernels.engines.vllm import trial
+from poc_kernels.engines.vllm.messages import Begin, Progress, Run, Trial, pack, unpack
 from poc_kernels.engines.vllm.pacing import ClockedDebt, CountedDebt, Counters, slices_per_1000_steps
 from poc_kernels.engines.vllm.session import Session
 from poc_kernels.protocol import PoCConfig, Row
@@ -508,6 +510,20 @@ def test_a_model_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPatc
 # ---- several ranks ----
 
 
+class Ended(BaseException):
+    """Raised where a process would end."""
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have processes that end at once raise `Ended` instead: nothing after it runs, as nothing would."""
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+
 class Collective:
     """Meets all ranks, and fails where they come for different reasons."""
 
@@ -605,7 +621,7 @@ def test_ranks_with_pauses_by_time_would_fail_the_test_above() -> None:
 
 
 @pytest.mark.parametrize("where", ["call", "steps", "context"])
-def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str) -> None:
+def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str, ends: None) -> None:
     """Its next step would meet the others' slices: an engine that is dead is better than one that says wrong things."""
     rig = Rig(Worker(world_size=2), lockstep=True)
     steps: list[int] = []
@@ -622,7 +638,7 @@ def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str) -> None:
         rig.worker.engine.before_layer = fail
     rig.worker.engine.others_fail = False
     go_on = {"call": lambda: rig.run({"a": [], "b": []}, slices=PLENTY, alone=True)}
-    with pytest.raises(SystemExit, match="a proof failed on one rank of several"):
+    with pytest.raises(Ended, match="1"):
         go_on.get(where, lambda: rig.steps(Request(3, PLENTY), PLENTY))()
     assert len(steps) < 20
     # An error of its own round is that of one that computes for itself.
@@ -630,6 +646,41 @@ def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str) -> None:
     alone.worker.engine.others_fail = False
     alone.worker.engine.before_layer = fail
     assert alone.run({"a": rows(0)}, slices=PLENTY).outcomes["a"] == {"error": "MemoryError: of one rank"}
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise MemoryError("of one rank")
+
+
+@pytest.mark.parametrize("command", ["open", "layers", "trial", "begin"])
+def test_a_rank_that_fails_alone_before_a_proof_leaves_no_other_waiting(
+    command: str, monkeypatch: pytest.MonkeyPatch, small_engine_in_workers: None, ends: None
+) -> None:
+    """Opening, trying and measuring compute on all ranks too: the others are in a forward, and cannot be told."""
+    begin = Begin(round=ROUND, config=dataclasses.asdict(CONFIG))
+    messages = {"open": OPEN, "layers": OPEN, "trial": Trial(texts=[], served=[]), "begin": begin}
+
+    def outcome(world_size: int, others_fail: bool) -> Any:
+        worker = Worker(world_size)
+        worker.engine = WithoutLayers() if command == "layers" else worker.engine
+        worker.engine.others_fail = others_fail
+        with monkeypatch.context() as patch:
+            if command in ("trial", "begin"):
+                assert worker.poc_kernels_call("open", pack(OPEN))["refusal"] is None
+                worker.engine.device = torch.device("cuda")  # where memory is measured
+            patch.setattr(trial, "independence", out_of_memory)
+            if command != "layers":
+                patch.setattr(session_module, "lacking_memory", out_of_memory)
+            try:
+                return worker.poc_kernels_call(command.replace("layers", "open"), pack(messages[command]))
+            except (MemoryError, Ended) as error:
+                return type(error)
+
+    assert outcome(2, others_fail=False) is Ended
+    as_one = outcome(2, others_fail=True)
+    assert as_one == outcome(1, others_fail=False)
+    told = {"layers": "no_layers", "begin": "refusal"}
+    assert as_one[told[command]] if command in told else as_one is MemoryError
 
 
 def test_a_session_ends_what_runs_when_it_is_closed() -> None:
