@@ -49,7 +49,7 @@ class RoundService:
         engine: str = "unknown",
     ) -> None:
         self.settings = settings
-        self.models, self.engine = tuple(models), engine
+        self.models, self.engine = tuple(dict.fromkeys(models)), engine
         self.metrics = Metrics(list(prover.forms.values()))
         self.manager = PoCManager(prover, self.metrics.batch)
         key = None if settings.callback_key is None else settings.callback_key.encode()

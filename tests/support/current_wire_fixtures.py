@@ -14,7 +14,7 @@ from web import client, serving
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[TinyNode]:
-    models = ("tiny", "/models/tiny")
+    models = ("tiny", "/models/tiny", "tiny")  # the name of a model and --model may be the same
     with tiny_node(ArtifactProver(), shutdown_seconds=1.0, max_queued_nonces=2000, models=models) as node:
         yield node
 
