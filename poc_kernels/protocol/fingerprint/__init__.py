@@ -1,1 +1,1 @@
-"""Proof form 3: fingerprints, which cannot be guessed: a mix of all positions of a forward with seeded sign flips."""
+"""Proof form 3: fingerprints, hard to guess: a mix of all positions of a forward with seeded sign flips."""
