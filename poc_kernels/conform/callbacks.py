@@ -158,15 +158,22 @@ def validated_body(session: Session) -> str:
     return _validated(session, refuse=0)
 
 
+@check("validated.honest", "callbacks", "a verdict that finds nothing is posted as well: it is a vote too")
+def validated_honest(session: Session) -> str:
+    """Queue a validation of honest artifacts with a url."""
+    return _validated(session, refuse=0, forges=False)
+
+
 @check("validated.again", "callbacks", "a verdict that is answered 503 is posted again until it is taken")
 def validated_again(session: Session) -> str:
     """Refuse a verdict."""
     return _validated(session, refuse=1)
 
 
-def _validated(session: Session, refuse: int) -> str:
+def _validated(session: Session, refuse: int, forges: bool = True) -> str:
     mailbox = session.receiver.mailbox(refuse)
-    claimed = {**session.honest(), NONCES[2]: session.honest()[NONCES[1]]}
+    forged = {NONCES[2]: session.honest()[NONCES[1]]} if forges else {}
+    claimed = {**session.honest(), **forged}
     body = session.claim(claimed, None, url=mailbox.url, node_id=4)
     queued = session.queue(body)
     patience = session.endpoint.seconds_left()
@@ -184,7 +191,7 @@ def _validated(session: Session, refuse: int) -> str:
         if getattr(told, name) != getattr(answered, name)
     ]
     require(not differs, f"{', '.join(differs)} differ between the callback and the answer: {told} and {answered}")
-    require(told.mismatch_nonces == [NONCES[2]], f"forged nonce {NONCES[2]}, got {told}")
+    require(told.mismatch_nonces == list(forged), f"forged nonces {list(forged)}, got {told}")
     return f"{len(mailbox.posts)} callbacks, n_mismatch {told.n_mismatch} of {told.n_total}"
 
 
@@ -201,5 +208,6 @@ CHECKS = (
     generated_again,
     generated_of_request,
     validated_body,
+    validated_honest,
     validated_again,
 )

@@ -6,11 +6,14 @@ import statistics
 
 from .answers import Artifacts
 from .check import check
-from .outcome import require
+from .outcome import SkippedError, require
 from .session import NONCES, Session, by_nonce
 
 _DIFFERENT = 0.7
 """Half of the median distance of unrelated unit vectors: less in the median, and they are not unrelated."""
+
+_LEAST_SEQ_LEN = 16
+"""Of fingerprints."""
 
 
 def _same(session: Session, found: dict[int, str]) -> str:
@@ -99,4 +102,30 @@ def keys_and_blocks_differ(session: Session) -> str:
     return "; ".join(_different(session.apart(honest, found), what) for what, found in others.items())
 
 
-CHECKS = (repeated, alone, permuted, beside_others, batch_size, after_a_round, nonces_differ, keys_and_blocks_differ)
+@check("determinism.seq_len", "determinism", "another seq_len gives other artifacts: all positions are computed")
+def seq_len_counts(session: Session) -> str:
+    """Have nonces computed with fewer positions, or with more where fewer are too few for a form."""
+    asked = session.plan.seq_len
+    other = asked // 2 if asked // 2 >= _LEAST_SEQ_LEN else asked + 2
+    answer = session.endpoint.post(
+        "/generate", session.request_body(NONCES, wait=True, params=session.params(seq_len=other))
+    )
+    if answer.status in (400, 409):
+        raise SkippedError(f"seq_len {other} is refused: {answer}")
+    found = by_nonce(answer.read(Artifacts), NONCES)
+    same = [nonce for nonce, text in found.items() if text == session.honest()[nonce]]
+    require(not same, f"the same artifacts with {other} positions as with {asked}, of nonces {same}")
+    return f"{len(found)} other artifacts with {other} positions than with {asked}"
+
+
+CHECKS = (
+    repeated,
+    alone,
+    permuted,
+    beside_others,
+    batch_size,
+    after_a_round,
+    nonces_differ,
+    keys_and_blocks_differ,
+    seq_len_counts,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass
@@ -78,12 +79,15 @@ class Endpoint:
 
     def __init__(self, url: str, prefix: str, token: str | None, timeout_seconds: float, ends: float) -> None:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._http = httpx2.Client(base_url=url, headers=headers, trust_env=False)
+        # Time-outs of a client are between bytes; an answer of which a byte comes now and then has to end as well.
+        self._loop = asyncio.new_event_loop()
+        self._http = httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=None)
         self._prefix, self._timeout, self._ends = prefix, timeout_seconds, ends
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._loop.run_until_complete(self._http.aclose())
+        self._loop.close()
 
     def extend(self, seconds: float) -> None:
         """Allow calls for at least that many seconds from now on."""
@@ -116,16 +120,24 @@ class Endpoint:
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {} if content is None else {"content-type": "application/json"}
         seconds = self.seconds_left()
-        ends = time.monotonic() + seconds
         received = bytearray()
         try:
-            with self._http.stream(method, path, content=content, headers=headers, timeout=seconds) as answer:
-                for part in answer.iter_bytes():
-                    received += part
-                    if len(received) > _MAX_BYTES or time.monotonic() > ends:
-                        raise NoAnswerError(
-                            f"{method} {path}: an answer without an end, of {len(received)} bytes so far"
-                        )
-                return Answer(answer.status_code, bytes(received), answer.headers)
+            return self._loop.run_until_complete(
+                asyncio.wait_for(self._answer(method, path, content, headers, received), seconds)
+            )
+        except asyncio.TimeoutError as error:
+            raise NoAnswerError(
+                f"{method} {path}: no whole answer in {seconds:.1f} s, {len(received)} bytes of its body so far"
+            ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise NoAnswerError(f"{method} {path}: {type(error).__name__}: {error}") from error
+
+    async def _answer(
+        self, method: str, path: str, content: bytes | None, headers: dict[str, str], received: bytearray
+    ) -> Answer:
+        async with self._http.stream(method, path, content=content, headers=headers) as answer:
+            async for part in answer.aiter_bytes():
+                received += part
+                if len(received) > _MAX_BYTES:
+                    raise NoAnswerError(f"{method} {path}: an answer without an end, of {len(received)} bytes so far")
+            return Answer(answer.status_code, bytes(received), answer.headers)

@@ -60,6 +60,7 @@ FAULTS = [
     ("determinism.nonces", "one_for_all"),
     ("determinism.keys_and_blocks", "no_key"),
     ("determinism.keys_and_blocks", "no_block"),
+    ("determinism.seq_len", "no_seq_len"),
     ("verdict.honest", "all_mismatch"),
     ("verdict.order", "claims_by_place"),
     ("verdict.one_forged", "p_of_more"),
@@ -87,6 +88,7 @@ FAULTS = [
     ("generated.of_request", "posts_nothing"),
     ("validated.body", "own_key"),
     ("validated.body", "no_request_id"),
+    ("validated.honest", "posts_frauds_alone"),
     ("validated.again", "posts_once"),
 ]
 HOLES = [
@@ -108,7 +110,7 @@ OF_MLNODES = [
     ("status.generating", "no_backends"),
     ("generate.unknown_id", "no_backends"),
 ]
-WAITED_FOR = {"never_done", "posts_nothing", "posts_once", "decodes_urls"}
+WAITED_FOR = {"never_done", "posts_nothing", "posts_once", "posts_frauds_alone", "decodes_urls"}
 """Faults that show when patience ends. Others are found at once: whoever is in no hurry finds no other fault."""
 
 

@@ -113,16 +113,28 @@ def test_a_server_that_dies_fails_one_check_and_the_others_are_skipped():
     assert "lost" in report.results[2].seen
 
 
-@pytest.mark.parametrize("trickles", [False, True])
-def test_a_server_that_hangs_costs_its_time_out_and_no_more(trickles):
+@pytest.mark.parametrize(
+    ("begins", "trickle"),
+    [
+        (b"", b""),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b""),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\nx: ", b"x"),
+        (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    ],
+    ids=["silent", "body hangs", "body trickles", "headers trickle", "interim answers"],
+)
+def test_a_server_that_hangs_costs_its_time_out_and_no_more(begins, trickle):
     over = threading.Event()
 
     def handle(handler):
         if handler.path.endswith("/versions"):
-            handler.send_response(200)
-            handler.end_headers()
-            while not over.wait(0.02) and trickles:
-                handler.wfile.write(b" ")
+            handler.close_connection = True
+            handler.wfile.write(begins)
+            ends = time.monotonic() + 40
+            with contextlib.suppress(OSError):  # the client went
+                while not over.wait(0.02) and time.monotonic() < ends:
+                    handler.wfile.write(trickle)
         else:
             json_answer(handler, {"status": "IDLE"})
 

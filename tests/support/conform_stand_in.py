@@ -201,7 +201,7 @@ class StandIn:
         if wait:
             return answer
         self.results[request_id] = answer
-        if body.url:
+        if body.url and (answer.get("n_mismatch") != 0 or not self.has("posts_frauds_alone")):
             told = self._generated(body, artifacts) if claimed is None else {**self._of_round(body), **answer}
             told = {**told, "request_id": None if self.has("no_request_id") else request_id}
             name = "generated" if claimed is None else "validated"
@@ -237,6 +237,7 @@ class StandIn:
             "block_hash": "" if self.has("no_block") else body.block_hash,
             "public_key": "" if self.has("no_key") else body.public_key,
             "nonce": 0 if self.has("one_for_all") else nonce,
+            "seq_len": 0 if self.has("no_seq_len") else body.params.seq_len,
             "faults": [
                 self.requests if self.has("drifts") else 0,
                 count if self.has("sees_neighbours") else 0,
