@@ -11,6 +11,7 @@ import pytest
 from callback_receivers import Receiver
 from current_wire import (
     INIT,
+    MLNODE,
     OLDER,
     PARAMS,
     POW,
@@ -133,6 +134,9 @@ def test_the_status_before_the_first_round_is_of_either_wire() -> None:
             None,
         )
         assert ok(http.post(f"{POW}/stop"))["pow_status"]["status"] == "STOPPED"
+        stopped = ok(http.get(f"{POW}/status"))
+        assert (stopped["status"], stopped["state"], stopped["config"]) == ("IDLE", "STOPPED", None)
+        assert ok(http.get(f"{MLNODE}/status"))["status"] == "IDLE"
 
 
 def test_a_prover_that_has_no_distances(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +218,13 @@ def test_a_model_that_is_not_served(http: httpx2.Client, path: str) -> None:
         "deployed": {"model": "tiny", "served_names": ["tiny", "/models/tiny"]},
     }
     ok(http.post(POW + path, json=body_of(path, params={**PARAMS, "model": "/models/tiny"})))
+
+
+def test_what_is_refused_is_quoted_in_part(http: httpx2.Client) -> None:
+    body = asked([1], params={"scheme": 100_000 * "x"})
+    answer = http.post(f"{POW}/generate", json=body)
+    assert "there is no decode scheme here, got 'xxx" in refused(answer, 400)
+    assert len(answer.content) < 500
 
 
 def test_what_is_taken_beside_the_table(http: httpx2.Client) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2
 import pytest
@@ -25,6 +26,8 @@ from current_wire import (
 )
 from tiny_service import ArtifactProver, TinyNode, tiny_node
 from web import TIMEOUT, client, eventually, serving
+
+from poc_kernels.service.queue import ValidationJob
 
 pytest_plugins = ["current_wire_fixtures"]
 
@@ -86,6 +89,66 @@ def test_results_that_are_asked_for_later(node: TinyNode, http: httpx2.Client, r
     told = {**of_round, "request_id": first["request_id"], "artifacts": artifacts([1, 2, 3, 4, 5])}
     assert receiver.contents("/generated") == [{**told, "encoding": {"dtype": "f16", "k_dim": 12, "endian": "le"}}]
     assert receiver.contents("/validated") == [{**of_round, "request_id": second["request_id"], **judged}]
+
+
+def test_a_result_that_comes_while_it_is_asked_for(
+    node: TinyNode, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is told of a request is of one moment: nothing is completed and has no artifacts."""
+    told = []
+
+    class Watched:
+        """A job that ends after the first look at it, whatever is looked at."""
+
+        def __init__(self, job: ValidationJob) -> None:
+            self._job, self._looked = job, False
+
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(self._job, name)
+            if name in ("verdict", "error", "state") and not self._looked:
+                self._looked = True
+                release.set()
+                eventually(lambda: self._job.future.done())
+            return value
+
+    queue = node.service.worker.queue
+    for fails in (False, True):
+        entered, release = threading.Event(), threading.Event()
+
+        def hold(entered: threading.Event = entered, release: threading.Event = release, fails: bool = fails) -> None:
+            entered.set()
+            assert release.wait(TIMEOUT)
+            if fails:
+                raise ValueError("of the batch")
+
+        node.prover.before_forward = hold
+        request_id = generate(http, asked([1], wait=False))["request_id"]
+        assert entered.wait(TIMEOUT)
+        with monkeypatch.context() as patch:
+            job = queue.get(request_id)
+            patch.setattr(queue, "get", lambda request_id, job=job: Watched(job))
+            told.append(ok(http.get(f"{POW}/generate/{request_id}")))
+        assert told[-1] == {"status": "running", "request_id": request_id}
+        assert ended(http, request_id)["status"] == ("failed" if fails else "completed")
+
+
+@pytest.mark.parametrize(("proof", "length"), [("vectors", 32), ("fingerprint", 172)])
+def test_no_claim_is_kept_that_is_longer_than_an_artifact(
+    node: TinyNode, http: httpx2.Client, proof: str, length: int
+) -> None:
+    """Else what waits and what is kept would be as large as all their bodies, and not as their nonces."""
+    nonces = [1, 2, 3, 4]
+    texts = [vector(1, proof), 100_000 * "A", length * "\U0001d7d8", (length - 1) * "A"]
+    listed = [{"nonce": nonce, "vector_b64": text} for nonce, text in zip(nonces, texts, strict=True)]
+    with blocked(node) as entered:
+        body = asked(nonces, wait=False, params={"proof": proof}, validation={"artifacts": listed})
+        request_id = generate(http, body)["request_id"]
+        assert entered.wait(TIMEOUT)
+        job = node.service.worker.queue.get(request_id)
+        assert job is not None
+        assert job.validation.proof.vectors == [texts[0], "", "", ""]
+    assert ended(http, request_id)["mismatch_nonces"] == nonces[1:]
+    assert job.verdict.received_vectors == [texts[0], "", "", ""]
 
 
 def test_ids_that_are_unknown_or_of_another_wire(http: httpx2.Client) -> None:

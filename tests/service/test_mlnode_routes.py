@@ -140,12 +140,13 @@ def test_ids_have_the_port_before_them(http: httpx2.Client, port: int) -> None:
 
 
 def test_rounds_of_the_older_wire(http: httpx2.Client) -> None:
-    """States that a round of today never has are MIXED."""
+    """States that a round of today never has are MIXED; one that was stopped is IDLE."""
     older = {**{name: INIT[name] for name in ("block_hash", "block_height", "public_key")}, "r_target": 1.0}
     ok(http.post(f"{POW}/init/validate", json={**older, "seq_len": 8}))
     assert ok(http.get(f"{MLNODE}/status"))["status"] == "MIXED"
     ok(http.post(f"{MLNODE}/stop"))
     assert ok(http.get(f"{POW}/status"))["state"] == "STOPPED"
+    assert ok(http.get(f"{MLNODE}/status"))["status"] == "IDLE"
 
 
 def test_versions(http: httpx2.Client) -> None:

@@ -27,8 +27,17 @@ def decode(texts: Sequence[str | None], k: int) -> tuple[NDArray[np.float32], ND
     return vectors, good
 
 
+def bounded(text: str, k: int) -> str:
+    """Return the text, or an empty one where its length or alphabet alone says that it is no vector of k numbers."""
+    return text if len(text) == _characters(2 * k) and text.isascii() else ""
+
+
+def _characters(length: int) -> int:
+    return 4 * ((length + 2) // 3)
+
+
 def _bytes(text: str | None, length: int) -> bytes | None:
-    if text is None or len(text) != 4 * ((length + 2) // 3):
+    if text is None or len(text) != _characters(length):
         return None
     try:
         found = base64.b64decode(text, validate=True)

@@ -114,7 +114,7 @@ class CurrentWire:
         try:
             self._check_model(body.params)
             config = self.service.config(body.config())
-            proof = body.proof(self._form_of(config))
+            proof = body.proof(self._form_of(config), config)
             self._check_room(len(proof))
             return self.service.enqueue(proof, submitter, keep=not body.wait, config=config)
         except (ValueError, TypeError) as error:
@@ -129,10 +129,15 @@ class CurrentWire:
         job = self.service.worker.queue.get(request_id)
         if job is None or not job.of_request:
             return None
-        if job.verdict is not None:
+        state = job.state  # read once, and first: it changes after the outcome is there
+        if state is JobState.DONE:
+            assert job.verdict is not None
             return self._completed(job, job.verdict, job.verdict.judged)
-        told = {"status": _STATES[job.state], "request_id": job.id}
-        return told if job.error is None else {**told, "error": str(refusal(job.error).detail)}
+        told = {"status": _STATES[state], "request_id": job.id}
+        if state in (JobState.FAILED, JobState.CANCELLED):
+            assert job.error is not None
+            told["error"] = str(refusal(job.error).detail)
+        return told
 
     def _completed(self, job: ValidationJob, verdict: Any, judging: bool) -> dict[str, Any]:
         config = job.validation.config

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...protocol import PoCConfig
+from ...protocol.artifacts.encoding import bounded
 from ...protocol.artifacts.form import ArtifactForm
 from ...protocol.artifacts.proofs import ArtifactBatch
 from ...protocol.checks import check_ints
@@ -15,6 +16,8 @@ from .ignored import ignored_keys
 
 MAX_NONCE = 2**31 - 1
 """The network stores nonces as int32."""
+
+_MAX_SHOWN = 64
 
 
 class Params(BaseModel):
@@ -42,7 +45,8 @@ class Params(BaseModel):
         for name, plain in (("scheme", "prefill"), ("decode", False)):
             value = getattr(self, name)
             if value not in (None, plain):
-                raise ValueError(f"params.{name} must be {plain!r}: there is no decode scheme here, got {value!r}")
+                got = value[:_MAX_SHOWN] if isinstance(value, str) else value
+                raise ValueError(f"params.{name} must be {plain!r}: there is no decode scheme here, got {got!r}")
 
 
 class _Body(BaseModel):
@@ -148,8 +152,15 @@ class GenerateBody(_Body):
     validation: Claims | None = None
     stat_test: StatTestBody | None = None
 
-    def proof(self, form: ArtifactForm) -> ArtifactBatch:
+    def proof(self, form: ArtifactForm, config: PoCConfig) -> ArtifactBatch:
         """Return what is to be computed, and what was claimed of it.
+
+        A claimed text that is no vector for its length alone is kept as an empty one, which mismatches as well: what
+        waits, and what is kept of it, is bounded by the number of nonces.
+
+        Args:
+            form: that of the configuration.
+            config: what the body asks for.
 
         Raises:
             ValueError: a value is one that a proof does not take, or the claims are not of these nonces.
@@ -161,12 +172,12 @@ class GenerateBody(_Body):
             self.block_hash,
             self.block_height,
             self.nonces,
-            self._claimed(),
+            [bounded(text, form.k_dim_of(config)) for text in self._claimed()],
             self.node_id,
             dataclasses.replace(form.stat_test, **given),
         )
 
-    def _claimed(self) -> list[str | None]:
+    def _claimed(self) -> list[str]:
         if self.validation is None:
             return []
         claimed = {artifact.nonce: artifact.vector_b64 for artifact in self.validation.artifacts}

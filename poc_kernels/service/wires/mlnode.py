@@ -19,7 +19,11 @@ from .current import CurrentWire
 from .current_bodies import GenerateBody, GenerationBody
 from .state import State
 
-_TOLD_AS_IT_IS = (PoCState.GENERATING.value, PoCState.IDLE.value)
+_TOGETHER = {
+    PoCState.STOPPED.value: "IDLE",
+    **{state.value: state.value for state in (PoCState.GENERATING, PoCState.IDLE)},
+}
+"""What an MLNode says of an engine in a state: of one whose round of the older wire was stopped, that it is idle."""
 
 
 def add_routes(router: APIRouter, state: State, current: CurrentWire, bodies: Bodies) -> None:
@@ -83,7 +87,7 @@ def add_routes(router: APIRouter, state: State, current: CurrentWire, bodies: Bo
         if state.service.stopping:
             return written({"status": "NO_BACKENDS", "backends": []})
         told = state.status()
-        together = told["status"] if told["status"] in _TOLD_AS_IT_IS else "MIXED"
+        together = _TOGETHER.get(told["status"], "MIXED")
         return written({"status": together, "backends": [{"port": _port(request), **told}]})
 
     @router.post("/stop", response_model=dict[str, Any])

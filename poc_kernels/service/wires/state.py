@@ -27,7 +27,10 @@ class State:
 
     def status(self) -> dict[str, Any]:
         """Return what GET /status says."""
-        return self._current.status() or self.service.status()
+        told = self._current.status() or self.service.status()
+        if self.service.manager.config is None:  # no round was begun, and a stop changes nothing
+            told["status"] = PoCState.IDLE.value
+        return told
 
     def changed(self, change: Callable[[], None], told: dict[str, Any] | None = None) -> dict[str, Any]:
         """Make a change, and return what its route answers: the status, or what is ``told`` in its place."""
@@ -43,8 +46,9 @@ class State:
 
     def stop(self) -> dict[str, Any]:
         """End the round, and return what POST /stop answers."""
-        told = None if self._current.status() is None else {"status": PoCState.STOPPED.value}
-        return self.changed(self.service.manager.stop_round, told)
+        stopped = {"status": PoCState.STOPPED.value}
+        answer = self.changed(self.service.manager.stop_round, None if self._current.status() is None else stopped)
+        return {**answer, "pow_status": {**answer["pow_status"], **stopped}}
 
     def not_allowed(self, error: Exception) -> HTTPException:
         """Return the answer to what the state does not allow."""
