@@ -30,7 +30,7 @@ from poc_kernels.engines.transformers.inference import Inference
 from poc_kernels.engines.transformers.prompts import Prompts
 from poc_kernels.engines.transformers.sampling import Sampling, TokenLogprob
 
-pytest_plugins = ["served_fixtures"]
+pytestmark = pytest.mark.usefixtures("nothing_stays_in_flight")
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

@@ -23,7 +23,7 @@ from poc_kernels.engines.transformers.answers import ChatAnswer
 from poc_kernels.engines.transformers.generation import Generation
 from poc_kernels.engines.transformers.inference import Inference
 
-pytest_plugins = ["served_fixtures"]
+pytestmark = pytest.mark.usefixtures("nothing_stays_in_flight")
 
 
 def test_chat(http: httpx2.Client) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAI routes of a tiny model on a real server, one a module, for `pytest_plugins`."""
+"""Fixtures of tests of the OpenAI routes: a tiny model on a real server, one a module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def http(app: FastAPI) -> Iterator[httpx2.Client]:
         yield http
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def nothing_stays_in_flight(inference: Inference) -> Iterator[None]:
     yield
     assert inference.wait_idle(TIMEOUT)
