@@ -8,7 +8,7 @@ from nodes import SETTINGS, running
 
 from poc_kernels.conform.plan import ENGINE_PREFIX, MLNODE_PREFIX
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from web import TIMEOUT, eventually
 
 from poc_kernels.node.node import Node
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 def test_before_any_round(model_dir: Path) -> None:

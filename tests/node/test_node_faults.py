@@ -33,7 +33,7 @@ from web import CHAT, TIMEOUT, chat, error_of, events, eventually, pieces, text_
 from poc_kernels.node.node import Node
 from poc_kernels.service.callbacks import verify
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 def hurried(node: Node) -> None:

@@ -16,7 +16,7 @@ from web import CHAT, chat, text_of
 
 from poc_kernels.node.node import Node
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 @pytest.fixture(scope="module")

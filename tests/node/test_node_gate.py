@@ -17,7 +17,7 @@ from web import CHAT, DONE, TIMEOUT, Stream, chat, error_of, eventually, streame
 
 from poc_kernels.node.node import Node
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from web import TIMEOUT, chat, error_of, eventually, text_of
 from poc_kernels.node.node import Node
 from poc_kernels.protocol import ProofBatch
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 def test_metrics_tell_how_users_are_served(metrics: Any) -> None:

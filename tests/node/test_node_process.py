@@ -25,7 +25,7 @@ from web import CHAT, DONE, TIMEOUT, chat, client, eventually
 from poc_kernels.node.node import Node
 from poc_kernels.node.server import serve
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 class Process(ServerProcess):

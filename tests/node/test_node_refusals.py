@@ -24,7 +24,7 @@ from web import TIMEOUT, error_of
 
 from poc_kernels.node.node import Node
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 
 @pytest.mark.parametrize(("host", "code"), [("0.0.0.0", 400), ("::1", 200), ("localhost", 200)])

@@ -31,7 +31,7 @@ from web import TIMEOUT, eventually
 from poc_kernels.node.node import Node
 from poc_kernels.service import queue as validation_queue
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 BATCH = ROUND["batch_size"]
 

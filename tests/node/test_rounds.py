@@ -5,4 +5,4 @@ from __future__ import annotations
 from artifacts_over_http import *  # noqa: F403
 from rounds_over_http import *  # noqa: F403
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]

@@ -20,7 +20,7 @@ import pytest
 from nodes import POW, Alone, begin, checked, claim, posted, running, status
 from web import CHAT, TIMEOUT, chat, events, eventually, pieces, text_of
 
-pytest_plugins = ["node_fixtures"]
+pytest_plugins = ["round_fixtures"]
 
 SECONDS = float(os.environ.get("POC_STRESS_SECONDS", "12"))
 SEED = int(os.environ.get("POC_STRESS_SEED", "0"))

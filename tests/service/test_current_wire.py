@@ -27,7 +27,7 @@ from web import CHAT, client, eventually, serving
 
 from poc_kernels import __version__
 
-pytest_plugins = ["current_wire_fixtures"]
+pytest_plugins = ["callback_receivers"]
 
 # ---- rounds ----
 

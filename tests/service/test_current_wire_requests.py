@@ -29,7 +29,7 @@ from web import TIMEOUT, client, eventually, serving
 
 from poc_kernels.service.queue import ValidationJob
 
-pytest_plugins = ["current_wire_fixtures"]
+pytest_plugins = ["callback_receivers"]
 
 
 @pytest.mark.parametrize("proof", ["vectors", "fingerprint"])

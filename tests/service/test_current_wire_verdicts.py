@@ -24,7 +24,7 @@ from current_wire import (
 )
 from tiny_service import TinyNode
 
-pytest_plugins = ["current_wire_fixtures"]
+pytest_plugins = ["callback_receivers"]
 
 
 def text(numbers: list[float]) -> str:

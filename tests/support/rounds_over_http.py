@@ -340,7 +340,8 @@ def test_other_paths_and_methods(http: httpx2.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     mine = {path.removeprefix(POW) for path in paths if path.startswith(POW)}
     phases = {"/init", "/init/generate", "/init/validate", "/phase/generate", "/phase/validate"}
-    assert mine == {*phases, "/validate", "/validate/{job_id}", "/status", "/stop"}
+    of_today = {"/generate", "/generate/{request_id}", "/versions"}
+    assert mine == {*phases, "/validate", "/validate/{job_id}", "/status", "/stop", *of_today}
 
 
 # ---- what is told ----

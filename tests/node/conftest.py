@@ -1,4 +1,4 @@
-"""Fixtures of a whole node, for `pytest_plugins`: one node a module, reset after each test."""
+"""Fixtures of a whole node: one a module, reset after each test."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from nodes import (
 from web import eventually
 
 from poc_kernels.node.node import Node
-
-pytest_plugins = ["round_fixtures"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Fixtures of a tiny node that speaks today's wire, for `pytest_plugins`: one node a module, reset after each test."""
+"""Fixtures of a tiny node that speaks today's wire: one a module, reset after each test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import httpx2
 import pytest
-from callback_receivers import Receiver
 from current_wire import POW
 from tiny_service import ArtifactProver, TinyNode, tiny_node
 from web import client, serving
@@ -32,10 +31,3 @@ def http(node: TinyNode, server: httpx2.Client, monkeypatch: pytest.MonkeyPatch)
     server.post(f"{POW}/stop")
     node.prover.before_forward = lambda: None
     node.prover.missing.clear()
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    yield receiver
-    receiver.stop()
