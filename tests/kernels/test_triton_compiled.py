@@ -352,12 +352,13 @@ def prmt(low, high, selector):
 def test_byte_permutes_give_the_entries_of_the_definition():
     """The constants of `half_entries`, as its code for NVIDIA uses them, on words of every kind."""
     source = inspect.getsource(triton_device.half_entries.fn) + inspect.getsource(triton_device._signs.fn)
-    (a, b), (c, d) = re.findall(r"prmt\.b32 \$0, (0x\w+), (0x\w+), \$1;", source)
+    b, d = re.findall(r"prmt\.b32 \$0, \$2, (0x\w+), \$1;", source)
+    low_a, low_b = triton_device._TABLE_A_LOW.value, triton_device._TABLE_B_LOW.value
     (selector,) = re.findall(r"prmt\.b32 \$0, \$1, \$2, (0x\w+);", source)
     random = np.random.default_rng(0)
     for word in [0, 2**32 - 1, 0x88888888, 0x77777777, *map(int, random.integers(0, 2**32, 3000))]:
         indices = word & 0x77777777
-        u = prmt(int(a, 16), int(b, 16), indices) + prmt(int(c, 16), int(d, 16), indices >> 16)
+        u = prmt(low_a, int(b, 16), indices) + prmt(low_b, int(d, 16), indices >> 16)
         v = u ^ prmt(word, word << 4 & 0xFFFFFFFF, int(selector, 16))
         for i in range(4):
             index_a, index_b = word >> 4 * i & 7, word >> (16 + 4 * i) & 7

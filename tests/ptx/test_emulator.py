@@ -126,6 +126,11 @@ def test_branches_are_followed():
     assert ran.executed["setp.lt.s32"] == 5 * WARPS
 
 
+def test_a_lane_knows_the_lanes_below_it():
+    ran = Small(f"mov.u32 %r8, %lanemask_lt; {COPY_OUT}")
+    assert ran.target.tolist() == [(1 << lane) - 1 for lane in range(32)] * WARPS
+
+
 def test_a_sum_of_two_types_is_rounded_once():
     one = "mov.b16 %rs1, 15361; mov.b32 %f1, 0f3F800001;"  # 1 + 2**-10 and 1 + 2**-23
     ran = Small(f"{one} add.rn.f32.f16 %f2, %rs1, %f1; mov.b32 %r8, %f2; {COPY_OUT}")

@@ -46,6 +46,10 @@ def philox(calls, columns, domain, seed):
     return c0, c1, c2, c3
 
 
+_TABLE_A_LOW = tl.constexpr(0x0B040200)
+_TABLE_B_LOW = tl.constexpr(0x08050100)
+
+
 @triton.jit
 def _shifted_table(table: tl.constexpr, word, i: tl.constexpr):
     """Look up byte i: entry (word >> 4 * i) & 7 of a table of eight bytes."""
@@ -55,8 +59,23 @@ def _shifted_table(table: tl.constexpr, word, i: tl.constexpr):
 
 # As PTX: the byte_perm of libdevice drops bit 3 of a selector, which fills a byte with its sign.
 @triton.jit
-def _prmt(asm: tl.constexpr, selectors):
-    return tl.inline_asm_elementwise(asm, "=r,r", [selectors], dtype=tl.int32, is_pure=True, pack=1)
+def _prmt(asm: tl.constexpr, selectors, low):
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [selectors, low], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def table_lows(BYTE_PERM: tl.constexpr):
+    """Return the low words of both tables, which `half_entries` takes: in registers that each thread keeps.
+
+    ptxas would keep a constant in a uniform register and copy it before each `prmt`, 32 times in a loop of 380
+    instructions. It does not know that bit 31 of a mask of lower lanes is 0, so these words are no constants to it.
+    """
+    low_a, low_b = 0, 0
+    if BYTE_PERM:
+        mask = tl.inline_asm_elementwise("mov.u32 $0, %lanemask_lt;", "=r", [], dtype=tl.uint32, is_pure=True, pack=1)
+        zero = (mask >> 31).to(tl.int32, bitcast=True)
+        low_a, low_b = zero + _TABLE_A_LOW, zero + _TABLE_B_LOW
+    return low_a, low_b
 
 
 @triton.jit
@@ -68,13 +87,16 @@ def _signs(w):
 
 
 @triton.jit
-def half_entries(word, BYTE_PERM: tl.constexpr):
-    """Return the four v of a word as the bytes of an int32, the first k in the lowest: e = 2 * v + 1, v is u or ~u."""
+def half_entries(word, lows, BYTE_PERM: tl.constexpr):
+    """Return the four v of a word as the bytes of an int32, the first k in the lowest: e = 2 * v + 1, v is u or ~u.
+
+    ``lows`` is `table_lows`.
+    """
     if BYTE_PERM:
         w = word.to(tl.int32, bitcast=True)
         indices = w & 0x77777777
-        a = _prmt("prmt.b32 $0, 0x0B040200, 0x33271C17, $1;", indices)
-        b = _prmt("prmt.b32 $0, 0x08050100, 0x48150F0B, $1;", indices >> 16)
+        a = _prmt("prmt.b32 $0, $2, 0x33271C17, $1;", indices, lows[0])
+        b = _prmt("prmt.b32 $0, $2, 0x48150F0B, $1;", indices >> 16, lows[1])
         return (a + b) ^ _signs(w)
     table_a: tl.constexpr = 0x33271C170B040200
     table_b: tl.constexpr = 0x48150F0B08050100
@@ -90,11 +112,11 @@ def half_entries(word, BYTE_PERM: tl.constexpr):
 def half_entry_tile(
     panel, where, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, BYTE_PERM: tl.constexpr
 ):
-    """Draw v [COLUMNS, PANEL] as int8 for where = (first column, domain, seed); k in the order of runs of RUN.
+    """Draw v [COLUMNS, PANEL] as int8 for where = (first column, domain, seed, lows); k in the order of runs of RUN.
 
     Columns are drawn in an order, 8 per warp, that gives each thread of a matrix unit the rows that it multiplies.
     """
-    first_column, domain, seed = where
+    first_column, domain, seed, lows = where
     halves: tl.constexpr = PANEL // 64
     blocks: tl.constexpr = COLUMNS // (16 * WARPS)
     calls = panel * (PANEL // 16) + tl.arange(0, halves)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
@@ -102,8 +124,8 @@ def half_entry_tile(
     column = (at % 8) + at // (8 * WARPS) % 2 * 8 + at // 8 % WARPS * 16 + at // (16 * WARPS) * (16 * WARPS)
     columns = (first_column + column).to(tl.uint32)[None, :, None]
     w0, w1, w2, w3 = philox(calls.to(tl.uint32), columns, domain, seed)
-    v02 = tl.join(half_entries(w0, BYTE_PERM), half_entries(w2, BYTE_PERM))
-    v13 = tl.join(half_entries(w1, BYTE_PERM), half_entries(w3, BYTE_PERM))
+    v02 = tl.join(half_entries(w0, lows, BYTE_PERM), half_entries(w2, lows, BYTE_PERM))
+    v13 = tl.join(half_entries(w1, lows, BYTE_PERM), half_entries(w3, lows, BYTE_PERM))
     words = tl.join(v02, v13)
     bytes02 = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
     bytes13 = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))

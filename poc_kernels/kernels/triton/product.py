@@ -192,7 +192,7 @@ def product_kernel(
 
     first = tl.program_id(1) * panels_per_split
     last = tl.minimum(first + panels_per_split, panels) * any_wanted
-    where = (column_start + first_column, domain, tl.load(seed))
+    where = (column_start + first_column, domain, tl.load(seed), on_tile.table_lows(BYTE_PERM))
     offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
     plane = padded_rows.to(tl.int64) * PANEL
     panel_limbs = 2 * plane if two_limbs else plane
@@ -251,8 +251,9 @@ def entries_kernel(
     n = (n_start + column).to(tl.uint32)
     words = on_tile.philox(calls.to(tl.uint32)[:, None], n[None, :], domain, tl.load(seed))
     first = calls * 16 - k_start
+    lows = on_tile.table_lows(BYTE_PERM)
     for w in tl.static_range(4):
-        v = on_tile.half_entries(words[w], BYTE_PERM)
+        v = on_tile.half_entries(words[w], lows, BYTE_PERM)
         for i in tl.static_range(4):
             row = first + 4 * w + i
             e = 2 * (v << (24 - 8 * i) >> 24) + 1

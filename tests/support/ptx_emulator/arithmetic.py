@@ -226,6 +226,8 @@ class Arithmetic(Emitter):
             self.assign(s, to, f"warp.special({of.name!r})")
         elif of.kind == "register" and of.name == "%laneid":
             self.assign(s, to, "LANES.astype(u4)")
+        elif of.kind == "register" and of.name == "%lanemask_lt":
+            self.assign(s, to, "((1 << LANES.astype(u8)) - 1).astype(u4)")
         elif kind == "pred":
             self.assign(s, to, self.value(of, kind))
         elif to.kind == "list":  # the first part is the lowest
