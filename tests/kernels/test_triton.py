@@ -44,7 +44,12 @@ if isinstance(kernels.product_kernel, triton.runtime.JITFunction):
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-SMALL = (Tile(16, 16, 1, 1, 4), Tile(64, 16, 2, 2, 8), Tile(32, 64, 2, 1, 8), Tile(128, 32, 4, 3, 4))
+SMALL = (
+    Tile(16, 16, 1, 1, 4),
+    Tile(64, 16, 2, 2, 8, turn=2),
+    Tile(32, 64, 2, 1, 8, joined=True),
+    Tile(128, 32, 4, 3, 4, turn=2, joined=True),
+)
 BACKEND = Backend("triton", kernels.project, kernels.entries, kernels.unavailable)
 
 
@@ -240,7 +245,8 @@ def test_rows_that_are_masked_off_are_not_quantised(bits):
         triton_project(x, row_mask=row_mask, activation_bits=bits, tile=SMALL[0], splits=1)
     _, limbs, rows, _ = given
     rows = rows.view(torch.uint8).reshape(2, -1, 4)[:, :37]
-    by_row = limbs.view(torch.uint8).transpose(0, 2)[:37]
+    by_row = limbs.view(torch.uint8).reshape(len(limbs), -1, bits // 8, SMALL[0].rows, limbs.shape[-1])
+    by_row = by_row.permute(1, 3, 0, 2, 4).flatten(0, 1)[:37]
     for touched in (by_row, rows.transpose(0, 1)):
         left_alone = (touched.reshape(37, -1) == 0xA5).all(1)
         assert torch.equal(left_alone, ~row_mask)
@@ -301,7 +307,7 @@ def test_a_tile_that_only_calls_of_many_rows_take_is_found_before_its_use(fresh_
     monkeypatch.setenv("POC_KERNELS_BACKEND", "triton")
     triton_backend = next(backend for backend in backends.backends() if backend.name == "triton")
     assert self_test.wrong_answers(triton_backend, CPU) == [], "known answers are of few rows"
-    tile = "Tile(columns=64, rows=256, warps=4, stages=3, run=4)"
+    tile = "Tile(columns=128, rows=256, warps=8, stages=2, run=4, turn=2, joined=True, blocks=1)"
     assert backends.verdict(triton_backend, CPU) == [
         f"{dtype}, 8 bits in int8 by {tile}, K = {k} whole"
         for dtype, k in (("bfloat16", 140), ("bfloat16", 384), ("float16", 384))
@@ -378,25 +384,25 @@ def test_tiles_by_rows():
             assert all(tile.columns % (16 * tile.warps) == 0 for tile in tiles)
 
 
-FEW, MANY = Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)
+FEW, MANY = Tile(64, 64, 4, 3, blocks=3), Tile(128, 64, 8, 3)
 
 
 @pytest.mark.parametrize(
     ("tile", "tiles", "panels", "sms", "parts"),
     [
         (MANY, 1000, 64, 132, 1),
-        (MANY, 132, 64, 132, 1),
-        (MANY, 131, 64, 132, 4),
-        (FEW, 128, 64, 108, 3),
-        (FEW, 128, 64, 132, 4),
-        (FEW, 217, 64, 108, 1),
-        (FEW, 216, 64, 108, 2),
+        (MANY, 67, 64, 132, 1),
+        (MANY, 66, 64, 132, 2),
+        (FEW, 128, 64, 108, 2),
+        (FEW, 128, 64, 132, 3),
+        (FEW, 163, 64, 108, 1),
+        (FEW, 162, 64, 108, 2),
         (FEW, 1000, 64, 132, 1),
         (FEW, 1, 64, 132, 64),
         (FEW, 1, 1, 132, 1),
     ],
 )
-def test_few_tiles_are_cut_along_k_until_there_is_work_for_every_sm(tile, tiles, panels, sms, parts):
+def test_few_tiles_are_cut_along_k_until_all_sms_have_as_many_blocks_as_fit(tile, tiles, panels, sms, parts):
     assert tile_table.splits((8, 0), tile, tiles, panels, sms) == parts
 
 

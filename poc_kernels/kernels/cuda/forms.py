@@ -136,7 +136,7 @@ def _product(dtype: int, bits: int, tile: Tile, parts: int, aligned: bool, fp16:
         {
             "x": _BITS[dtype],
             "limbs": "*fp16" if fp16 else "*i8",
-            **dict.fromkeys(("exponents", "sums", "totals", "arrived"), "*i32"),
+            **dict.fromkeys(("exponents", "sums_of_q", "totals", "arrived"), "*i32"),
             "row_mask": "*i8",
             "y": _BITS[dtype],
             "seed": "*i64",

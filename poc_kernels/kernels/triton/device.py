@@ -109,24 +109,30 @@ def half_entries(word, lows, BYTE_PERM: tl.constexpr):
 
 
 @triton.jit
-def half_entry_tile(
-    panel, where, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, BYTE_PERM: tl.constexpr
-):
-    """Draw v [COLUMNS, PANEL] as int8 for where = (first column, domain, seed, lows); k in the order of runs of RUN.
+def entry_words(panel, where, COLUMNS: tl.constexpr, WARPS: tl.constexpr, BYTE_PERM: tl.constexpr):
+    """Draw a panel for where = (first column, domain, seed, lows): the four words of its calls as bytes v.
 
-    Columns are drawn in an order, 8 per warp, that gives each thread of a matrix unit the rows that it multiplies.
+    Each is [half a panel, COLUMNS, 4 calls] int32. Columns are drawn in an order, 8 per warp, that gives each thread of
+    a matrix unit the rows that it multiplies.
     """
     first_column, domain, seed, lows = where
     halves: tl.constexpr = PANEL // 64
-    blocks: tl.constexpr = COLUMNS // (16 * WARPS)
     calls = panel * (PANEL // 16) + tl.arange(0, halves)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
     at = tl.arange(0, COLUMNS)
     column = (at % 8) + at // (8 * WARPS) % 2 * 8 + at // 8 % WARPS * 16 + at // (16 * WARPS) * (16 * WARPS)
     columns = (first_column + column).to(tl.uint32)[None, :, None]
     w0, w1, w2, w3 = philox(calls.to(tl.uint32), columns, domain, seed)
-    v02 = tl.join(half_entries(w0, lows, BYTE_PERM), half_entries(w2, lows, BYTE_PERM))
-    v13 = tl.join(half_entries(w1, lows, BYTE_PERM), half_entries(w3, lows, BYTE_PERM))
-    words = tl.join(v02, v13)
+    v0, v1 = half_entries(w0, lows, BYTE_PERM), half_entries(w1, lows, BYTE_PERM)
+    v2, v3 = half_entries(w2, lows, BYTE_PERM), half_entries(w3, lows, BYTE_PERM)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def tile_of_words(v0, v1, v2, v3, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """Order what `entry_words` drew as v [COLUMNS, PANEL] int8; k in the order of runs of RUN."""
+    halves: tl.constexpr = PANEL // 64
+    blocks: tl.constexpr = COLUMNS // (16 * WARPS)
+    words = tl.join(tl.join(v0, v2), tl.join(v1, v3))
     bytes02 = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
     bytes13 = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
     # [g, (block, 8s, warp, column), t, w / 2, w % 2, i]
@@ -144,7 +150,7 @@ def fp16_of(byte):
 
 @triton.jit
 def position_of_quad(quad, RUN: tl.constexpr):
-    """Return where the four k of ``quad`` = k // 4 lie, in quads, in the order of `half_entry_tile`."""
+    """Return where the four k of ``quad`` = k // 4 lie, in quads, in the order of `tile_of_words`."""
     call = quad // 4 % 4
     word = quad % 4
     if RUN == 4:
@@ -233,7 +239,8 @@ def wanted_rows(row_mask, row, masked_rows):
 
 
 @triton.jit
-def _halves(tile, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def halves(tile, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the first and the second half of the rows of a tile [COLUMNS, ROWS]."""
     return tl.split(tl.permute(tl.reshape(tile, [COLUMNS, 2, ROWS // 2]), (0, 2, 1)))
 
 
@@ -249,8 +256,8 @@ def add_tile(totals, high_totals, high, low, rows, TWO_LIMBS: tl.constexpr, COLU
     64 rows at a time: more would not fit in the registers.
     """
     if ROWS > 64:
-        high0, high1 = _halves(high, COLUMNS, ROWS)
-        low0, low1 = _halves(low, COLUMNS, ROWS)
+        high0, high1 = halves(high, COLUMNS, ROWS)
+        low0, low1 = halves(low, COLUMNS, ROWS)
         half: tl.constexpr = ROWS // 2
         add_tile(totals, high_totals, high0, low0, rows, TWO_LIMBS, COLUMNS, half)
         totals += half * COLUMNS
@@ -288,8 +295,8 @@ def finish_tile(
     From the sums of a tile [COLUMNS, ROWS], 16 rows at a time: more would not fit in the registers.
     """
     if ROWS > 16:
-        high0, high1 = _halves(high, COLUMNS, ROWS)
-        low0, low1 = _halves(low, COLUMNS, ROWS)
+        high0, high1 = halves(high, COLUMNS, ROWS)
+        low0, low1 = halves(low, COLUMNS, ROWS)
         half: tl.constexpr = ROWS // 2
         finish_tile(operands, extent, high0, low0, first_row, first_column, DTYPE, BITS, COLUMNS, half)
         finish_tile(operands, extent, high1, low1, first_row + half, first_column, DTYPE, BITS, COLUMNS, half)

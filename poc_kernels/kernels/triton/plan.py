@@ -118,7 +118,7 @@ def block_of(k: int) -> tuple[int, int]:
     return block, 8 if block >= 4096 else 4
 
 
-QUANTISE_NUMBERS = ("rows", "k", "padded_rows", "cleared_count", "row_stride", "masked_rows")
+QUANTISE_NUMBERS = ("rows", "k", "padded_rows", "tile_rows", "cleared_count", "row_stride", "masked_rows")
 PRODUCT_NUMBERS = (
     *("coefficient", "rows", "padded_rows", "panels", "panels_per_split", "row_stride", "columns", "column_start"),
     *("domain", "residual_columns", "masked_rows"),
@@ -128,7 +128,7 @@ PRODUCT_NUMBERS = (
 
 def quantise_numbers(plan: Plan, m: int, k: int, row_stride: int, masked_rows: int) -> tuple[int, ...]:
     """Return what quantise_kernel is given after its pointers."""
-    return m, k, plan.padded_rows, plan.cleared, row_stride, masked_rows
+    return m, k, plan.padded_rows, plan.tile.rows, plan.cleared, row_stride, masked_rows
 
 
 def product_numbers(plan: Plan, m: int, row_stride: int, masked_rows: int, request: Request) -> tuple[int, ...]:
@@ -172,6 +172,8 @@ def product_constants(dtype: int, bits: int, tile: Tile, fp16: bool, parts: int)
         "COLUMNS": tile.columns,
         "ROWS": tile.rows,
         "WARPS": tile.warps,
+        "TURN": tile.turn,
+        "JOINED": tile.joined,
         "SPLIT": parts > 1,
         "FP16": fp16,
     }

@@ -59,10 +59,12 @@ def _limb(byte, FP16: tl.constexpr):
     return on_tile.fp16_of(byte) if FP16 else byte.to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["row_mask", "rows", "padded_rows", "cleared_count", "row_stride", "masked_rows"])
+@triton.jit(
+    do_not_specialize=["row_mask", "rows", "padded_rows", "tile_rows", "cleared_count", "row_stride", "masked_rows"]
+)
 def quantise_kernel(
     x,  # [rows, k] bits of activations, rows row_stride apart
-    limbs,  # [panels, limb, padded_rows, PANEL] int8, or float16: q of each row in bytes, high first
+    limbs,  # [panels, padded_rows / tile_rows, limb, tile_rows, PANEL] int8, or float16: q in bytes, high first
     exponents,  # [rows] int32: E, or NOT_FINITE
     sums,  # [rows] int32: sum(q)
     cleared,  # [cleared_count] int32, set to zero for the product that follows
@@ -70,6 +72,7 @@ def quantise_kernel(
     rows,
     k,
     padded_rows,
+    tile_rows,
     cleared_count,
     row_stride,
     masked_rows,
@@ -90,8 +93,11 @@ def quantise_kernel(
     elif on_tile.wanted_rows(row_mask, row, masked_rows):
         first = row.to(tl.int64) * row_stride
         x += tl.multiple_of(first, 16) if ALIGNED_ROWS else first
-        limbs += row.to(tl.int64) * PANEL
-        plane = padded_rows.to(tl.int64) * PANEL
+        two_limbs: tl.constexpr = BITS == 16
+        limb = tile_rows * PANEL  # from one limb of a row to the other
+        tile = (row // tile_rows).to(tl.int64) * limb
+        limbs += (2 * tile if two_limbs else tile) + row % tile_rows * PANEL
+        panel_limbs = padded_rows.to(tl.int64) * (2 * PANEL if two_limbs else PANEL)
         quads = tl.arange(0, BLOCK // 4)
         bytes4 = tl.arange(0, 4)[None, :]
         offsets = quads[:, None] * 4 + bytes4
@@ -118,14 +124,13 @@ def quantise_kernel(
             position = start + positions
             panel = (position // PANEL).to(tl.int64)
             inside = position < (k + PANEL - 1) // PANEL * PANEL
-            if BITS == 16:
+            out = limbs + panel * panel_limbs + position % PANEL
+            if two_limbs:
                 high = (q + 128) >> 8
-                out = limbs + panel * (2 * plane) + position % PANEL
                 tl.store(out, _limb(high, FP16), mask=inside)
-                tl.store(out + plane, _limb(q - 256 * high, FP16), mask=inside)
+                tl.store(out + limb, _limb(q - 256 * high, FP16), mask=inside)
             else:
                 q = tl.minimum(tl.maximum(q, -127), 127)
-                out = limbs + panel * plane + position % PANEL
                 tl.store(out, _limb(q, FP16), mask=inside)
             total += q
         tl.store(exponents + row, exponent)
@@ -133,11 +138,21 @@ def quantise_kernel(
 
 
 @triton.jit
-def _accumulate(high, low, limbs, offsets, plane, v, TWO_LIMBS: tl.constexpr, OUT: tl.constexpr):
-    """Add v times the limbs of one panel: [COLUMNS, ROWS]; ``high`` is used with two limbs only."""
-    if TWO_LIMBS:
+def _tile(panel, where, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, BYTE_PERM: tl.constexpr):
+    v0, v1, v2, v3 = on_tile.entry_words(panel, where, COLUMNS, WARPS, BYTE_PERM)
+    return on_tile.tile_of_words(v0, v1, v2, v3, COLUMNS, WARPS, RUN)
+
+
+@triton.jit
+def _accumulate(high, low, limbs, offsets, v, SECOND: tl.constexpr, OUT: tl.constexpr):
+    """Add v times the limbs of one panel to sums [COLUMNS, rows of offsets].
+
+    With SECOND, ``high`` takes the product with the limbs of offsets, and ``low`` that with those SECOND elements on;
+    without it ``low`` takes the one product.
+    """
+    if SECOND:
+        low = tl.dot(v, tl.load(limbs + SECOND + offsets), low, out_dtype=OUT)
         high = tl.dot(v, tl.load(limbs + offsets), high, out_dtype=OUT)
-        low = tl.dot(v, tl.load(limbs + plane + offsets), low, out_dtype=OUT)
     else:
         low = tl.dot(v, tl.load(limbs + offsets), low, out_dtype=OUT)
     return high, low
@@ -153,7 +168,7 @@ def product_kernel(
     x,  # [rows, K] bits of activations, rows row_stride apart
     limbs,  # what quantise_kernel left
     exponents,
-    sums,
+    sums_of_q,
     totals,  # [limb, column_tiles, rows, COLUMNS] int32, zero before: sums of the parts of K
     arrived,  # [tiles] int32, zero before: parts that have been added
     row_mask,  # [masked_rows] int8; masked_rows is 0 without a mask
@@ -176,6 +191,8 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
+    TURN: tl.constexpr,
+    JOINED: tl.constexpr,
     SPLIT: tl.constexpr,
     FP16: tl.constexpr,
     BYTE_PERM: tl.constexpr,
@@ -193,31 +210,50 @@ def product_kernel(
     first = tl.program_id(1) * panels_per_split
     last = tl.minimum(first + panels_per_split, panels) * any_wanted
     where = (column_start + first_column, domain, tl.load(seed), on_tile.table_lows(BYTE_PERM))
-    offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, ROWS)[None, :] * PANEL
-    plane = padded_rows.to(tl.int64) * PANEL
-    panel_limbs = 2 * plane if two_limbs else plane
-    limbs += (tile // column_tiles).to(tl.int64) * (ROWS * PANEL) + first.to(tl.int64) * panel_limbs
-    high = tl.zeros([COLUMNS, ROWS], tl.int32)
-    low = tl.zeros([COLUMNS, ROWS], tl.int32)
+    limb_count: tl.constexpr = 2 if two_limbs else 1
+    second: tl.constexpr = ROWS * PANEL if two_limbs and not JOINED else 0  # from the high limbs to the low ones
+    width: tl.constexpr = ROWS if second else limb_count * ROWS
+    offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, width)[None, :] * PANEL
+    panel_limbs = padded_rows.to(tl.int64) * (limb_count * PANEL)
+    limbs += (tile // column_tiles).to(tl.int64) * (limb_count * ROWS * PANEL) + first.to(tl.int64) * panel_limbs
+    high = tl.zeros([COLUMNS, width], tl.int32)
+    low = tl.zeros([COLUMNS, width], tl.int32)
     if FP16:  # sums of 1024 products of bytes stay below 2**24, so they are exact
         for flush in range(first, last, 1024 // PANEL):
-            high_part = tl.zeros([COLUMNS, ROWS], tl.float32)
-            low_part = tl.zeros([COLUMNS, ROWS], tl.float32)
+            high_part = tl.zeros([COLUMNS, width], tl.float32)
+            low_part = tl.zeros([COLUMNS, width], tl.float32)
             for panel in range(flush, tl.minimum(flush + 1024 // PANEL, last)):
-                v = on_tile.half_entry_tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM)
-                high_part, low_part = _accumulate(
-                    high_part, low_part, limbs, offsets, plane, on_tile.fp16_of(v), two_limbs, tl.float32
-                )
+                v = on_tile.fp16_of(_tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM))
+                high_part, low_part = _accumulate(high_part, low_part, limbs, offsets, v, second, tl.float32)
                 limbs += panel_limbs
             high += high_part.to(tl.int32)
             low += low_part.to(tl.int32)
+    elif TURN == 2:
+        # The next panel is drawn while the matrix unit works on this one. With one panel per turn it would not: Triton
+        # waits for a product at the end of a turn.
+        v0, v1, v2, v3 = on_tile.entry_words(first, where, COLUMNS, WARPS, BYTE_PERM)
+        turns = tl.maximum(last - first, 0) // 2
+        for panel in range(first, first + 2 * turns, 2):
+            v = on_tile.tile_of_words(v0, v1, v2, v3, COLUMNS, WARPS, RUN)
+            v0, v1, v2, v3 = on_tile.entry_words(panel + 1, where, COLUMNS, WARPS, BYTE_PERM)
+            high, low = _accumulate(high, low, limbs, offsets, v, second, tl.int32)
+            limbs += panel_limbs
+            v = on_tile.tile_of_words(v0, v1, v2, v3, COLUMNS, WARPS, RUN)
+            v0, v1, v2, v3 = on_tile.entry_words(panel + 2, where, COLUMNS, WARPS, BYTE_PERM)
+            high, low = _accumulate(high, low, limbs, offsets, v, second, tl.int32)
+            limbs += panel_limbs
+        if first + 2 * turns < last:
+            v = on_tile.tile_of_words(v0, v1, v2, v3, COLUMNS, WARPS, RUN)
+            high, low = _accumulate(high, low, limbs, offsets, v, second, tl.int32)
     else:
         for panel in range(first, last):
-            v = on_tile.half_entry_tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM)
-            high, low = _accumulate(high, low, limbs, offsets, plane, v, two_limbs, tl.int32)
+            v = _tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM)
+            high, low = _accumulate(high, low, limbs, offsets, v, second, tl.int32)
             limbs += panel_limbs
+    if width > ROWS:
+        high, low = on_tile.halves(low, COLUMNS, width)
 
-    operands = (x, exponents, sums, row_mask, y, coefficient.to(tl.float32, bitcast=True))
+    operands = (x, exponents, sums_of_q, row_mask, y, coefficient.to(tl.float32, bitcast=True))
     extent = (rows, row_stride, columns, column_start, residual_columns, masked_rows)
     if SPLIT:
         totals += ((tile % column_tiles).to(tl.int64) * rows + first_row) * COLUMNS
@@ -314,7 +350,7 @@ def project(
     code, bits_dtype, fp16 = DTYPE_CODES[x.dtype], _BITS_DTYPES[x.dtype], arithmetic == "fp16"
     y = torch.empty(m, columns, dtype=x.dtype, device=x.device)
     limb_dtype = torch.float16 if fp16 else torch.int8
-    limbs = torch.empty(plan.panels, plan.planes, plan.padded_rows, PANEL.value, dtype=limb_dtype, device=x.device)
+    limbs = torch.empty(plan.panels, plan.planes * plan.padded_rows, PANEL.value, dtype=limb_dtype, device=x.device)
     # Both aligned, whatever m.
     exponents, sums = torch.empty(2, plan.padded_rows, dtype=torch.int32, device=x.device)
     totals = torch.empty(plan.cleared, dtype=torch.int32, device=x.device)

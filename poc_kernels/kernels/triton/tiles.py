@@ -19,10 +19,12 @@ class Tile(NamedTuple):
     """Panels of x in flight."""
     run: int = 4
     """Order of k: how many consecutive k a thread of the matrix unit holds, 4 or 8."""
-
-
-_FEW = tuple((64, rows, 4) for rows in (16, 32, 64))
-"""Columns, rows and warps of the tiles for few rows."""
+    turn: int = 1
+    """Panels in one turn of the loop: with 2, a panel is drawn while the one before it is multiplied (int8 only)."""
+    joined: bool = False
+    """Both limbs of the rows are factors of one product: for matrix units that take their factors from memory."""
+    blocks: int = 1
+    """Blocks that an SM has room for, or 4 if for more: four warps for each scheduler are enough."""
 
 
 @functools.cache
@@ -38,9 +40,24 @@ def release_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def _tiles(largest: dict[int, tuple[int, int, int]], stages: int, run: int) -> dict[int, tuple[Tile, ...]]:
-    """Make tiles by activation bits, fewest rows first; ``largest`` is (columns, rows, warps) for many rows."""
-    return {bits: tuple(Tile(*shape, stages, run) for shape in (*_FEW, many)) for bits, many in largest.items()}
+def _tiles(largest: dict[int, Tile]) -> dict[int, tuple[Tile, ...]]:
+    """Make tiles by activation bits, fewest rows first: three for few rows, otherwise as the ``largest``, and that."""
+    return {
+        bits: (
+            *(many._replace(columns=64, rows=rows, warps=4, blocks=n) for rows, n in ((16, 4), (32, 4), (64, 2))),
+            many,
+        )
+        for bits, many in largest.items()
+    }
+
+
+def _hopper() -> dict[int, tuple[Tile, ...]]:
+    """Make the tiles for wgmma. With 128 columns, a block reads the limbs of its rows half as often from L2."""
+    few = [Tile(64, rows, 4, 3, joined=True, blocks=blocks) for rows, blocks in ((16, 4), (32, 4), (64, 3))]
+    return {
+        bits: (*few[:number], *(Tile(128, rows, 8, 2, turn=2, joined=True) for rows in many))
+        for bits, number, many in ((16, 2, (64, 128)), (8, 3, (256,)))
+    }
 
 
 HIP = (0, 0)
@@ -55,18 +72,19 @@ def _table(triton: tuple[int, ...]) -> dict[tuple[int, int], dict[int, tuple[Til
     """
     # mma.sync: Triton hands a thread of int8 operands runs of 8 consecutive k, since 3.7 runs of 4.
     sync_run = 8 if triton < (3, 7) else 4
+    joined = triton >= (3, 7)  # before, products on 10.x are mma.sync too
     return {
-        HIP: _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=2, run=4),  # 64 KiB of shared memory
-        (8, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=3, run=sync_run),
-        (8, 6): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=sync_run),  # less shared memory
-        (9, 0): _tiles({16: (64, 128, 4), 8: (64, 256, 4)}, stages=3, run=4),
-        (10, 0): _tiles({16: (128, 128, 8), 8: (128, 256, 8)}, stages=2, run=sync_run),
-        (12, 0): _tiles({16: (128, 64, 8), 8: (128, 128, 8)}, stages=2, run=sync_run),
+        HIP: _tiles({16: Tile(64, 128, 4, 2), 8: Tile(64, 256, 4, 2)}),  # 64 KiB of shared memory
+        (8, 0): _tiles({16: Tile(128, 64, 8, 3, sync_run), 8: Tile(128, 128, 8, 3, sync_run)}),
+        (8, 6): _tiles({16: Tile(128, 64, 8, 2, sync_run), 8: Tile(128, 128, 8, 2, sync_run)}),  # less shared memory
+        (9, 0): _hopper(),
+        (10, 0): _tiles({bits: Tile(128, rows, 8, 2, sync_run, joined=joined) for bits, rows in ((16, 128), (8, 256))}),
+        (12, 0): _tiles({16: Tile(128, 64, 8, 2, sync_run), 8: Tile(128, 128, 8, 2, sync_run)}),
     }
 
 
 # Products of float16 hold half as many k in the same registers and shared memory.
-_FP16_TILES = (Tile(64, 16, 4, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2))
+_FP16_TILES = (Tile(64, 16, 4, 2, blocks=3), Tile(64, 32, 4, 2, blocks=2), Tile(128, 64, 8, 2))
 
 # Cards whose int8 rate is far below their float16 rate.
 _FP16 = {(10, 3)}
@@ -87,10 +105,6 @@ def unsafe(capability: tuple[int, int]) -> str | None:
             "3.7.1 or later"
         )
     return None
-
-
-BLOCKS_PER_SM = 4
-"""Blocks per SM that a product of few tiles is cut into, along K."""
 
 
 def tiles(
@@ -128,10 +142,7 @@ def forms_of_k(capability: tuple[int, int]) -> tuple[int, ...]:
 
 
 def splits(capability: tuple[int, int], tile: Tile, tiles: int, panels: int, sms: int) -> int:
-    """Return the number of parts of K to cut each of ``tiles`` tiles into, so that there is work for every SM.
-
-    BLOCKS_PER_SM blocks of the tiles for few rows share an SM; one or two blocks of other tiles fill it.
-    """
-    if forms_of_k(capability) == (1,) or (tiles >= sms and tile[:3] not in _FEW):
+    """Return the number of parts of K to cut each of ``tiles`` tiles into: as many as all SMs have room for at once."""
+    if forms_of_k(capability) == (1,):
         return 1
-    return max(1, min(panels, BLOCKS_PER_SM * sms // tiles))
+    return max(1, min(panels, tile.blocks * sms // tiles))

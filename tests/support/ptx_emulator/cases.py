@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 """What a launcher gave, and what it had to give."""
 
 # Rows beyond M, and rows that are masked off, hold what nobody wrote; nothing of it reaches a result.
-PADDING = {"product_kernel": frozenset(("limbs", "exponents", "sums"))}
+PADDING = {"product_kernel": frozenset(("limbs", "exponents", "sums_of_q"))}
 
 
 @contextlib.contextmanager
