@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import ROOT
+from bench.gpu_check.archive import pack
 
 MIN_SECONDS = 2.0
 """No step begins with less."""
@@ -98,6 +100,7 @@ class Check:
         total: seconds that all steps have together.
         grace: seconds between the interrupt of a late step and its end.
         elapsed: seconds of the total that are over. If less than the plan is left, all steps are shortened alike.
+        results: folder that gets the table and an archive of ``out``, after every step.
 
     Raises:
         ValueError: the plan is longer than the total.
@@ -111,11 +114,12 @@ class Check:
         total: float,
         grace: float = GRACE_SECONDS,
         elapsed: float = 0.0,
+        results: Path | None = None,
     ) -> None:
         planned = sum(plan.values())
         if planned > total:
             raise ValueError(f"plan must add up to at most total, {total:g} s, got {planned:g} s")
-        self.out, self.device = out, device
+        self.out, self.device, self.results = out, device, results
         self.outcomes: list[Outcome] = []
         self.summary = ""
         """Text above the table."""
@@ -131,11 +135,18 @@ class Check:
         left = self._ends[name] - time.monotonic()
         return left - min(self._grace, left / 4)
 
-    def run(self, name: str, *commands: Command, must_end: bool = True, error: str | None = None) -> bool:
+    def run(
+        self,
+        name: str,
+        *commands: Command,
+        must_end: bool = True,
+        error: str | None = None,
+        unsupported: str | None = None,
+    ) -> bool:
         """Run the commands of a step at the same time, until its planned time is over; True if all of them succeed.
 
         A step that is not done by then has failed if it ``must_end``. One with a line that matches the regular
-        expression ``error`` has failed in any case.
+        expression ``error`` has failed in any case, and one with a line that matches ``unsupported`` counts as skipped.
         """
         limit = self.left(name)
         if limit < MIN_SECONDS:
@@ -168,9 +179,11 @@ class Check:
         result = f"FAILED with {', '.join(failed)}" if failed else "ok"
         if late:
             result = f"{'FAILED: ' if must_end else ''}not done after {limit:.0f} s"
-        errors = [line for process in processes for line in process.lines if error and re.match(error, line)]
-        if errors:
-            result = f"FAILED: {errors[0]}"
+        lines = [line for process in processes for line in process.lines]
+        if refused := next((line for line in lines if unsupported and re.match(unsupported, line)), None):
+            result = f"skipped: {refused}"
+        if wrong := next((line for line in lines if error and re.match(error, line)), None):
+            result = f"FAILED: {wrong}"
         self._add(Outcome(name, result, time.monotonic() - start, _skips(processes)))
         return result == "ok"
 
@@ -184,7 +197,11 @@ class Check:
 
     def save(self) -> None:
         """Write the table so far, after the summary."""
-        (self.out / f"gpu-check-{self.device}.txt").write_text(f"{self.summary}\n{self.table()}\n".lstrip())
+        table = self.out / f"gpu-check-{self.device}.txt"
+        table.write_text(f"{self.summary}\n{self.table()}\n".lstrip())
+        if self.results is not None:
+            shutil.copy(table, self.results)
+            pack(self.out, self.results / f"gpu-check-{self.device}.tgz")
 
     def table(self) -> str:
         """Return a line for each step, and for what it skipped."""

@@ -176,6 +176,29 @@ bfloat16 rate (twice that for the op at 8 bits) or the bytes at the measured cop
 Quantise is its part of the time of the op's kernels, by the profiler; empty where that was not allowed."""
 
 
+_MODEL_NOTE = """\
+Times by `bench/projection/model.py`, from counts of the machine code and rates assumed of an H200, and what was
+measured over them. Where a ratio is far from 1, `make gpu-first-light` says which rate is not what was assumed."""
+
+
+_MODEL_COLUMNS = [f"{name}, {what}" for name in ("op 16", "op 8", "stored") for what in ("model, ms", "measured / it")]
+
+
+def _against_the_model(cases: list[Case]) -> str:
+    """Return a table of the times that the model of an H200 predicts, and of what was measured over them."""
+    from bench.projection import model  # takes Triton, with whose table of tiles it counts
+
+    rows = []
+    for case in cases:
+        predicted = {f"op_{bits}": model.call(case.rows, case.size, bits).total for bits in (16, 8)}
+        predicted["stored"] = model.stored(case.rows, case.size)
+        row = [str(case.size), str(case.rows)]
+        for name, seconds in predicted.items():
+            row += [milliseconds(seconds), f"{case.seconds[name]['median'] / seconds:.2f}"]
+        rows.append(row)
+    return table(("D", "M", *_MODEL_COLUMNS), rows)
+
+
 def _bounds_text(bounds: Bounds) -> str:
     drawn = ", ".join(f"D = {size}: {milliseconds(seconds)} ms" for size, seconds in sorted(bounds.generation.items()))
     return "\n".join(
@@ -222,6 +245,8 @@ def markdown(results: dict[str, Any], plot: str) -> str:
     columns, rows = splits(results)
     if rows:
         parts += ["## Few rows with K in parts, from a cold L2", table(columns, rows)]
+    if machine["gpu"] is not None and machine["gpu"]["compute_capability"] == "9.0" and machine["triton"]:
+        parts += ["## Against the model of time", _against_the_model(cases), _MODEL_NOTE]
     parts += ["## Goals, on an H200", "\n".join(goals(cases))]
     return "\n\n".join(parts) + "\n"
 

@@ -33,7 +33,9 @@ except ImportError:  # no Triton
     randn_product = None  # type: ignore[assignment]
 
 TRUSTED = os.environ.get("POC_BENCH_TRUST", "")
-"""A backend that is measured although `poc-kernels verify` rejected it."""
+"""A backend that is measured although `poc-kernels verify` rejected it, or did not end in time."""
+VERDICT = os.environ.get("POC_BENCH_VERDICT", "REJECTED BY VERIFY")
+"""What is said of it."""
 QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
 SIZES = (128,) if QUICK else (1024, 4096, 5120, 7168, 8192)
 ROWS = (1, 32) if QUICK else (1, 8, 32, 64, 256, 1024, 4096, 8192, 16384)
@@ -173,9 +175,9 @@ def _timed(benchmark: BenchmarkFixture, clock: Clock, calls: dict[str, Call], de
 
 
 def _backend(device: torch.device) -> str:
-    """Return which backend serves the device, and whether `verify` rejected it."""
+    """Return which backend serves the device, and what `verify` has against it."""
     name = backends.select(device).name
-    return f"{name}, REJECTED BY VERIFY" if name == TRUSTED else name
+    return f"{name}, {VERDICT}" if name == TRUSTED else name
 
 
 @pytest.mark.benchmark(group="bounds-gpu")
@@ -223,7 +225,7 @@ def test_first(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, 
 @pytest.mark.parametrize("rows", SPLIT_ROWS, ids=lambda rows: f"D{SPLIT_SIZE}-M{rows}")
 @torch.inference_mode()
 def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device, rows: int) -> None:
-    """Measure few rows with K in each number of parts, by which BLOCKS_PER_SM is chosen."""
+    """Measure few rows with K in each number of parts, by which `Tile.blocks` is judged."""
     if device.type != "cuda" or backends.select(device).name != "triton":
         pytest.skip("parts of K are those of the Triton kernels on a GPU")
     from poc_kernels.kernels.triton import product as triton
@@ -231,6 +233,7 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
 
     stored = _stored(SPLIT_SIZE, device)
     x = _activations(rows, stored)
+    capability, _ = triton.hardware(device)
     coefficient = definition.coefficient(definition.DEFAULT_STD)
     calls: dict[str, Call] = {
         f"op_{bits} in {splits}": functools.partial(
@@ -249,7 +252,7 @@ def test_splits(benchmark: BenchmarkFixture, clock: Clock, device: torch.device,
         D=SPLIT_SIZE,
         M=rows,
         multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
-        blocks_per_multiprocessor=tile_table.BLOCKS_PER_SM,
+        blocks_per_multiprocessor=tile_table.choose(capability, rows, 16, triton.choose_arithmetic(capability)).blocks,
         rounds=len(next(iter(seconds.values()))),
         seconds={
             f"op_{bits}": {str(splits): spread(seconds[f"op_{bits} in {splits}"])._asdict() for splits in SPLITS}

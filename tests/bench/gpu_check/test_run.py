@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,9 @@ def test_figures_are_kept_and_printed_before_the_sanitizer(tmp_path, monkeypatch
     monkeypatch.setattr(gpu_check, "_benchmark", lambda check, suite, more: f"figures of {suite.name}")
     monkeypatch.setattr(gpu_check, "_memcheck", memcheck)
     assert gpu_check.main() == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-check-cpu.txt", "gpu-check-cpu.tgz"}
+    with tarfile.open(tmp_path / "gpu-check-cpu.tgz") as archive:
+        assert "gpu-check-cpu/gpu-check-cpu.txt" in archive.getnames()
     for text in seen:
         assert "figures of projection\nfigures of round\nfigures of interference\n" in text
     printed = capsys.readouterr().out.rstrip()
@@ -121,6 +125,21 @@ def test_make_starts_it_without_an_option_that_python_3_10_lacks():
     arguments = ["make", "-n", "gpu-check", "DEVICE=cpu", "PYTHON=python"]
     recipe = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "\npython -m bench.gpu_check " in recipe
+
+
+@pytest.mark.parametrize("installs", [True, False])
+def test_make_goes_on_from_the_sources_where_the_package_cannot_be_installed(tmp_path, installs):
+    """With a Python that installs nothing, and otherwise says which sources it would run."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit {int(not installs)}\necho "ran $PYTHONPATH $*"\n')
+    python.chmod(0o755)
+    arguments = ["make", "gpu-check", "DEVICE=cpu", f"PYTHON={python}", "TOTAL_SECONDS=420", "GPU_CHECK_OUT=here"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (ran,) = re.findall(r"^ran (.*)", done.stdout, re.MULTILINE)
+    assert ran.startswith(" -m bench.gpu_check here" if installs else f"{ROOT} -m bench.gpu_check here")
+    assert "--total 420" in ran
+    assert bool(re.search("^gpu-check: the package cannot be installed", done.stdout, re.MULTILINE)) == (not installs)
 
 
 def test_make_says_when_it_began():
@@ -180,8 +199,38 @@ def test_the_plan_fits_ten_minutes():
         assert (ROOT / "bench" / suite.target).exists()
         assert find_spec(f"bench.{suite.report}") is not None
         if suite.case_seconds is None:  # the script begins nothing in the last half minute
-            limit = float(suite.on_gpu[suite.on_gpu.index("--limit-seconds") + 1])
-            assert limit <= suite.seconds - steps.GRACE_SECONDS - 30
+            assert gpu_check.SCRIPT_END_SECONDS >= 30
+            assert suite.seconds - steps.GRACE_SECONDS - gpu_check.SCRIPT_END_SECONDS >= gpu_check.SCRIPT_SECONDS
+
+
+def test_figures_with_goals_come_before_the_tests():
+    order = list(gpu_check.PLAN)
+    assert order.index("verify") < order.index("projection report") < order.index("tests")
+
+
+@pytest.mark.parametrize("total", [60.0, 420.0, 570.0, 900.0])
+def test_the_plan_fits_any_total(tmp_path, total):
+    plan = gpu_check.plan_of(total)
+    assert list(plan) == list(gpu_check.PLAN)
+    assert sum(plan.values()) <= min(total, sum(gpu_check.PLAN.values())) + 1e-6
+    check = steps.Check(tmp_path, "cuda", {**plan}, total)
+    script = next(suite for suite in gpu_check.SUITES if suite.case_seconds is None)
+    check._ends[script.name] = time.monotonic() + plan[script.name]
+    arguments, _ = gpu_check._suite_command(check, script, tmp_path / "some.json", [])
+    limit = float(arguments[arguments.index("--limit-seconds") + 1])
+    assert 1 <= limit <= max(1, plan[script.name] - gpu_check.SCRIPT_END_SECONDS)
+
+
+def test_a_late_verify_says_nothing(make_watched, monkeypatch):
+    for name in ("POC_BENCH_TRUST", "POC_BENCH_VERDICT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    check = make_watched("verify", {"waits": FIRST_INTERRUPT + 0.01})
+    check.run("verify", step_command(WAITS), must_end=False)
+    gpu_check._measure_what_is_wrong(check)
+    assert check.outcomes[0].result == "not done after 90 s"
+    assert os.environ["POC_BENCH_TRUST"] == "triton"
+    assert os.environ["POC_BENCH_VERDICT"] == "NOT VERIFIED IN TIME"
 
 
 @pytest.mark.parametrize(("device", "quick"), [("cuda", {}), ("cpu", {"POC_BENCH_QUICK": "1"})])

@@ -191,6 +191,16 @@ def test_a_line_with_an_error_is_a_failure_done_or_not(make_watched, then):
     assert check.outcomes[0].result == "FAILED: ==== Invalid write"
 
 
+def test_what_a_device_does_not_support_is_skipped(make_check):
+    check = make_check({"step": 20})
+    code = "print('========= Error: Device not supported. Please refer', flush=True); raise SystemExit(1)"
+    check.run("step", step_command(code), unsupported="=+ .*Device not supported")
+    assert check.outcomes[0].result == "skipped: ========= Error: Device not supported. Please refer"
+    check = make_check({"step": 20})
+    check.run("step", step_command(code), error="=+ Error", unsupported="=+ .*Device not supported")
+    assert check.outcomes[0].result.startswith("FAILED: ")
+
+
 def test_a_plan_longer_than_the_total_is_refused(make_check):
     with pytest.raises(ValueError, match="plan must add up to at most total, 20 s, got 30 s"):
         make_check({"a": 10, "b": 20}, total=20.0)

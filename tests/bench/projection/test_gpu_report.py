@@ -104,6 +104,22 @@ def test_parts_of_k_are_a_table_of_their_own():
     assert "K in parts" not in report.markdown(results(entry(8192, 1)), "a.png")
 
 
+def test_times_are_held_against_the_model_of_an_h200():
+    pytest.importorskip("triton")
+    from bench.projection import model
+
+    predicted = model.call(8192, 8192, 16).total
+    measured = {**entry(8192, 8192)["extra_info"]["seconds"], "op_16": seconds(2 * predicted)}
+    text = report.markdown(results(entry(8192, 8192, seconds=measured)), "a.png")
+    (row,) = [
+        line for line in text.splitlines() if line.startswith(f"| 8192 | 8192 | {report.milliseconds(predicted)} |")
+    ]
+    assert row.split("|")[4].strip() == "2.00"
+    other = results(entry(8192, 8192))
+    other["machine_info"]["gpu"]["compute_capability"] = "8.0"
+    assert "model" not in report.markdown(other, "a.png")
+
+
 def test_the_report_is_written_beside_its_results(tmp_path, monkeypatch, capsys):
     path = tmp_path / "run.json"
     normals = {"op_16": SPREAD, "op_8": SPREAD, "normals": {"median": 0.4, "p10": 0.3, "p90": 0.5}}
