@@ -142,13 +142,6 @@ COUNTS = {
 }
 """By activation bits, columns and rows of the tiles of Hopper's table, compiled by Triton 3.9.0."""
 
-BEFORE = {
-    (16, 64, 16): Counts(381, 23),
-    (16, 64, 64): Counts(408, 35),
-    (16, 64, 128): Counts(424, 29),
-}
-"""What some tiles of 64 columns had before their words stayed in registers and limbs were joined."""
-
 
 def main() -> None:
     """Print the table for an H200."""

@@ -238,6 +238,28 @@ def test_missing_fences_and_waits_are_found_in_machine_code():
         assert overwritten_operands(changed(code, "WARPGROUP.DEPBAR", lambda each: None)).wrong
 
 
+def hidden_instructions(loop):
+    """Instructions between the first wgmma of a group and the wait for it, of all groups of a loop."""
+    began, count = None, 0
+    for at, each in enumerate(loop):
+        if "GMMA" in each.opcode and began is None:
+            began = at
+        if each.opcode.startswith("WARPGROUP.DEPBAR") and began is not None:
+            count, began = count + at - began, None
+    return count
+
+
+@pytest.mark.skipif(_TRITON == "before 3.7", reason="the model counts what ships")
+def test_the_model_of_time_counts_this_machine_code():
+    from bench.projection import model
+
+    for (bits, columns, rows), counts in model.COUNTS.items():
+        (tile,) = [tile for tile in tiles(90, bits) if (tile.columns, tile.rows) == (columns, rows)]
+        loop = product(90, bits, tile, rows <= 64, "int8").loop_with("IGMMA")
+        assert len(loop) / tile.turn == pytest.approx(counts.instructions, rel=0.03), tile
+        assert hidden_instructions(loop) / tile.turn == pytest.approx(counts.hidden, rel=0.1, abs=5), tile
+
+
 def assert_not_fused(compiled):
     """But where the product is exact: some compilers fuse the 512 * top + rest of `rounded_sum`."""
     fused = [each for each in compiled.code if each.opcode.startswith("FFMA") and ", 512," not in each.operands]
