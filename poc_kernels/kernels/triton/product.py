@@ -215,7 +215,7 @@ def product_kernel(
     width: tl.constexpr = ROWS if second else limb_count * ROWS
     offsets = tl.arange(0, PANEL)[:, None] + tl.arange(0, width)[None, :] * PANEL
     panel_limbs = padded_rows.to(tl.int64) * (limb_count * PANEL)
-    limbs += (tile // column_tiles).to(tl.int64) * (limb_count * ROWS * PANEL) + first.to(tl.int64) * panel_limbs
+    limbs += first.to(tl.int64) * panel_limbs + (tile // column_tiles).to(tl.int64) * (limb_count * ROWS * PANEL)
     high = tl.zeros([COLUMNS, width], tl.int32)
     low = tl.zeros([COLUMNS, width], tl.int32)
     if FP16:  # sums of 1024 products of bytes stay below 2**24, so they are exact
@@ -226,8 +226,8 @@ def product_kernel(
                 v = on_tile.fp16_of(_tile(panel, where, COLUMNS, WARPS, RUN, BYTE_PERM))
                 high_part, low_part = _accumulate(high_part, low_part, limbs, offsets, v, second, tl.float32)
                 limbs += panel_limbs
-            high += high_part.to(tl.int32)
             low += low_part.to(tl.int32)
+            high += high_part.to(tl.int32)
     elif TURN == 2:
         # The next panel is drawn while the matrix unit works on this one. With one panel per turn it would not: Triton
         # waits for a product at the end of a turn.
