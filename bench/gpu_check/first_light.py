@@ -92,10 +92,10 @@ def facts(device: str) -> dict[str, Any]:
     import torch
 
     from poc_kernels import backends
-    from poc_kernels.kernels.triton import product as kernels
+    from poc_kernels.kernels.triton import plan
 
     torch_device = torch.empty(0, device=device).device
-    capability, sms = kernels.hardware(torch_device)
+    capability, sms = plan.hardware(torch_device)
     return {
         "name": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "a CPU, as a rehearsal",
         "capability": capability,

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from poc_kernels import backends, definition, reference
 from poc_kernels.definition import Request
+from poc_kernels.kernels.triton import plan
 from poc_kernels.kernels.triton import product as kernels
 from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
@@ -114,24 +114,15 @@ def quantised(device: torch.device, dtype: str, bits: int, k: int) -> str | None
     x[1] *= 1e-30
     x[2, 3], x[3], x[4, 0] = torch.nan, 0, 3e4
     x = x.to(getattr(torch, dtype))
-    code, bits_dtype = kernels._DTYPES[x.dtype]
-    panels, block = -(-k // 128), min(kernels.LONGEST_BLOCK, triton.next_power_of_2(max(k, 128)))
-    limbs = torch.zeros(panels, limb_count, rows, 128, dtype=torch.int8, device=device)
+    panels, (_, warps) = -(-k // plan.PANEL), plan.block_of(k)
+    limbs = torch.zeros(panels, limb_count, rows, plan.PANEL, dtype=torch.int8, device=device)
     exponents, sums = torch.zeros(2, rows, dtype=torch.int32, device=device)
     cleared = torch.ones(5000, dtype=torch.int32, device=device)
-    on_device = x.to(device).view(bits_dtype)
-    kernels.quantise_kernel[(rows + 3,)](
-        *(on_device, limbs, exponents, sums, cleared, limbs),
+    kernels.quantise_kernel[(rows + -(-len(cleared) // plan.CLEAR),)](
+        *(x.to(device).view(kernels._BITS_DTYPES[x.dtype]), limbs, exponents, sums, cleared, limbs),
         *(rows, k, rows, rows, len(cleared), k, 0),
-        DTYPE=code,
-        BITS=bits,
-        RUN=run,
-        BLOCK=block,
-        ONE_BLOCK=k <= block,
-        CLEAR=2048,
-        FP16=False,
-        ALIGNED_ROWS=k % 16 == 0,
-        num_warps=8 if block >= 4096 else 4,
+        **plan.quantise_constants(plan.DTYPE_CODES[x.dtype], bits, run, False, k, k % 16 == 0),
+        num_warps=warps,
         enable_fp_fusion=False,
     )
     quad, byte = torch.arange(k) // 4, torch.arange(k) % 4
