@@ -112,7 +112,8 @@ def tiles(
 ) -> tuple[Tile, ...]:
     """Return the tiles for a device, fewest rows first, of code that a release of Triton (the installed) compiles."""
     if arithmetic == "fp16":
-        return _FP16_TILES
+        joined = (10, 0) <= capability < (12, 0) and (triton or release()) >= (3, 7)
+        return tuple(tile._replace(joined=joined) for tile in _FP16_TILES)
     table = _table(triton or release())
     return table[max(key for key in table if key <= capability)][activation_bits]
 
