@@ -151,7 +151,7 @@ def _accumulate(high, low, limbs, offsets, v, SECOND: tl.constexpr, OUT: tl.cons
     without it ``low`` takes the one product.
     """
     if SECOND:
-        low = tl.dot(v, tl.load(limbs + SECOND + offsets), low, out_dtype=OUT)
+        low = tl.dot(v, tl.load(limbs + (offsets + SECOND)), low, out_dtype=OUT)
         high = tl.dot(v, tl.load(limbs + offsets), high, out_dtype=OUT)
     else:
         low = tl.dot(v, tl.load(limbs + offsets), low, out_dtype=OUT)
