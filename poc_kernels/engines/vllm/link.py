@@ -31,17 +31,21 @@ class EngineError(RuntimeError):
     """The engine answered a call with an error."""
 
 
-async def unless_lost(client: Any, call: Coroutine[Any, Any, Result]) -> Result:
-    """Return what ``call`` of the engine gives, on the server's loop.
+async def unless_lost(client: Any, call: Coroutine[Any, Any, Result], seconds: float) -> Result:
+    """Return what ``call`` of the engine gives within so many seconds, on the server's loop.
 
     Raises:
         EngineLost: the engine died meanwhile: vLLM leaves such a call without an answer.
+        TimeoutError: it did not answer in time.
     """
     task = asyncio.ensure_future(call)
+    deadline = time.monotonic() + seconds
     try:
         while not (await asyncio.wait([task], timeout=_LOOK_SECONDS))[0]:
             if client.errored:
                 raise EngineLost(_DIED)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"vLLM's engine did not answer within {seconds:g} s")
         return task.result()
     finally:
         task.cancel()

@@ -53,6 +53,8 @@ _STILL_SECONDS = 0.25
 _FIRST_SLICES = 4
 """Of an RPC to several ranks, before a slice was timed."""
 _MAX_SLICES = 1000
+_OPEN_SECONDS = 1800.0
+"""In which a worker has compiled its kernels and tried its model, however slow it is: longer is to hang."""
 _AGAIN_SECONDS = (0.01, 0.1, 0.5)
 """After which a call that failed is made again."""
 
@@ -343,9 +345,10 @@ async def open_engine(
     Raises:
         ValueError: proofs do not support the model or its configuration, or the trial failed.
         EngineLost: the engine died meanwhile.
+        TimeoutError: the engine did not answer in time: it hangs.
     """
     message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS, arrivals=arrivals)
-    opened = await unless_lost(client, _open_and_try(client, message))
+    opened = await unless_lost(client, _open_and_try(client, message), _OPEN_SECONDS)
     if (no_layers := opened[0].no_layers) is not None:
         logger.warning("rounds of distances alone are served: %s", no_layers)
     link = Link(client, asyncio.get_running_loop(), answer_seconds)

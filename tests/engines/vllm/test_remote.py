@@ -595,6 +595,23 @@ def test_an_engine_that_dies_before_there_are_users_is_not_waited_for(monkeypatc
         client.close()
 
 
+def test_an_engine_that_hangs_before_there_are_users_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(remote, "_OPEN_SECONDS", 0.2)
+    go, worker = threading.Event(), Worker()
+    client = Client([worker])
+    monkeypatch.setattr(worker, "poc_kernels_call", lambda command, payload: go.wait(TIMEOUT))
+    client.start()
+    try:
+        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
+        future = asyncio.run_coroutine_threadsafe(opening, client.loop)
+        with pytest.raises(TimeoutError, match=r"vLLM's engine did not answer within 0\.2 s"):
+            future.result(TIMEOUT / 2)
+    finally:
+        go.set()
+        client.close()
+
+
 def test_every_worker_is_tried_with_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     given = install(monkeypatch)
     workers = [Worker(2, 0), Worker(2, 1)]
