@@ -115,7 +115,15 @@ def test_the_kernels_that_measure_rates_hold_what_they_are_named_after():
 
 
 def test_make_starts_it_from_the_sources():
-    arguments = ["make", "-n", "gpu-first-light", "DEVICE=cpu", "PYTHON=python", "GPU_CHECK_OUT=here"]
+    arguments = [
+        "make",
+        "-n",
+        "--no-print-directory",
+        "gpu-first-light",
+        "DEVICE=cpu",
+        "PYTHON=python",
+        "GPU_CHECK_OUT=here",
+    ]
     recipe = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert recipe.startswith(f'PYTHONPATH="{ROOT}')
     assert "\npython -m bench.gpu_check.first_light here --device cpu\n" in recipe

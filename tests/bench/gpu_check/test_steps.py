@@ -124,8 +124,9 @@ time.sleep(300)
     assert (check.out / "slow.log").read_text() == "ready\n" + "interrupted\n" * 2 + "ended by itself\n"
 
 
-def test_late_pytest_keeps_what_it_has_measured(make_watched, tmp_path):
+def test_late_pytest_keeps_what_it_has_measured(make_watched, tmp_path, monkeypatch):
     pytest.importorskip("pytest_benchmark")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
     (tmp_path / "test_two.py").write_text("""
 import time
 def test_first(benchmark):
