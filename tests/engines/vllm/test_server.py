@@ -19,6 +19,8 @@ from served import NAME
 from vllm_server import VllmProcess, idle
 from web import CHAT, DONE, TIMEOUT, Stream, chat, error_of, events, eventually, pieces, streamed, text_of
 
+from poc_kernels.service.gate import MLNODE_PREFIX
+
 pytest_plugins = ["vllm_server"]
 
 LONG = {"max_tokens": 2500, "ignore_eos": True}
@@ -43,7 +45,8 @@ def test_every_route_that_computes_is_shut_while_generating_and_no_other(
 ) -> None:
     told = re.findall(r"Route: (\S+), Methods: (.*)", "".join(server.log))  # vLLM logs all that its app has
     found = [(method, path) for path, methods in told for method in methods.strip().split(", ")]
-    computing = [each for each in found if each[0] not in ("GET", "HEAD") and not each[1].startswith(POW)]
+    of_rounds = (POW, MLNODE_PREFIX)
+    computing = [each for each in found if each[0] not in ("GET", "HEAD") and not each[1].startswith(of_rounds)]
     telling = [path for method, path in found if method == "GET" and "{" not in path]
     assert {("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/inference/v1/generate")} <= set(computing)
     assert {"/health", "/metrics", "/version", "/v1/models", f"{POW}/status"} <= set(telling)
