@@ -23,7 +23,7 @@ from poc_kernels.service.gate import MLNODE_PREFIX
 
 pytest_plugins = ["vllm_server"]
 
-LONG = {"max_tokens": 4000, "ignore_eos": True}
+LONG = {"max_tokens": 2500, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
