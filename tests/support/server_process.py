@@ -20,7 +20,9 @@ READY_SECONDS = 120  # several processes import torch at once
 
 
 class ServerProcess:
-    """A command that serves on a port that it chooses, in a process group of its own, with this package.
+    """A command that serves on a port that it chooses, in a process group of its own.
+
+    It can import this package and the modules of this folder.
 
     Args:
         command: what to run.
@@ -41,8 +43,9 @@ class ServerProcess:
         ready_seconds: float = READY_SECONDS,
         port: int | None = None,
     ) -> None:
-        packages = os.pathsep.join([str(Path(poc_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        own = {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        ours = (Path(poc_kernels.__file__).parents[1], Path(__file__).parent)
+        found = os.pathsep.join([*map(str, ours), os.environ.get("PYTHONPATH", "")])
+        own = {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         variables = {**os.environ, **own, **(environ or {})}
         self.popen = subprocess.Popen(
             command,

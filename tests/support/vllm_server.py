@@ -22,7 +22,9 @@ pytest_plugins = ["round_fixtures"]
 READY_SECONDS = 300
 MAX_LENGTH = 4096
 TOLERANCE = 1e-5
-GREEDY = json.dumps({"temperature": 0})
+CHOICE = ("--override-generation-config", json.dumps({"temperature": 0}), "--logits-processors", "slow_steps:SlowSteps")
+SLOW = {"vllm_xargs": {"step_seconds": 0.01}}
+"""Fields of a chat whose text comes as it is computed."""
 ENVIRON = {
     "VLLM_PLUGINS": "poc_kernels",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -56,7 +58,7 @@ class VllmProcess(ServerProcess):
         ours = dict.fromkeys(name for name in os.environ if name.startswith("VLLM_"))  # of vLLM in this process
         told = {f"POC_KERNELS_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         super().__init__(
-            [*serve, *address, *small, "--override-generation-config", GREEDY, *options],
+            [*serve, *address, *small, *CHOICE, *options],
             model_dir,
             "Application startup complete",
             {**ours, **ENVIRON, **told, **(environ or {})},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -136,9 +137,7 @@ def error_of(answer: httpx2.Response) -> dict[str, Any]:
 
 def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
     """Wait until a condition that no event announces holds."""
-    tick = threading.Event()
-    for _ in range(int(seconds * 200)):
-        if condition():
-            return
-        tick.wait(0.005)
-    raise AssertionError("it never came")
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)

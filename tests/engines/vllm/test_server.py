@@ -14,16 +14,16 @@ pytest.importorskip("vllm")
 
 import httpx2
 from callback_receivers import Receiver
-from nodes import POW, ROUND, Alone, begin, checked, claim, posted, queued, status
+from nodes import POW, Alone, begin, checked, claim, posted, queued, status
 from served import NAME
-from vllm_server import VllmProcess, idle
+from vllm_server import SLOW, VllmProcess, idle
 from web import CHAT, DONE, TIMEOUT, Stream, chat, error_of, events, eventually, pieces, streamed, text_of
 
 from poc_kernels.service.gate import MLNODE_PREFIX
 
 pytest_plugins = ["vllm_server"]
 
-LONG = {"max_tokens": 2500, "ignore_eos": True}
+LONG = {"max_tokens": 800, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_every_route_that_computes_is_shut_while_generating_and_no_other(
 def test_a_stream_is_paused_while_generating_and_has_the_same_text(
     http: httpx2.Client, long_text: str, path: str
 ) -> None:
-    with Stream(http, **LONG) as stream:
-        posted(http, "/init/generate", ROUND)  # so small a model is faster than the server that tells its tokens
+    with Stream(http, **LONG, **SLOW) as stream:
+        begin(http)
         checked(http, 4)  # users were paused before
         before = standing(http, stream)
         checked(http, status(http)["total_checked"] + 200)
@@ -132,13 +132,13 @@ def test_users_have_vllm_s_own_bounds(http: httpx2.Client) -> None:
 
 
 def test_a_client_that_leaves_mid_stream(http: httpx2.Client) -> None:
-    with http.stream("POST", CHAT, json=chat(stream=True, **LONG)) as stream:
+    with http.stream("POST", CHAT, json=chat(stream=True, **LONG, **SLOW)) as stream:
         next(pieces(events(stream.iter_lines())))
     eventually(lambda: idle(http))
 
 
 def test_a_client_that_leaves_while_its_answer_is_paused(http: httpx2.Client) -> None:
-    with http.stream("POST", CHAT, json=chat(stream=True, **LONG)) as stream:
+    with http.stream("POST", CHAT, json=chat(stream=True, **LONG, **SLOW)) as stream:
         next(pieces(events(stream.iter_lines())))
         begin(http)
         checked(http, 40)
@@ -150,9 +150,9 @@ def test_a_client_that_leaves_while_its_answer_is_paused(http: httpx2.Client) ->
 def test_a_client_that_leaves_before_its_answer_frees_the_engine(http: httpx2.Client, metrics: Any) -> None:
     before = metrics("vllm:generation_tokens_total")
     with pytest.raises(httpx2.ReadTimeout):
-        http.post(CHAT, json=chat(max_tokens=4000, ignore_eos=True), timeout=0.2)
+        http.post(CHAT, json=chat(**LONG, **SLOW), timeout=0.2)
     eventually(lambda: idle(http))
-    assert metrics("vllm:generation_tokens_total") < before + 4000  # it did not just come to its end
+    assert metrics("vllm:generation_tokens_total") < before + LONG["max_tokens"]  # it did not just come to its end
 
 
 def test_a_client_that_leaves_before_its_verdict(http: httpx2.Client, alone: Alone, receiver: Receiver) -> None:

@@ -15,13 +15,13 @@ pytest.importorskip("vllm")
 
 from callback_receivers import Receiver
 from nodes import POW, Alone, begin, checked, claim, posted, status
-from vllm_server import VllmProcess
+from vllm_server import SLOW, VllmProcess
 from web import CHAT, DONE, TIMEOUT, Stream, chat, client, eventually, streamed, text_of
 
 pytest_plugins = ["vllm_server"]
 
 END_SECONDS = 60
-TOKENS = 2500  # far more than are computed until a round has drained
+TOKENS = 600  # far more than are computed until a round has drained
 TOKEN, KEY = "of rounds", "of users"
 TWO_RANKS = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "mp", "--api-key", KEY)
 
@@ -94,7 +94,7 @@ def test_sigterm_while_generating(processes: dict[str, VllmProcess]) -> None:
     asked: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True}
     with killed_at_the_end(process), client(process.url()) as http:
         text = streamed(http, **asked)
-        with Stream(http, **asked) as stream:
+        with Stream(http, **asked, **SLOW) as stream:
             begin(http)
             checked(http, 40)  # drained, then paused
             with ThreadPoolExecutor(1) as pool:
