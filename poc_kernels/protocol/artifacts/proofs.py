@@ -10,17 +10,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from ..checks import (
-    MAX_NONCE,
-    check_distinct,
-    check_float,
-    check_int,
-    check_ints,
-    check_list,
-    check_probability,
-    check_text,
-)
-from ..config import MAX_NODE_ID, UNSET
+from ..batches import check_batch
+from ..checks import check_float, check_probability
+from ..config import UNSET
 from .encoding import decode
 
 
@@ -77,18 +69,7 @@ class ArtifactBatch:
     stat_test: StatTest | None = None
 
     def __post_init__(self) -> None:
-        check_text("public_key", self.public_key)
-        check_text("block_hash", self.block_hash)
-        check_int("block_height", self.block_height, 0, MAX_NONCE)
-        check_int("node_id", self.node_id, UNSET, MAX_NODE_ID)
-        check_list("nonces", self.nonces)
-        check_list("vectors", self.vectors)
-        check_ints("nonces", self.nonces, 0, MAX_NONCE)
-        check_distinct("nonces", self.nonces)
-        if len(self.vectors) not in (0, len(self.nonces)):
-            raise ValueError(
-                f"vectors must be empty or have one for each of the {len(self.nonces)} nonces, got {len(self.vectors)}"
-            )
+        check_batch(self, "vectors", self.vectors, "one")
         wrong = {kind.__name__ for kind in set(map(type, self.vectors)) - {str, type(None)}}
         if wrong:
             raise TypeError(f"vectors must hold a str or None for each nonce, got {', '.join(sorted(wrong))}")

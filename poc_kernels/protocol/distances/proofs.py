@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import MAX_NONCE, check_distinct, check_float, check_int, check_ints, check_list, check_text
-from ..config import MAX_NODE_ID, UNSET
+from ..batches import check_batch
+from ..checks import check_float
+from ..config import UNSET
 from ..honesty import probability_honest
 
 
@@ -34,18 +35,7 @@ class ProofBatch:
     node_id: int = UNSET
 
     def __post_init__(self) -> None:
-        check_text("public_key", self.public_key)
-        check_text("block_hash", self.block_hash)
-        check_int("block_height", self.block_height, 0, MAX_NONCE)
-        check_int("node_id", self.node_id, UNSET, MAX_NODE_ID)
-        check_list("nonces", self.nonces)
-        check_list("dist", self.dist)
-        check_ints("nonces", self.nonces, 0, MAX_NONCE)
-        check_distinct("nonces", self.nonces)
-        if len(self.dist) not in (0, len(self.nonces)):
-            raise ValueError(
-                f"dist must be empty or have a distance for each of the {len(self.nonces)} nonces, got {len(self.dist)}"
-            )
+        check_batch(self, "dist", self.dist, "a distance")
         _check_distances(self.dist)
 
     def __len__(self) -> int:
