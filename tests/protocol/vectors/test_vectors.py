@@ -1,4 +1,4 @@
-"""Vectors: the network's known answers, other models by hand, and the same vector in every batch."""
+"""Vectors: the network's known answers and other models by hand."""
 
 import dataclasses
 import json
@@ -180,25 +180,6 @@ def test_rotations_keep_lengths_and_nonces_have_their_own():
 
 
 # ---- rounds ----
-
-
-@pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_vector_does_not_depend_on_its_batch(dtype, projection, device):
-    engine = SmallEngine(dtype=dtype, device=device)
-    prover = EngineProver(engine)
-    of = config(batch_size=6, seq_len=9, use_random_projection=projection)
-    rows = [Row("one", nonce) for nonce in range(4)] + [Row("two", 1), Row("two", 2)]
-    together = prover.prove(of, rows).values
-    assert None not in together
-    assert len(set(together)) == 6
-    order = [4, 0, 5, 2, 1, 3]
-    assert prover.prove(of, [rows[place] for place in order]).values == [together[place] for place in order]
-    for row, text in zip(rows, together, strict=True):
-        assert prover.prove(of, [row]).values == [text]
-    others = dataclasses.replace(of, use_random_projection=not projection)
-    assert set(prover.prove(others, rows).values).isdisjoint(together)
-    assert EngineProver(engine, slice_seconds=1e-9).prove(of, rows).values == together
 
 
 def test_every_forward_of_a_round_has_one_transform():
