@@ -16,6 +16,7 @@ from triton_compiled import CAPABILITIES, Code, Instruction, compile_for, shared
 from wgmma_hazards import overwritten_operands, products_without_proxy_fence
 
 from poc_kernels.kernels.triton import device as triton_device
+from poc_kernels.kernels.triton import plan
 from poc_kernels.kernels.triton import product as kernels
 from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
@@ -113,19 +114,8 @@ def compiled_for(kernel, constants, capability, types, multiples=_MULTIPLES_OF_1
 def product_form(bits, tile, split, arithmetic, dtype="bfloat16", byte_perm=True):
     """Constants and types of a product."""
     number, pointer, _ = _DTYPES[dtype]
-    constants = {
-        "DTYPE": number,
-        "BITS": bits,
-        "RUN": tile.run,
-        "COLUMNS": tile.columns,
-        "ROWS": tile.rows,
-        "WARPS": tile.warps,
-        "TURN": tile.turn,
-        "JOINED": tile.joined,
-        "SPLIT": split,
-        "FP16": arithmetic == "fp16",
-        "BYTE_PERM": byte_perm,
-    }
+    compiled_in = plan.product_constants(number, bits, tile, arithmetic == "fp16", 2 if split else 1)
+    constants = {**compiled_in, "BYTE_PERM": byte_perm}
     return constants, {"x": pointer, "y": pointer, "limbs": "*fp16" if arithmetic == "fp16" else "*i8"}
 
 
