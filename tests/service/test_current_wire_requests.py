@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from blocking import blocked
 from callback_receivers import Receiver
 from current_wire import (
     INIT,
@@ -16,7 +17,6 @@ from current_wire import (
     POW,
     artifacts,
     asked,
-    blocked,
     claims,
     ended,
     generate,
@@ -68,7 +68,7 @@ def test_projections_are_off_whatever_the_operator_uses_in_rounds_of_distances()
 
 
 def test_results_that_are_asked_for_later(node: TinyNode, http: httpx2.Client, receiver: Receiver) -> None:
-    with blocked(node) as entered:
+    with blocked(node.prover) as entered:
         first = generate(http, asked([1, 2, 3, 4, 5], wait=False, url=receiver.url))
         assert entered.wait(TIMEOUT)
         second = generate(http, asked([6], wait=False, validation=claims([6]), url=receiver.url))
@@ -140,7 +140,7 @@ def test_no_claim_is_kept_that_is_longer_than_an_artifact(
     nonces = [1, 2, 3, 4]
     texts = [vector(1, proof), 100_000 * "A", length * "\U0001d7d8", (length - 1) * "A"]
     listed = [{"nonce": nonce, "vector_b64": text} for nonce, text in zip(nonces, texts, strict=True)]
-    with blocked(node) as entered:
+    with blocked(node.prover) as entered:
         body = asked(nonces, wait=False, params={"proof": proof}, validation={"artifacts": listed})
         request_id = generate(http, body)["request_id"]
         assert entered.wait(TIMEOUT)
@@ -183,7 +183,7 @@ def test_who_waits_while_a_round_generates_is_answered(node: TinyNode, http: htt
 
 
 def test_who_leaves_gets_the_callback(node: TinyNode, http: httpx2.Client, receiver: Receiver) -> None:
-    with blocked(node), pytest.raises(httpx2.ReadTimeout):
+    with blocked(node.prover), pytest.raises(httpx2.ReadTimeout):
         http.post(f"{POW}/generate", json=asked([9], validation=claims([9]), url=receiver.url), timeout=0.2)
     receiver.wait(1)
     assert receiver.contents("/validated")[0]["n_mismatch"] == 0
@@ -193,7 +193,7 @@ def test_requests_of_several_keys_share_forwards(node: TinyNode, http: httpx2.Cl
     """Of one block, form and shape; others do not, and everybody gets what is theirs."""
     bodies = [asked([nonce], public_key=f"key {nonce % 3}", node_id=nonce, wait=False) for nonce in range(1, 9)]
     bodies += [asked([9], params={"proof": "fingerprint"}, wait=False), asked([10], block_hash="other", wait=False)]
-    with blocked(node) as entered:
+    with blocked(node.prover) as entered:
         first = generate(http, asked([0], wait=False))["request_id"]
         assert entered.wait(TIMEOUT)
         ids = [generate(http, body)["request_id"] for body in bodies]
@@ -215,7 +215,7 @@ def test_a_queue_that_is_full() -> None:
         serving(node.app) as url,
         client(url) as http,
     ):
-        with blocked(node) as entered:
+        with blocked(node.prover) as entered:
             generate(http, asked(list(range(15)), wait=False))
             assert entered.wait(TIMEOUT)
             for count, wait in ((6, True), (6, False), (5, False)):
@@ -237,7 +237,7 @@ def test_a_server_that_shuts_down_answers_who_waits() -> None:
         client(url) as http,
         ThreadPoolExecutor(1) as pool,
     ):
-        with blocked(node) as entered:
+        with blocked(node.prover) as entered:
             waiting = pool.submit(http.post, f"{POW}/generate", json=asked([1]))
             assert entered.wait(TIMEOUT)
             queued = generate(http, asked([2], wait=False))["request_id"]

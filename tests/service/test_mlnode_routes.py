@@ -31,19 +31,6 @@ def node() -> Iterator[TinyNode]:
         yield node
 
 
-@pytest.fixture(scope="module")
-def server(node: TinyNode) -> Iterator[httpx2.Client]:
-    with serving(node.app) as url, client(url) as http:
-        yield http
-
-
-@pytest.fixture
-def http(server: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx2.Client]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    yield server
-    server.post(f"{POW}/stop")
-
-
 @pytest.fixture
 def port(server: httpx2.Client) -> int:
     assert server.base_url.port is not None

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from blocking import blocked
 from callback_receivers import Receiver
 from starlette.testclient import TestClient
-from tiny_service import TinyNode, TinyProver, distance, tiny_node
+from tiny_service import TinyNode, distance, tiny_node
 from web import TIMEOUT, eventually, serving
 
 from poc_kernels.protocol import PoCConfig
@@ -116,24 +117,6 @@ def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     yield receiver
     receiver.stop()
-
-
-@contextlib.contextmanager
-def blocked(node: TinyNode) -> Iterator[threading.Event]:
-    """Forwards wait until the block ends; the event says that one does."""
-    entered, release = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        entered.set()
-        assert release.wait(TIMEOUT)
-
-    prover: TinyProver = node.prover
-    prover.before_forward = wait
-    try:
-        yield entered
-    finally:
-        prover.before_forward = lambda: None
-        release.set()
 
 
 def claim(nonces: list[int], dist: list[float], **changes: Any) -> dict[str, Any]:
@@ -344,7 +327,7 @@ def test_hundreds_of_batches_of_one_address_are_taken_at_once(chain: Chain, node
     """Side by side, of a client that waits for nothing and leaves: the verdicts come to the callback."""
     count = 300
     chain.ok("/init/validate", {**INIT, "url": receiver.url})
-    with blocked(node) as entered, contextlib.ExitStack() as connections:
+    with blocked(node.prover) as entered, contextlib.ExitStack() as connections:
         for number in range(count):
             connection = connections.enter_context(chain.connected())
             body = json.dumps(claim([number], [of(number, f"key {number}")], public_key=f"key {number}")).encode()
@@ -393,7 +376,7 @@ def test_many_small_batches_cost_few_forwards(chain: Chain, node: TinyNode) -> N
     chain.ok("/init/validate", INIT)
     asked = []
     with contextlib.ExitStack() as connections:
-        with blocked(node) as entered:
+        with blocked(node.prover) as entered:
             for number in range(17):
                 connection = connections.enter_context(chain.connected())
                 nonces, key = [number, 1000 + number], f"key {number % 3}"
@@ -416,7 +399,7 @@ def test_who_waits_keeps_no_room_for_bodies(monkeypatch: pytest.MonkeyPatch) -> 
     with tiny_node(max_bodies_bytes=8 * size) as node, serving(node.app) as url, contextlib.ExitStack() as connections:
         chain = Chain(url)
         chain.ok("/init/validate", INIT)
-        with blocked(node):
+        with blocked(node.prover):
             for number in range(30):
                 body = json.dumps(claim([number], [of(number)])).encode()
                 connection = connections.enter_context(chain.connected())

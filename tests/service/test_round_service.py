@@ -22,7 +22,7 @@ from fastapi import HTTPException, Response
 from fastapi.exceptions import RequestValidationError
 from helpers import run_python
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_service import TinyDevice, TinyNode, TinyProver, distance, tiny_node
+from tiny_service import ROUND, TinyDevice, TinyNode, TinyProver, distance, tiny_node
 from web import CHAT, TIMEOUT, client, eventually, serving
 
 from poc_kernels.protocol import PoCConfig, PoCState, ProofBatch, ProofForm, RoundEndedError
@@ -34,16 +34,6 @@ from poc_kernels.service import worker as worker_module
 from poc_kernels.service.wires import answers, bodies, older
 
 POW = "/api/v1/pow"
-ROUND: dict[str, Any] = {
-    "block_hash": "block",
-    "block_height": 7,
-    "public_key": "key",
-    "r_target": 1.0,
-    "node_id": 0,
-    "node_count": 1,
-    "batch_size": 4,
-    "seq_len": 8,
-}
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from blocking import blocked
 from small_engine import SmallEngine
 from web import TIMEOUT, eventually
-from workers import BATCH, PATIENT, Parts, alone, blocked, config, proof, workers
+from workers import BATCH, PATIENT, Parts, alone, config, proof, workers
 
 from poc_kernels.protocol import DistanceProver, IllegalTransitionError, PoCManager, PoCState, RoundEndedError, Row
 from poc_kernels.scheduling import Turns
@@ -181,7 +182,7 @@ def test_validation_goes_on_while_generating(make: Callable[..., Parts]) -> None
 def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
     parts = make(max_queued_nonces=20)
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         first = parts.submit(proof(15))
         assert entered.wait(TIMEOUT)
         with pytest.raises(QueueFullError, match="at most 20 nonces can wait to be validated, 15 do, and 6 came"):
@@ -212,7 +213,7 @@ def test_forwards_are_given_out_in_turn(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
     order: list[str] = []
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         large = parts.submit(proof(6 * BATCH), "one")
         assert entered.wait(TIMEOUT)
         small = parts.submit(proof(2 * BATCH), "another")
@@ -228,7 +229,7 @@ def test_batches_of_many_submitters_and_keys_share_forwards(make: Callable[..., 
     """Bit for bit each alone, and each with its own progress, verdict and callback."""
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         first = parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         jobs = [
@@ -259,7 +260,7 @@ def test_a_proof_without_nonces_is_judged_at_once_and_not_kept(make: Callable[..
     with pytest.raises(IllegalTransitionError, match="No round configured"):
         parts.submit(proof(0))
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         job = parts.worker.enqueue(proof(0), "one", keep=True)
@@ -290,7 +291,7 @@ def test_a_round_that_replaces_another_keeps_its_callbacks(make: Callable[..., P
     parts.begin()
     eventually(lambda: parts.callbacks.batches)
     before = parts.manager.status()["valid_nonces"]
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         assert entered.wait(TIMEOUT)
         before = parts.manager.status()["valid_nonces"]
         parts.begin(block_height=2, callback_url="http://another")
@@ -307,7 +308,7 @@ def test_a_round_that_replaces_another_keeps_its_callbacks(make: Callable[..., P
 def test_a_kept_job_says_what_became_of_it(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         job = parts.worker.enqueue(proof(2 * BATCH, 0.5), "one", keep=True)
         assert entered.wait(TIMEOUT)
         assert parts.worker.queue.get(job.id) is job
@@ -342,7 +343,7 @@ def test_a_round_that_ends_while_its_batch_comes(make: Callable[..., Parts], mon
 def test_jobs_end_with_their_round(make: Callable[..., Parts], count: int, again: bool) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         results = [parts.submit(proof(count)) for _ in range(3)]
         assert entered.wait(TIMEOUT)
         parts.stop()

@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from blocking import blocked
 from web import TIMEOUT, eventually
-from workers import BATCH, PATIENT, Parts, alone, blocked, failing, proof, workers
+from workers import BATCH, PATIENT, Parts, alone, failing, proof, workers
 
 from poc_kernels.protocol import IllegalTransitionError, PoCState, RoundEndedError
 from poc_kernels.scheduling import Pacing, Turn, Turns, turns
@@ -274,7 +275,7 @@ def test_jobs_in_every_state_are_settled_once(make: Callable[..., Parts], ending
 def test_a_forward_is_given_up_at_its_next_slice(make: Callable[..., Parts], ending: str) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         if ending == "stop":
@@ -304,7 +305,7 @@ def test_batches_do_not_outlive_the_device(make: Callable[..., Parts]) -> None:
 def test_a_round_that_ends_without_a_word_is_no_failure(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         job = parts.worker.enqueue(proof(1), "one")
         assert entered.wait(TIMEOUT)
         parts.manager.stop_round()

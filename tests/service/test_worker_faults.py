@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from blocking import blocked
 from web import TIMEOUT, eventually
-from workers import BATCH, PATIENT, Parts, alone, blocked, config, failing, proof, workers
+from workers import BATCH, PATIENT, Parts, alone, config, failing, proof, workers
 
 from poc_kernels.protocol import PoCState, RoundEndedError
 from poc_kernels.scheduling import Turns
@@ -51,7 +52,7 @@ def test_failures_are_told_until_a_batch_succeeds(make: Callable[..., Parts], mo
 def test_a_job_that_fails_fails_alone(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         first = parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         second, third = parts.submit(proof(9)), parts.submit(proof(5))
@@ -75,7 +76,7 @@ def test_a_forward_that_fails_costs_none_of_those_who_share_it(make: Callable[..
         return prove(config, rows, pause)
 
     parts.manager.prover.prove = poisoned  # type: ignore[method-assign]
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         good = [parts.submit(proof(1, nonces=[number]), f"submitter {number}") for number in range(BATCH - 1)]
@@ -99,7 +100,7 @@ def test_a_verdict_that_fails_fails_alone(make: Callable[..., Parts], monkeypatc
         return verdict(validation)
 
     monkeypatch.setattr(parts.manager, "verdict", failing_once)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         bad, good = parts.submit(proof(1, public_key="poison")), parts.submit(proof(1))
@@ -160,7 +161,7 @@ def test_trouble(make: Callable[..., Parts]) -> None:
     parts.worker._progressed -= 100.0
     assert parts.worker.trouble() is None  # nothing to do
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         result = parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
         assert parts.worker.trouble() is None  # the clock began with the work
@@ -281,7 +282,7 @@ def test_close_while_it_drains(make: Callable[..., Parts]) -> None:
 def test_close_does_not_wait_for_a_batch_that_hangs(make: Callable[..., Parts]) -> None:
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    with blocked(parts) as entered:
+    with blocked(parts.engine) as entered:
         results = [parts.submit(proof(1)), parts.submit(proof(2))]
         assert entered.wait(TIMEOUT)
         parts.worker.close(0.01)

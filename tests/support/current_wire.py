@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
-from tiny_service import TinyNode, artifact
-from web import TIMEOUT, eventually
+from tiny_service import ROUND, artifact
+from web import eventually
 
 from poc_kernels.protocol import PoCConfig
 
@@ -42,36 +39,10 @@ def claims(nonces: list[int], **other: str) -> dict[str, Any]:
     return {"artifacts": [{"nonce": nonce, "vector_b64": text} for nonce, text in texts.items()]}
 
 
-OLDER: dict[str, Any] = {
-    "block_hash": "older",
-    "block_height": 1,
-    "public_key": "key",
-    "r_target": 1.0,
-    "node_id": 0,
-    "node_count": 1,
-    "batch_size": 4,
-    "seq_len": 8,
-}
+OLDER = {**ROUND, "block_hash": "older", "block_height": 1}
 """A round of the older wire."""
 STAT_TEST = {"dist_threshold": 0.4, "p_mismatch": 0.1, "p_value_threshold": 0.05}
 """What the chain's node sends."""
-
-
-@contextlib.contextmanager
-def blocked(node: TinyNode) -> Iterator[threading.Event]:
-    """Forwards wait until the block ends; the event says that one does."""
-    entered, release = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        entered.set()
-        assert release.wait(TIMEOUT)
-
-    node.prover.before_forward = wait
-    try:
-        yield entered
-    finally:
-        node.prover.before_forward = lambda: None
-        release.set()
 
 
 def ok(answer: httpx2.Response) -> Any:

@@ -26,6 +26,17 @@ from poc_kernels.service.round_service import RoundService
 from poc_kernels.service.settings import ServiceSettings
 
 ARTIFACT_FORMS = {form.name: form for form in (VECTORS, FINGERPRINT)}
+ROUND: dict[str, Any] = {
+    "block_hash": "block",
+    "block_height": 7,
+    "public_key": "key",
+    "r_target": 1.0,
+    "node_id": 0,
+    "node_count": 1,
+    "batch_size": 4,
+    "seq_len": 8,
+}
+"""Of the older wire."""
 _FORWARD_SECONDS = 0.005
 """Without a forward's time, a slow test would see more nonces generated than a node lists or keeps."""
 

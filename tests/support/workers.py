@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -95,24 +94,6 @@ def alone(count: int, **changes: Any) -> list[float]:
     manager = PoCManager(DistanceProver(SmallEngine()))
     manager.init_round(config(**changes))
     return manager.validate(proof(count)).dist
-
-
-@contextlib.contextmanager
-def blocked(parts: Parts) -> Iterator[threading.Event]:
-    """Forwards wait until the block ends; the event says that one does."""
-    entered, release = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        entered.set()
-        assert release.wait(TIMEOUT)
-
-    parts.engine.before_forward = wait
-    try:
-        yield entered
-    finally:
-        if parts.engine.before_forward is wait:
-            parts.engine.before_forward = lambda: None
-        release.set()
 
 
 def failing(*times: int) -> Callable[[], None]:

@@ -14,7 +14,7 @@ import pytest
 from callback_receivers import Receiver
 from fastapi import FastAPI
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
-from tiny_service import TinyDevice, TinyProver
+from tiny_service import ROUND, TinyDevice, TinyProver
 from vllm_apps import STREAM, BlockedProver, Client, app, arguments
 from web import CHAT, TIMEOUT, client, error_of, eventually, serving
 
@@ -26,16 +26,6 @@ from poc_kernels.engines.vllm.settings import VllmSettings
 from poc_kernels.service.gate import POC_PREFIXES
 
 POW = "/api/v1/pow"
-ROUND = {
-    "block_hash": "block",
-    "block_height": 7,
-    "public_key": "key",
-    "r_target": 1.0,
-    "node_id": 0,
-    "node_count": 1,
-    "batch_size": 4,
-    "seq_len": 8,
-}
 CLAIM = {"public_key": "key", "block_hash": "block", "block_height": 7, "nonces": [1, 2], "dist": []}
 
 
