@@ -97,7 +97,7 @@ class PoCConfig:
             check_url("callback_url", self.callback_url)
 
     def forward_key(self) -> Hashable:
-        """Return what determines a forward: rows of rounds that have it in common may share one."""
+        """Return what determines a forward, as the configuration says it; `ProofForm.forward_key` fills in defaults."""
         return (
             self.proof,
             self.block_hash,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,6 +66,10 @@ class ProofForm:
         """Return the proof that this node claims for nonces of its own."""
         of_round = {name: getattr(config, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
         return self.proof_type(**of_round, **dict(zip(self.per_nonce, (nonces, outcomes), strict=True)))
+
+    def forward_key(self, config: PoCConfig) -> Hashable:
+        """Return what determines a forward of a round of this form: rounds that have it in common may share one."""
+        return config.forward_key()
 
     def outcomes(self, proof: Any) -> list[Any]:
         """Return the outcomes in a proof, one per nonce."""

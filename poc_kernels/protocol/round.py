@@ -371,9 +371,9 @@ class PoCManager:
 
     def _round_of_requests(self, config: PoCConfig) -> Round:
         """Return the round that all requests share whose rows may share a forward, while there are any."""
-        self.check(config)
+        key = self.check(config).forward_key(config)
         with self._lock:
-            return self._requested.setdefault(config.forward_key(), Round(dataclasses.replace(config)))
+            return self._requested.setdefault(key, Round(dataclasses.replace(config)))
 
     def recompute(
         self, shares: Sequence[tuple[Validation, int]], pause: Pause = never, then: Sequence[Sequence[Row]] = ()

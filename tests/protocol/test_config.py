@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poc_kernels.protocol import UNSET, PoCConfig
+from poc_kernels.protocol.distances.form import DISTANCES
+from poc_kernels.protocol.fingerprint.form import FINGERPRINT
+from poc_kernels.protocol.vectors.form import VECTORS
 
 
 def config(**changes):
@@ -152,6 +155,14 @@ def test_what_rows_of_two_rounds_need_in_common_to_share_a_forward():
     assert config(**NOT_IN_THE_KEY, group_id=2).forward_key() == config().forward_key()
     keys = {config(**{name: value}).forward_key() for name, value in IN_THE_KEY.items()} | {config().forward_key()}
     assert len(keys) == 1 + len(IN_THE_KEY)
+
+
+def test_a_form_s_own_k_dim_may_be_said_or_not():
+    for form in (VECTORS, FINGERPRINT):
+        unsaid, said, other = (config(proof=form.name, k_dim=k_dim) for k_dim in (None, form.k_dim, form.k_dim + 1))
+        assert form.forward_key(unsaid) == form.forward_key(said) != form.forward_key(other)
+        assert unsaid.k_dim is None
+    assert DISTANCES.forward_key(config()) == config().forward_key()
 
 
 @pytest.mark.parametrize("r_target", [5e-324, 1, 2, 2.1, 10, 10.0, 1e308])

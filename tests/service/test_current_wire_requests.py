@@ -206,6 +206,18 @@ def test_requests_of_several_keys_share_forwards(node: TinyNode, http: httpx2.Cl
     assert sorted(node.prover.forwards[forwards:]) == [1, 1, 1, 4, 4]
 
 
+def test_who_says_the_form_s_own_k_dim_shares_forwards_with_who_does_not(node: TinyNode, http: httpx2.Client) -> None:
+    with blocked(node.prover) as entered:
+        generate(http, asked([0], block_hash="other", wait=False))
+        assert entered.wait(TIMEOUT)
+        ids = [
+            generate(http, asked([n], params={"k_dim": k}, wait=False))["request_id"] for n, k in ((1, 12), (2, None))
+        ]
+        forwards = len(node.prover.forwards)
+    assert [ended(http, request_id)["artifacts"] for request_id in ids] == [artifacts([1]), artifacts([2])]
+    assert node.prover.forwards[forwards:] == [1, 2]
+
+
 # ---- bounds ----
 
 

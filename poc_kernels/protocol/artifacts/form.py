@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,13 @@ class ArtifactForm(ProofForm):
     def k_dim_of(self, config: PoCConfig) -> int:
         """Return how many numbers an artifact of the round has."""
         return self.k_dim if config.k_dim is None else config.k_dim
+
+    def forward_key(self, config: PoCConfig) -> Hashable:
+        """Return what determines a forward: the same for a round that says the form's own k_dim and one that does not.
+
+        See `ProofForm.forward_key`.
+        """
+        return dataclasses.replace(config, k_dim=self.k_dim_of(config)).forward_key()
 
     def encoding(self, config: PoCConfig) -> dict[str, Any]:
         """Return how artifacts are written, as the network's clients are told."""
