@@ -69,7 +69,7 @@ class ValidationJob:
     submitter: str
     keep: bool
     submitted: float
-    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     state: JobState = JobState.QUEUED
     nonces_done: int = 0
     alone: bool = False

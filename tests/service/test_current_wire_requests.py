@@ -36,7 +36,8 @@ pytest_plugins = ["callback_receivers"]
 def test_artifacts_at_once(node: TinyNode, http: httpx2.Client, proof: str) -> None:
     nonces = [7, 0, 12345, 2**31 - 1, 3]
     answer = generate(http, asked(nonces, params={"proof": proof}))
-    uuid.UUID(answer.pop("request_id"))
+    request_id = answer.pop("request_id")
+    assert request_id == str(uuid.UUID(request_id, version=4))
     encoding = {"dtype": "f16", "k_dim": {"vectors": 12, "fingerprint": 64}[proof], "endian": "le"}
     assert answer == {"status": "completed", "artifacts": artifacts(nonces, proof=proof), "encoding": encoding}
     node.prover.missing.add(0)
