@@ -136,11 +136,18 @@ def positive_int(text: str) -> int:
     return value
 
 
+class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="serve a model and play rounds on it, as a validator, users and cheats would",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_DefaultsHelpFormatter,
     )
     parser.add_argument("--model", help="directory or hub id; a small model with random weights is built if not set")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")

@@ -231,6 +231,16 @@ def test_serve_help_has_every_option_with_its_default(capsys):
         assert each.default is REQUIRED or f"default: {default})" in shown
 
 
+@pytest.mark.parametrize("command", ["verify", "serve", "demo", "conform"])
+def test_help_tells_no_default_where_there_is_none(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "None" not in shown
+    assert command != "demo" or "nonces per forward (default: 16)" in shown
+
+
 WITHOUT_TRANSFORMERS = """
 import sys
 sys.stderr = sys.stdout
