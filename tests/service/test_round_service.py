@@ -532,6 +532,7 @@ def uncollected() -> Iterator[None]:
         (b"\xef\xbb\xbf{%s", "application/json", 200, None),
         (b'{"more": ' + 250 * b"[" + 250 * b"]" + b", %s", "application/json", 200, None),
         (b'{"more": ' + 100_000 * b"[" + 100_000 * b"]" + b", %s", "application/json", 400, None),
+        (100_000 * b"[" + b"%s", "application/json", 400, None),
         (b'{"more": ' + 5000 * b"9" + b", %s", "application/json", 400, None),
         (b'{"more": \xff, %s', "application/json", 400, None),
         (b"{%s,", "application/json", 422, "json_invalid"),

@@ -260,6 +260,7 @@ def test_fields_without_effect_are_said_once(caplog: pytest.LogCaptureFixture) -
     [
         (b'{"seed": %s}' % (b"1" * 5000), "too many digits"),
         (b'{"a": ' * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"top_p": NaN}', "no NaN"),
         (b'{"top_p": -Infinity}', "no -Infinity"),
         (b'{"a": 1', "line 1 column"),
