@@ -186,7 +186,7 @@ gpu-check:
 	$(if $(WHEELS),-$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	if ! timeout 120 $(PYTHON) -m pip install --no-build-isolation --no-deps .; then \
 	echo "gpu-check: the package cannot be installed, so its sources serve, without the native core"; \
-	export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; fi; \
+	export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" POC_TESTS_WITHOUT_NATIVE=1; fi; \
 	$(PYTHON) -m bench.gpu_check $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --total $(TOTAL_SECONDS) \
 	--round-args="$(ROUND_ARGS)"
 

@@ -37,7 +37,9 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if native.load() is None and (Path(poc_kernels.__file__).parents[1] / "pyproject.toml").exists():
+# Only make gpu-check goes on without it, where nothing can be built.
+missing = native.load() is None and os.environ.get("POC_TESTS_WITHOUT_NATIVE") != "1"
+if missing and (Path(poc_kernels.__file__).parents[1] / "pyproject.toml").exists():
     raise pytest.UsageError("the tests import the sources, which have no native core: run them as `make test` does")
 
 # The same examples in every run, on every machine.

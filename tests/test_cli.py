@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("fastapi")
 from conform_stand_in import MODEL, stand_in
 from helpers import run_python
 

@@ -98,6 +98,8 @@ def _module(name: str, *arguments: str) -> list[str]:
 
 PYTEST = "import pytest; sys.exit(pytest.console_main())"
 MARKED_GPU = ("-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider")
+GOES_ON = ("--continue-on-collection-errors",)
+"""A file that takes a package that the machine lacks fails by itself."""
 
 
 def _sanitizer() -> str | None:
@@ -138,7 +140,9 @@ def _tests(device: str) -> list[Command]:
     """Return the tests in several processes, and the short runs, so that the kernels of these are compiled."""
     paths = [path for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
     files = [str(path) for path in paths if path != ROOT / OVERLAP_TESTS]
-    shards = [_module("gpu_check.shard", f"{shard}/{SHARDS}", *MARKED_GPU, *files) for shard in range(1, SHARDS + 1)]
+    shards = [
+        _module("gpu_check.shard", f"{shard}/{SHARDS}", *GOES_ON, *MARKED_GPU, *files) for shard in range(1, SHARDS + 1)
+    ]
     vllm = _module("gpu_check.short_vllm", device)
     return [Command(arguments) for arguments in (*shards, *_short_runs(device), vllm)]
 

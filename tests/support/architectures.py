@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from web import TIMEOUT
 
 from poc_kernels.engines.transformers.inference import Inference
 
@@ -122,7 +121,7 @@ def served_tokens(inference: Inference, prompts: Sequence[Sequence[int]], count:
             config = inference.generation_config(count)
             inference.submit(f"{number}", prompt, config, False, answer.set_result, "max_tokens")
             answers.append(answer)
-        return await asyncio.wait_for(asyncio.gather(*answers), TIMEOUT)
+        return await asyncio.wait_for(asyncio.gather(*answers), 60)
 
     answers = asyncio.run(ask_all())
     assert [answer.error for answer in answers] == [None] * len(prompts)

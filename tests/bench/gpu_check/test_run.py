@@ -131,7 +131,8 @@ def test_make_starts_it_without_an_option_that_python_3_10_lacks():
 def test_make_goes_on_from_the_sources_where_the_package_cannot_be_installed(tmp_path, installs):
     """With a Python that installs nothing, and otherwise says which sources it would run."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit {int(not installs)}\necho "ran $PYTHONPATH $*"\n')
+    says = 'echo "ran $PYTHONPATH $* without=$POC_TESTS_WITHOUT_NATIVE"'
+    python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit {int(not installs)}\n{says}\n')
     python.chmod(0o755)
     arguments = ["make", "gpu-check", "DEVICE=cpu", f"PYTHON={python}", "TOTAL_SECONDS=420", "GPU_CHECK_OUT=here"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -139,6 +140,7 @@ def test_make_goes_on_from_the_sources_where_the_package_cannot_be_installed(tmp
     (ran,) = re.findall(r"^ran (.*)", done.stdout, re.MULTILINE)
     assert ran.startswith(" -m bench.gpu_check here" if installs else f"{ROOT} -m bench.gpu_check here")
     assert "--total 420" in ran
+    assert ran.endswith("without=" if installs else "without=1")
     assert bool(re.search("^gpu-check: the package cannot be installed", done.stdout, re.MULTILINE)) == (not installs)
 
 
@@ -158,6 +160,32 @@ def test_tests_that_look_at_what_overlaps_run_alone():
     assert "test_cuda.py" in files
     assert overlap.name not in files
     assert list(gpu_check.PLAN).index("overlap tests") == list(gpu_check.PLAN).index("tests") + 1
+
+
+def test_tests_on_a_gpu_take_nothing_that_serves_http():
+    """A machine with a GPU that only computes may lack it."""
+    files = [part for part in gpu_check._tests("cpu")[0].arguments if part.endswith(".py") or Path(part).is_dir()]
+    lacking = ["fastapi", "starlette", "uvicorn", "openai", "pythonjsonlogger", "vllm"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); import pytest; sys.exit(pytest.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *gpu_check.MARKED_GPU, "--collect-only", *files],
+        cwd=ROOT,
+        env=with_package(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"),  # a plugin may serve
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "test_engine.py::" in done.stdout
+    assert "test_cuda.py::" in done.stdout
+
+
+def test_tests_go_on_past_a_file_that_lacks_a_package(tmp_path):
+    (tmp_path / "test_lacks.py").write_text("import no_such_package\n")
+    (tmp_path / "test_has.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    print('ran')\n")
+    options = [*gpu_check.GOES_ON, "-o", "markers=gpu: x", "-s", "-m", "gpu", str(tmp_path)]
+    done = run_python(*PYTEST_ALONE, *options)
+    assert done.returncode == 1
+    assert "ran" in done.stdout
 
 
 def test_the_short_run_of_a_model_measures_its_slices():
