@@ -104,6 +104,19 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
+def _count_in_the_interpreter() -> None:
+    """Let Triton's interpreter before 3.9 count loops: NumPy makes no int of an array of one element any more."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_index
+
+
 def _check(name: str, device: str, *arguments: Any) -> str | None:
     """Make a check of `light_checks` in the process of a task."""
     import torch
@@ -111,6 +124,8 @@ def _check(name: str, device: str, *arguments: Any) -> str | None:
     from bench.gpu_check import light_checks
 
     torch.set_num_threads(1)
+    if device == "cpu":
+        _count_in_the_interpreter()
     verdict: str | None = getattr(light_checks, name)(torch.empty(0, device=device).device, *arguments)
     return verdict
 
@@ -185,6 +200,8 @@ def _times(device: str, *arguments: Any) -> Any:
 
     from bench.gpu_check import light_times
 
+    if device == "cpu":
+        _count_in_the_interpreter()
     return light_times.time_group(torch.empty(0, device=device).device, *arguments)
 
 
