@@ -170,7 +170,7 @@ def test_tests_on_a_gpu_take_nothing_that_serves_http():
     done = subprocess.run(
         [sys.executable, "-c", code, *gpu_check.MARKED_GPU, "--collect-only", *files],
         cwd=ROOT,
-        env=with_package(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"),  # a plugin may serve
+        env=with_package(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", POC_TESTS_WITHOUT_NATIVE="1"),  # a plugin may serve
         capture_output=True,
         text=True,
     )
