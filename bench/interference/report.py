@@ -31,7 +31,7 @@ from bench.interference.results import (
     judge,
 )
 
-MET = {True: "**met**", False: "**missed**", None: "not measured"}
+MET = {True: "**met**", False: "**missed**", None: "not shown"}
 _COLOURS = {
     ALONE: "black",
     "no pacing": "tab:orange",

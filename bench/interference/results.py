@@ -223,7 +223,7 @@ class Verdict(NamedTuple):
     limit: str
     measured: str
     met: bool | None
-    """None where nothing was measured."""
+    """None where nothing was measured, or where the figure meets the limit and its interval does not."""
 
 
 def judge(run: dict[str, Any]) -> list[Verdict]:
@@ -243,7 +243,8 @@ def judge(run: dict[str, Any]) -> list[Verdict]:
             above = _above(cell[kind], percentile)
             note = f"; rests on {above} samples above it" if above < FEW_ABOVE else ""
             text = f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f}{note})"
-            verdicts.append(Verdict(what, limit_text, text, ratio[0] <= limit))
+            shown = None if ratio[0] <= limit < ratio[2] else ratio[0] <= limit
+            verdicts.append(Verdict(what, limit_text, text, shown))
         what = f"validation while users are served, {goal.rate} rate"
         limit_text = f"at least {goal.solo_share:.0%} of its solo rate"
         if cell is None or cell["solo_share"] is None:

@@ -226,6 +226,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for verdict in results.judge(result[results.KEY]):
-        met = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
+        met = {True: "met", False: "MISSED", None: "not shown"}[verdict.met]
         print(f"{met}: {verdict.what}: {verdict.measured}; goal: {verdict.limit}")
     return 0

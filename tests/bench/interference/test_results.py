@@ -144,6 +144,16 @@ def test_goals_of_vllm_are_judged_at_two_rates_and_against_prompts_alone(rate, c
     assert [verdict.met for verdict in figures.judge(run)] == met
 
 
+def test_a_figure_whose_interval_does_not_meet_the_goal_shows_nothing():
+    cells = measured(gap=0.012, nonces=50)
+    run = run_of(cells)
+    ratios = next(cell for cell in cells if cell["condition"] == "both")["ratios"]["between"]
+    ratios["p99"] = [1.2, 1.1, 1.3]
+    assert [verdict.met for verdict in figures.judge(run)] == [None, True]
+    ratios["p99"] = [1.3, 1.2, 1.4]
+    assert [verdict.met for verdict in figures.judge(run)] == [False, True]
+
+
 def test_proofs_and_prompts_are_compared_round_by_round():
     rounds = [{"proof_tokens_per_second": 90.0 * speed, "tokens_per_second": 100.0 * speed} for speed in (1, 2, 5)]
     assert prefill.ratio_of(rounds) == pytest.approx([0.9] * 3)
