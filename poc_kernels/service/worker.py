@@ -62,6 +62,8 @@ class ProofWorker:
         )
         self._condition = threading.Condition()
         self._users_paused = False
+        self._owed_tokens = 0
+        """Positions of forwards to validate that the generating round has not had its own for."""
         self._drain_end: float | None = None
         self._closing = False
         self._idle = False
@@ -84,6 +86,11 @@ class ProofWorker:
         self._device.cancel()  # a slice that waits for users is not waited for
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is computed any more: it was closed, or its thread ended."""
+        return self._closing
 
     def _round_changed(self) -> None:
         """Look at the manager's state anew. Validations of a round that ended end."""
@@ -152,6 +159,7 @@ class ProofWorker:
             with self._condition:
                 self._closing = True  # whatever ended it: nobody would compute what comes
             self.queue.close("the proof thread ended")
+            self._manager.stop_round()  # users would be refused until a round ends that nothing computes
             try:
                 self._device.resume_users()
             except Exception:  # of a device that is gone, as its users are
@@ -166,14 +174,22 @@ class ProofWorker:
             return not self._closing
 
     def _step(self) -> bool:
-        """Compute a forward to validate, and one of the round; return whether something failed."""
+        """Compute a forward to validate, and one of the round; return whether something failed.
+
+        While a round generates, it gets at least half of the positions that are computed, however large the forwards
+        to validate are.
+        """
         try:
             generating = self._manager.state == PoCState.GENERATING
             if generating and not self._users_paused:
                 self._pause_users()
             self._resume_users()
-            failed = self._validate_some()
-            if self._users_paused and generating:
+            config = self._manager.config if self._users_paused and generating else None
+            if config is None:
+                self._owed_tokens = 0
+            failed = self._owed_tokens <= 0 and self._validate_some()
+            if config is not None:
+                self._owed_tokens = max(0, self._owed_tokens - _tokens(config))
                 failed = self._generate() or failed
             return failed
         except TurnsClosed:
@@ -249,6 +265,7 @@ class ProofWorker:
         forward = self.queue.next()
         if forward is None:
             return False
+        self._owed_tokens += _tokens(forward[0][0].round.config)
         try:
             with self._slices():
                 shares = [(job.validation, nonces) for job, nonces in forward]
@@ -275,6 +292,8 @@ class ProofWorker:
         config = self._manager.config
         if config is None:
             return []
+        if self._owed_tokens > 0:
+            return self._manager.upcoming(config, 1 + AHEAD)[1:]
         return _alternate(self._to_validate(config), self._manager.upcoming(config, 1 + AHEAD)[1:])
 
     def _to_validate(self, config: PoCConfig, after: Forward | None = None) -> list[list[Row]]:
@@ -364,6 +383,11 @@ class ProofWorker:
         self._failure = type(error).__name__  # whoever asks for the health may not learn more
         self._metrics.batch_failed()
         logger.error("a proof batch failed, the next try follows", exc_info=error)
+
+
+def _tokens(config: PoCConfig) -> int:
+    """Return the positions of a forward; rows that are missing are filled."""
+    return config.batch_size * config.seq_len
 
 
 def _alternate(first: list[list[Row]], second: list[list[Row]]) -> list[list[Row]]:

@@ -179,6 +179,18 @@ def test_validation_goes_on_while_generating(make: Callable[..., Parts]) -> None
     assert parts.manager.status()["total_checked"] > before
 
 
+def test_a_round_keeps_half_of_the_positions_beside_larger_forwards(make: Callable[..., Parts]) -> None:
+    parts = make()
+    parts.begin()
+    job = parts.worker.enqueue(proof(32 * BATCH), "one", config=config(batch_size=8 * BATCH))
+    assert job.future.result(TIMEOUT).dist == alone(32 * BATCH)
+    rows = [shape[0] for shape in parts.engine.shapes]
+    of_both = rows[rows.index(8 * BATCH) :]
+    last = len(of_both) - of_both[::-1].index(8 * BATCH)
+    assert of_both[:last].count(8 * BATCH) == 4
+    assert of_both[: last - 1] == [8 * BATCH, *[BATCH] * 8] * 3
+
+
 def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
     parts = make(max_queued_nonces=20)
     parts.begin(PoCState.VALIDATING)

@@ -33,7 +33,12 @@ class State:
         return told
 
     def changed(self, change: Callable[[], None], told: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Make a change, and return what its route answers: the status, or what is ``told`` in its place."""
+        """Begin a round or a phase of it, and return what its route answers: the status, or ``told`` in its place."""
+        if self.service.worker.ended and not self.service.stopping:
+            raise HTTPException(503, "the proof thread is not running, so no round can begin")
+        return self._changed(change, told)
+
+    def _changed(self, change: Callable[[], None], told: dict[str, Any] | None = None) -> dict[str, Any]:
         if self.service.stopping:
             raise shutting_down()
         try:
@@ -47,7 +52,7 @@ class State:
     def stop(self) -> dict[str, Any]:
         """End the round, and return what POST /stop answers."""
         stopped = {"status": PoCState.STOPPED.value}
-        answer = self.changed(self.service.manager.stop_round, None if self._current.status() is None else stopped)
+        answer = self._changed(self.service.manager.stop_round, None if self._current.status() is None else stopped)
         return {**answer, "pow_status": {**answer["pow_status"], **stopped}}
 
     def not_allowed(self, error: Exception) -> HTTPException:

@@ -291,5 +291,12 @@ def test_a_server_that_lives_on_without_its_engine_says_so_and_takes_no_proofs(
         reasons = rig.http.get("/health").json()["reasons"]
         assert reasons == ["the engine is dead", "the proof thread is not running"]
         assert "the engine is dead: the proofs that wait are answered" in caplog.text
-        rig.begin("validate")
+        for path in ("/init", "/init/generate", "/init/validate", "/phase/generate", "/phase/validate"):
+            answer = rig.http.post(POW + path, json=ROUND)
+            assert (answer.status_code, answer.json()["detail"]) == (
+                503,
+                "the proof thread is not running, so no round can begin",
+            )
+        assert rig.status()["state"] == "STOPPED"
         assert rig.http.post(f"{POW}/validate", json=CLAIM).status_code == 409
+        assert rig.http.post(f"{POW}/stop").status_code == 200
