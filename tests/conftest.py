@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -90,19 +89,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's interpreter, as kernels with loops need it.
-
-    NumPy makes no int of an array of one element any more, which is what the interpreter before 3.9 counts with.
-    """
+    """Triton's interpreter, as kernels with loops need it."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    from bench.common.interpreter import counting
 
-    def patch_and_index(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_index)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", counting(interpreter._patch_lang_tensor))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, on overflow
         yield

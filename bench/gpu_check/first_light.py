@@ -105,16 +105,12 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def _count_in_the_interpreter() -> None:
-    """Let Triton's interpreter before 3.9 count loops: NumPy makes no int of an array of one element any more."""
+    """Let Triton's interpreter count loops, in the process of a task."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    from bench.common.interpreter import counting
 
-    def patch_and_index(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_and_index
+    interpreter._patch_lang_tensor = counting(interpreter._patch_lang_tensor)
 
 
 def _check(name: str, device: str, *arguments: Any) -> str | None:

@@ -260,6 +260,13 @@ def test_close_in_every_condition(make: Callable[..., Parts], monkeypatch: pytes
     assert parts.ended()
     assert not parts.turns.inference_paused
     assert parts.worker.queue.nonces == 0
+
+
+def test_a_round_ends_with_the_thread_that_generates_it(make: Callable[..., Parts]) -> None:
+    parts = make()
+    condition("without turns", parts)
+    assert parts.worker.ended
+    assert parts.manager.state == PoCState.STOPPED
     parts.worker.close(TIMEOUT)
     assert parts.worker.trouble() == "the proof thread is not running"
 
