@@ -83,10 +83,12 @@ def test_a_failed_validation_does_not_stay_in_the_health(
 
 def test_a_dead_proof_thread_is_seen(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(model_dir) as (node, http):
+        begin(http, "validate")
         node.service.worker.close(TIMEOUT)
         answer = http.get("/health")
         assert (answer.status_code, answer.json()["reasons"]) == (503, ["the proof thread is not running"])
-        begin(http, "validate")
+        for path in ("/init", "/init/generate", "/init/validate", "/phase/generate"):
+            assert http.post(POW + path, json=ROUND).status_code == 503
         assert http.post(f"{POW}/validate", json=claim([1])).status_code == 409
         with pytest.raises(RuntimeError):
             node.service.enqueue(ProofBatch("k", ROUND["block_hash"], ROUND["block_height"], [1], []), "this process")
