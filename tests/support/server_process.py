@@ -20,9 +20,7 @@ READY_SECONDS = 120  # several processes import torch at once
 
 
 class ServerProcess:
-    """A command that serves on a port that it chooses, in a process group of its own.
-
-    It can import this package and the modules of this folder.
+    """A command that serves on a port that it chooses, in a process group of its own, with this package.
 
     Args:
         command: what to run.
@@ -32,6 +30,7 @@ class ServerProcess:
         environ: variables besides those of this process; None removes one of them.
         ready_seconds: how long it may take until it listens.
         port: that the command was given.
+        folders: of further modules that it can import.
     """
 
     def __init__(
@@ -42,8 +41,9 @@ class ServerProcess:
         environ: Mapping[str, str | None] | None = None,
         ready_seconds: float = READY_SECONDS,
         port: int | None = None,
+        folders: Sequence[Path] = (),
     ) -> None:
-        ours = (Path(poc_kernels.__file__).parents[1], Path(__file__).parent)
+        ours = (*folders, Path(poc_kernels.__file__).parents[1])
         found = os.pathsep.join([*map(str, ours), os.environ.get("PYTHONPATH", "")])
         own = {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         variables = {**os.environ, **own, **(environ or {})}

@@ -64,6 +64,7 @@ class VllmProcess(ServerProcess):
             {**ours, **ENVIRON, **told, **(environ or {})},
             READY_SECONDS,
             port,
+            [Path(__file__).parent / "vllm_site"],
         )
 
     def ended(self, within_seconds: float) -> int:

@@ -12,8 +12,8 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 class SlowSteps(AdapterLogitsProcessor):
     """Sleeps in each step of a request with `vllm_xargs` of ``step_seconds``; changes no logits.
 
-    Without, a step of so small a model takes 2 ms, and vLLM, with rounds or not, may have computed a whole answer
-    before it sends the first of it.
+    Without, a step of so small a model takes 2 ms, and a whole answer may be computed before a test has acted on the
+    first of it.
     """
 
     def is_argmax_invariant(self) -> bool:
