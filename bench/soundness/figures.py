@@ -99,7 +99,7 @@ def chosen_first(errors: Array, doubt: Array, part: float, gates: Sequence[float
 
     The interval of a share redraws nonces with all their reads.
     """
-    order = np.argsort(doubt, axis=None, kind="stable")[: max(1, round(part * doubt.size))]
+    order = _by_doubt(doubt, part)
     nonce = np.unravel_index(order, doubt.shape)[1]
     taken = errors.ravel()[order]
     count = errors.shape[1]
@@ -120,6 +120,22 @@ def chosen_first(errors: Array, doubt: Array, part: float, gates: Sequence[float
         "below": below,
         "chosen": len(order),
     }
+
+
+def least_in_doubt(errors: Array, doubt: Array, part: float) -> Array:
+    """Return the errors of the part of all reads [reads, nonces] whose guess is least in doubt, that first."""
+    return errors.ravel()[_by_doubt(doubt, part)]
+
+
+def _by_doubt(doubt: Array, part: float) -> NDArray[np.intp]:
+    """Return the places of the part of all reads that is least in doubt, that first."""
+    return np.argsort(doubt, axis=None, kind="stable")[: max(1, round(part * doubt.size))]
+
+
+def of_shares(shares: Array) -> dict[str, Any]:
+    """Sum up the shares [blocks] of reads that agree: their mean, its interval over blocks, and each of them."""
+    low, high = interval(shares, lambda redrawn: float(redrawn.mean()))
+    return {"share": float(shares.mean()), "low": low, "high": high, "shares": shares.tolist()}
 
 
 def advice(noise: Sequence[Array], cheapest: Sequence[Array], fraud_threshold: float) -> dict[str, Any]:

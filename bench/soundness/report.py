@@ -148,6 +148,30 @@ independent. Compute is counted in layers and positions; no guess was timed. Mea
 form's own code."""
 
 
+_BLOCKS_NOTE = """\
+Reflections are the same for all nonces of a block, so what these have in common is the block's. Each block has {nonces}
+nonces that are guessed, by the mean of {nonces} others; {reads} reads of each, or of {choices} the easiest. Shares of
+reads up to a gate: the mean of the blocks with its 95 % interval, which redraws blocks, and the least, the median and
+the most of a block."""
+
+
+def _blocks_section(form: str, found: dict[str, Any]) -> list[str]:
+    alike = found["likeness"]
+    rows = []
+    for name, of_guess in found["guesses"].items():
+        of_gates = []
+        for below in of_guess.values():
+            least, middle, most = np.quantile(below["shares"], (0, 0.5, 1))
+            of_gates += [_share(below), f"{least:.3f}, {middle:.3f}, {most:.3f}"]
+        rows.append([name, *of_gates])
+    gates = next(iter(found["guesses"].values()))
+    columns = ["guess", *(title for gate in gates for title in (f"up to {gate}", "least, median, most"))]
+    count = (
+        f"{found['blocks']} blocks. Mean cosine of two nonces' last hidden states: {min(alike):.2f} to {max(alike):.2f}"
+    )
+    return [f"## {form.capitalize()} over blocks", f"{count}.", table(columns, rows), _BLOCKS_NOTE.format(**found)]
+
+
 def _by_kind(found: dict[str, Any]) -> list[dict[str, Any]]:
     order = [*_KINDS]
     return sorted(found["guesses"], key=lambda guess: order.index(guess["kind"]))
@@ -202,6 +226,8 @@ def markdown(results: dict[str, Any], plot: str) -> str:
         parts += ["## Geometry of distances", count, table(("", "seen", "random directions"), rows)]
     for form, found in forms.items():
         parts += _form_section(form, found)
+        if "over_blocks" in found:
+            parts += _blocks_section(form, found["over_blocks"])
     return "\n\n".join(parts) + "\n"
 
 

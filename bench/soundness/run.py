@@ -12,6 +12,7 @@ import torch
 
 from bench.common.conditions import conditions
 from bench.soundness import figures
+from bench.soundness.blocks import over_blocks
 from bench.soundness.forwards import KEY, final_norm
 from bench.soundness.geometry import blocks_of, of_blocks
 from bench.soundness.precision import PRECISIONS, rounded_copy
@@ -20,6 +21,7 @@ from bench.soundness.study import FREE, NOISE, PRECISION, Sizes, Study
 from poc_kernels.engines.transformers.engine import TransformersEngine
 from poc_kernels.engines.transformers.load import load_model, model_name
 from poc_kernels.protocol import PoCConfig
+from poc_kernels.protocol.vectors.form import VECTORS
 
 _BLOCK = "soundness"
 
@@ -73,14 +75,24 @@ def measure(options: argparse.Namespace, log: Callable[[str], None] = _log) -> d
     for study in studies.values():
         name = f"{other_dtype} instead of {str(engine.dtype).removeprefix('torch.')}"
         study.judge_forward(name, NOISE, 1, engine=other)
-    geometry = {}
+    of_form: dict[str, dict[str, Any]] = {form: {} for form in studies}
+    blocks = [f"{_BLOCK}-{number}" for number in range(1, options.blocks + 1)]
     if "distances" in studies and options.blocks:
         log(f"distances: {options.blocks} blocks")
-        blocks = [f"{_BLOCK}-{number}" for number in range(1, options.blocks + 1)]
         distances, states = blocks_of(engine, _config("distances", options), blocks, range(options.block_nonces))
         other_block = states[0][:8].float().mean(0).expand(sizes.nonces, 1, -1)
         studies["distances"].judge_states("mean of 8 nonces of another block", FREE, 0, other_block)
-        geometry = {"geometry": of_blocks(distances, engine.vocab_size)}
+        of_form["distances"]["geometry"] = of_blocks(distances, engine.vocab_size)
+    if VECTORS.name in studies and options.blocks:
+        log(f"{VECTORS.name}: {options.blocks} blocks")
+        of_form[VECTORS.name]["over_blocks"] = over_blocks(
+            engine,
+            _config(VECTORS.name, options),
+            blocks,
+            nonces=options.block_nonces,
+            reads=sizes.reads,
+            choices=sizes.choices,
+        )
     return {
         **found,
         "model": {
@@ -93,9 +105,7 @@ def measure(options: argparse.Namespace, log: Callable[[str], None] = _log) -> d
         "seconds": time.monotonic() - began,
         "plan": {name: getattr(options, name) for name in _PLANNED},
         "gates": list(figures.GATES),
-        "forms": {
-            form: {**study.figures(), **(geometry if form == "distances" else {})} for form, study in studies.items()
-        },
+        "forms": {form: {**study.figures(), **of_form[form]} for form, study in studies.items()},
     }
 
 
@@ -120,5 +130,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--choices", type=int, default=50, help="reads of which the easiest are chosen")
     add("--fewer", type=int, default=32, help="nonces of each guess that needs a forward of its own")
     add("--other-batch", type=int, default=5, help="rows of the forwards of another shape")
-    add("--blocks", type=int, default=24, help="blocks for the geometry of distances; 0 leaves it out")
+    add("--blocks", type=int, default=24, help="blocks for distances' geometry and vectors' guesses; 0 for none")
     add("--block-nonces", type=int, default=32, help="nonces of each block")

@@ -225,7 +225,7 @@ class Study:
             self._guesses.append(Guess(name, kind, cost, values[0], cosines, found=found))
             self._log(f"distances: {name}: correlation {found['correlation']['value']:.2f}")
         else:
-            errors = np.stack([_errors(a, b) for a, b in zip(guessed, truth, strict=True)])
+            errors = np.stack([apart(a, b) for a, b in zip(guessed, truth, strict=True)])
             self._guesses.append(Guess(name, kind, cost, errors, cosines))
             self._log(f"{self.config.proof}: {name}: L2 {np.median(errors):.3f}")
 
@@ -242,7 +242,7 @@ class Study:
             truth = self._reader.read(drawn, self._prepared)
             for name, guess in prepared.items():
                 guessed = self._reader.read(drawn, guess)
-                errors[name].append(_errors(guessed, truth))
+                errors[name].append(apart(guessed, truth))
                 doubts[name].append(self._reader.doubt(drawn, guessed, self._known.spread))
         for name in guesses:
             chosen = f"{name}, best {CHOSEN:.0%} of reads"
@@ -257,7 +257,7 @@ def _cosines(a: Tensor, b: Tensor) -> Array:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).cpu().numpy()
 
 
-def _errors(a: Read, b: Read) -> Array:
-    """Return the L2 distances of artifacts, the largest that there is where one of them is none."""
+def apart(a: Read, b: Read) -> Array:
+    """Return the L2 distances of artifacts [nonces], the largest that there is where one of them is none."""
     errors = np.linalg.norm(a.values - b.values, axis=1).astype(np.float64)
     return np.where(np.isnan(errors), FARTHEST, errors)

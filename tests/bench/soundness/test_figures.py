@@ -58,6 +58,15 @@ def test_a_prover_that_chooses_takes_what_is_least_in_doubt():
     assert every["below"]["0.20"]["share"] == 1
     assert every["below"]["0.20"]["low"] == pytest.approx(0.05 ** (1 / 5)), "five nonces"
 
+    assert figures.least_in_doubt(errors, doubt, 0.05).tolist() == [0.1] * 5 + [1.0] * 5
+
+
+def test_shares_of_blocks_have_an_interval_over_blocks():
+    found = figures.of_shares(np.array([0.1, 0.1, 0.5, 0.5]))
+    assert (found["share"], found["shares"]) == (pytest.approx(0.3), [0.1, 0.1, 0.5, 0.5])
+    assert 0.1 <= found["low"] < 0.25
+    assert 0.35 < found["high"] <= 0.5
+
 
 def test_the_gate_follows_from_noise_and_precision():
     noise = np.full((8, 64), 0.1)

@@ -13,6 +13,7 @@ import torch
 
 from bench.soundness import __main__ as command
 from bench.soundness import forwards, report, study
+from bench.soundness.blocks import over_blocks
 from bench.soundness.forwards import Carried, Subject, final_norm, honest, last_positions, without_layers
 from bench.soundness.precision import PRECISIONS, fp8, integers, rounded_copy
 from bench.soundness.readers import FingerprintReader
@@ -109,6 +110,42 @@ def test_shares_of_blocks_are_those_of_random_directions(results):
     assert theory.share_below(geometry["r_target"], results["model"]["vocab_size"]) == pytest.approx(0.2)
 
 
+def test_vectors_are_guessed_in_every_block(results):
+    found = results["forms"]["vectors"]["over_blocks"]
+    assert (found["blocks"], found["nonces"], len(found["likeness"])) == (3, 32, 3)
+    assert "over_blocks" not in results["forms"]["fingerprint"]
+    every, easiest = found["guesses"].values()
+    for of_guess in (every, easiest):
+        assert list(of_guess) == ["0.20", "0.30", "0.40"]
+        for below in of_guess.values():
+            assert below["share"] == pytest.approx(sum(below["shares"]) / 3)
+            assert below["low"] <= below["share"] <= below["high"]
+    assert every["0.40"]["share"] < 0.05, "weights are random: there is nothing in common"
+
+
+def test_a_guess_over_blocks_is_that_of_each_block(small_model):
+    """A model that answers nothing but a block's own state is guessed; one whose nonces are far apart is not."""
+
+    class Common:
+        def __init__(self, engine, noise):
+            self.engine, self.noise = engine, noise
+
+        def __getattr__(self, name):
+            return getattr(self.engine, name)
+
+        def forward(self, inputs_embeds, pause=None, after_layer=None):
+            mean = torch.ones_like(inputs_embeds)
+            return mean + self.noise * inputs_embeds
+
+    config = PoCConfig("block", 0, "key", batch_size=4, seq_len=16, proof="vectors")
+    engine = TransformersEngine(small_model)
+    for noise, share in ((0.01, 1.0), (100.0, 0.0)):
+        found = over_blocks(Common(engine, noise), config, ["a", "b"], nonces=6, reads=2, choices=4)
+        for of_guess in found["guesses"].values():
+            assert [below["share"] for below in of_guess.values()] == [share] * 3
+        assert (min(found["likeness"]) > 0.99) == (share == 1)
+
+
 def test_the_report(results, tmp_path, monkeypatch):
     path = tmp_path / "found.json"
     path.write_text(json.dumps(results))
@@ -124,6 +161,7 @@ def test_the_report(results, tmp_path, monkeypatch):
         f"| fingerprint | {advice['noise_q99']:.3f} | {advice['precision_median']:.3f} | {advice['gate']:.2f} |" in text
     )
     assert "3 blocks of 32 nonces" in text
+    assert "## Vectors over blocks\n\n3 blocks." in text
     assert "does not separate" not in text
 
 
