@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ GENERATED, VALIDATED = "/generated", "/validated"
 _MAX_INT32 = 2**31 - 1
 _SETTLE_SECONDS = 0.5
 """For callbacks that are under way when a round ends: of several at once, a later one may come first."""
+_QUIET_SECONDS = 0.5
+"""Without a callback after a round has ended: as long as it had for two forwards, but no less."""
 
 
 class _Round(NamedTuple):
@@ -26,6 +29,9 @@ class _Round(NamedTuple):
     group_id: int
     n_groups: int
     posts: list[Post]
+    seconds: float
+    """That it took for two forwards."""
+    mailbox: Mailbox
 
     @property
     def bodies(self) -> list[Generated]:
@@ -50,14 +56,16 @@ def _generate(session: Session) -> _Round:
     mailbox = session.receiver.mailbox()
     groups = {} if session.plan.is_mlnode else {"group_id": 2, "n_groups": 4}
     wanted = 2 * session.plan.batch_size
+    began = time.monotonic()
     with session.round(url=mailbox.url, node_id=3, node_count=5, **groups) as answer:
         patience = session.endpoint.seconds_left()
         mailbox.wait_for(lambda: _taken(mailbox) >= wanted, patience)
+        seconds = time.monotonic() - began
     if not mailbox.posts:
         raise FailedError(f"no callback in {patience:.0f} s to {mailbox.url}{GENERATED}")
     n_groups = answer.read(BeganOnBackends).n_groups if session.plan.is_mlnode else 4
     mailbox.wait_for(lambda: False, _SETTLE_SECONDS)
-    return _Round(3, 5, groups.get("group_id", 0), n_groups, mailbox.posts)
+    return _Round(3, 5, groups.get("group_id", 0), n_groups, mailbox.posts, seconds, mailbox)
 
 
 @check("generated.body", "callbacks", "a round posts artifacts to {url}/generated, with its block, key and node")
@@ -104,6 +112,18 @@ def generated_artifacts(session: Session) -> str:
     far = max(session.apart(some, session.compute(some)))
     require(far <= session.plan.form.bound, f"{far:.3f} apart")
     return f"{len(some)} nonces, at most {far:.2g} apart"
+
+
+@check("generated.stops", "callbacks", "after /stop a round posts what it has computed by then, and no more")
+def generated_stops(session: Session) -> str:
+    """Wait twice as long as the round had for two forwards; one may have been computed when it ended."""
+    found = _generation(session)
+    at_stop = len(found.nonces)
+    found.mailbox.wait_for(lambda: False, max(_QUIET_SECONDS, min(2 * found.seconds, session.endpoint.seconds_left())))
+    before = _taken(found.mailbox)
+    later = found.mailbox.wait_for(lambda: _taken(found.mailbox) > before, max(_QUIET_SECONDS, found.seconds))
+    require(not later, f"still posted long after: {_taken(found.mailbox) - at_stop} more artifacts than at its end")
+    return f"{before - at_stop} artifacts after its end, then none"
 
 
 @check("generated.again", "callbacks", "a callback that is answered 503 is posted again until it is taken")
@@ -205,6 +225,7 @@ CHECKS = (
     generated_body,
     generated_nonces,
     generated_artifacts,
+    generated_stops,
     generated_again,
     generated_of_request,
     validated_body,

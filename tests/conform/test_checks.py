@@ -83,6 +83,7 @@ FAULTS = [
     ("generated.nonces", "leaves_out"),
     ("generated.nonces", "posts_twice"),
     ("generated.artifacts", "round_differs"),
+    ("generated.stops", "generates_on"),
     ("generated.again", "posts_once"),
     ("generated.of_request", "no_request_id"),
     ("generated.of_request", "posts_nothing"),

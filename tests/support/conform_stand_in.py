@@ -162,8 +162,8 @@ class StandIn:
         return {"status": told["status"], "backends": [] if self.has("no_backends") else [{"port": 8000, **told}]}
 
     def _generate(self, body: Body) -> None:
-        place = 0
-        while self.round is body:
+        place, faults = 0, self.faults
+        while self.round is body or (self.has("generates_on") and self.faults is faults):
             offset, step = body.node_id + body.group_id * body.node_count, body.node_count * body.n_groups
             if self.has("no_groups"):
                 offset, step = body.node_id, body.node_count
