@@ -23,6 +23,8 @@ _NEAR = 1e-5
 """How far a distance may lie from that of transformers' engine, whose attention is another kernel; in float32."""
 _MAX_REQUESTS = 64
 _SUMS = ("steps", "steps_followed", "tokens", "step_seconds", "slices", "slice_seconds", "slices_between_steps")
+SITECUSTOMIZE = "import os, time; os.sched_yield = lambda: time.sleep(0)\n"
+"""Python's own name for a module that every process of the server imports first."""
 _LOOK = """
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -186,7 +188,8 @@ class VllmRig(NodeRig):
 def environment(directory: Path) -> dict[str, str]:
     """Return the variables of a server that loads this package and the suite's plugin, which comes into ``directory``.
 
-    The plugin has a folder of its own: in the one of the suite, the server would find this package's sources.
+    The plugin has a folder of its own: in the one of the suite, the server would find this package's sources. Beside it
+    is what keeps vLLM's polling from starving the load's client: see docs/vllm.md.
     """
     folder = directory / "plugin"
     described = folder / f"{vllm_plugin.NAME}-0.dist-info"
@@ -194,6 +197,7 @@ def environment(directory: Path) -> dict[str, str]:
     shutil.copy(vllm_plugin.__file__, folder / f"{vllm_plugin.NAME}.py")
     (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {vllm_plugin.NAME}\nVersion: 0\n")
     entry = f"{vllm_plugin.NAME} = {vllm_plugin.NAME}:{vllm_plugin.BenchEndpoints.__name__}"
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     (described / "entry_points.txt").write_text(f"[vllm.endpoint_plugins]\n{entry}\n")
     return {
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),

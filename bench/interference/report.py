@@ -58,7 +58,7 @@ def _setting(run: dict[str, Any]) -> str:
     model = run["model"]
     where = "a node in a process of its own, over HTTP on loopback" if run["http"] else "in process, without HTTP"
     if engine_of(run) == VLLM:
-        where = "vllm serve with the plugin, over HTTP on loopback"
+        where = "vllm serve with the plugin, over HTTP on loopback; sched_yield is time.sleep(0) in it"
     slices = run["planned_slices"]
     planned = (
         ""
