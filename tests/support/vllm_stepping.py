@@ -145,10 +145,10 @@ class Request:
         self.done = threading.Event()
 
 
-def scheduled(requests: list[Request]) -> Any:
+def scheduled(requests: list[Request], prompt_tokens: int = 0) -> Any:
     """What vLLM's scheduler tells a worker of a step."""
     return types.SimpleNamespace(
-        total_num_scheduled_tokens=len(requests),
+        total_num_scheduled_tokens=len(requests) + prompt_tokens,
         requests=requests,
     )
 

@@ -23,6 +23,7 @@ class Arrivals:
 
     Attributes:
         path: of the file that a worker of this machine opens, until `opened`.
+        count: of the requests that are in the server.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Arrivals:
             self._byte = mmap.mmap(file, 1)
         finally:
             os.close(file)
-        self._count = 0
+        self.count = 0
 
     def opened(self) -> None:
         """Remove the file: whoever has it open keeps the memory. Idempotent."""
@@ -55,8 +56,8 @@ class Arrivals:
         return serve
 
     def _add(self, change: int) -> None:
-        self._count += change
-        self._byte[0] = int(self._count > 0)
+        self.count += change
+        self._byte[0] = int(self.count > 0)
 
 
 class ArrivalsOfServer:

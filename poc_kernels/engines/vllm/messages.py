@@ -96,7 +96,8 @@ class Run:
     seconds: float = 0.0
     """Slices are begun for so long. With several ranks it is 0: their clocks would not agree."""
     seconds_without_users: float = 0.0
-    """And for so long where no user's request is in the server or comes meanwhile."""
+    """For so long instead, or until a user's request comes, where none is in the server at the beginning; 0 where the
+    server does not count them."""
     slices: int = 0
     """And at least so many."""
     alone: bool = False
@@ -117,8 +118,6 @@ class Progress:
     """Ids that it knows, computed or not."""
     outcomes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Of those that ended: ``values`` and ``part_seconds``, or ``error``."""
-    busy: bool = False
-    """Whether another step of users is about to follow."""
     counters: Mapping[str, float] = field(default_factory=dict)
     """See `poc_kernels.engines.vllm.session.Counters`."""
 

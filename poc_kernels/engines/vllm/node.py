@@ -115,7 +115,7 @@ class VllmNode:
                 slice_seconds=settings.slice_seconds,
                 cuda_graphs=settings.cuda_graphs,
                 answer_seconds=settings.stall_seconds,
-                arrivals=arrivals.path,
+                arrivals=arrivals,
             )
         finally:
             arrivals.opened()

@@ -37,13 +37,13 @@ class Counters:
         """Count the seconds of a step that another follows."""
         self.steps_followed += 1
         self.step_seconds += seconds
-        self.mean_step_seconds = _averaged(self.mean_step_seconds, seconds)
+        self.mean_step_seconds = averaged(self.mean_step_seconds, seconds)
 
     def count_slice(self, seconds: float, between_steps: bool) -> None:
         """Count a slice, and whether a step waits for it."""
         self.slices += 1
         self.slice_seconds += seconds
-        self.mean_slice_seconds = _averaged(self.mean_slice_seconds, seconds)
+        self.mean_slice_seconds = averaged(self.mean_slice_seconds, seconds)
         self.longest_slice_seconds = max(self.longest_slice_seconds, seconds)
         if between_steps:
             self.slices_between_steps += 1
@@ -62,6 +62,9 @@ class Debt(Protocol):
 
     def due(self) -> bool:
         """Tell whether a slice is owed."""
+
+    def can_wait(self) -> bool:
+        """Tell whether what is due may wait for another step: it is less than two slices, and nothing of it is lost."""
 
     def pay(self, seconds: float) -> None:
         """Count a slice of so many seconds."""
@@ -84,13 +87,15 @@ class ClockedDebt:
 
     def owe(self, seconds: float) -> None:
         """Count a step. What a long one owes is not paid at one go: the next token would wait for all of it."""
-        per_second = self.share / (1 - self.share)
-        most = self._slice_seconds + 2 * self._counters.mean_step_seconds * per_second
-        self._seconds = min(self._seconds + seconds * per_second, most)
+        self._seconds = min(self._seconds + seconds * self._per_second, self._most)
 
     def due(self) -> bool:
         """Tell whether steps owe a slice of the mean length."""
         return self.share > 0 and self._seconds >= self._slice_seconds
+
+    def can_wait(self) -> bool:
+        """Tell whether steps owe less than two slices of the mean length, and less than is kept."""
+        return self._seconds < min(2 * self._slice_seconds, self._most)
 
     def pay(self, seconds: float) -> None:
         """Count a slice."""
@@ -99,6 +104,16 @@ class ClockedDebt:
     def forgive(self) -> None:
         """Owe nothing."""
         self._seconds = 0.0
+
+    @property
+    def _per_second(self) -> float:
+        """Seconds owed for one of steps."""
+        return self.share / (1 - self.share)
+
+    @property
+    def _most(self) -> float:
+        """Seconds that are owed at most."""
+        return self._slice_seconds + 2 * self._counters.mean_step_seconds * self._per_second
 
     @property
     def _slice_seconds(self) -> float:
@@ -114,11 +129,15 @@ class CountedDebt:
 
     def owe(self, seconds: float) -> None:
         """Count a step, however long."""
-        self._thousandths = min(self._thousandths + self.slices_per_1000_steps, 1000 + 2 * self.slices_per_1000_steps)
+        self._thousandths = min(self._thousandths + self.slices_per_1000_steps, self._most)
 
     def due(self) -> bool:
         """Tell whether steps owe a whole slice."""
         return self._thousandths >= 1000
+
+    def can_wait(self) -> bool:
+        """Tell whether steps owe less than two slices, and less than is kept."""
+        return self._thousandths < min(2000, self._most)
 
     def pay(self, seconds: float) -> None:
         """Count a slice, however long."""
@@ -128,6 +147,10 @@ class CountedDebt:
         """Owe nothing."""
         self._thousandths = 0
 
+    @property
+    def _most(self) -> int:
+        return 1000 + 2 * self.slices_per_1000_steps
+
 
 def slices_per_1000_steps(share: float, mean_step_seconds: float, mean_slice_seconds: float) -> int:
     """Return how many slices are ``share`` of the device beside 1000 steps, from what rank 0 has measured."""
@@ -136,5 +159,6 @@ def slices_per_1000_steps(share: float, mean_step_seconds: float, mean_slice_sec
     return round(1000 * share / (1 - share) * mean_step_seconds / mean_slice_seconds)
 
 
-def _averaged(mean: float, latest: float) -> float:
+def averaged(mean: float, latest: float) -> float:
+    """Return a mean in which the latest number counts a little, or alone if it is the first."""
     return mean + (latest - mean) * (_SMOOTHING if mean > 0 else 1)

@@ -26,6 +26,7 @@ from ...scheduling import Pacing, Slices
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
 from . import compat, trial
+from .arrivals import Arrivals
 from .link import EngineError, Link, unless_lost
 from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
 from .pacing import slices_per_1000_steps
@@ -36,12 +37,10 @@ _MAX_LOGITS = 2**26
 """Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
 
 _IDLE_SECONDS = 0.004
-"""Of slices per RPC while no user is served, but one may be there: a first token waits that much longer at most."""
-_ALONE_SECONDS = 0.05
-"""While none is there: it ends when one comes. Between two RPCs a worker computes nothing for half a millisecond, and
-then finds its caches and its threads cold."""
-_PAUSED_SECONDS = 0.05
-"""While users are paused: the phase ends that much later at most."""
+"""Of slices per RPC while a user is there who computes nothing: a first token waits that much longer at most."""
+_ALONE_SECONDS = 0.2
+"""While none is there, or users are paused: it ends when one comes, and a phase that much later at most. Between two
+RPCs a worker computes nothing for some milliseconds, and then finds its caches and its threads cold."""
 _POLL_SECONDS = 0.02
 """Between two RPCs while users are served: each delays their next step by its overhead."""
 _RESUME_SECONDS = 1.0
@@ -49,7 +48,7 @@ _RESUME_SECONDS = 1.0
 _LOOK_SECONDS = 0.001
 """Between two looks at whether users are still served: it costs the engine nothing."""
 _STILL_SECONDS = 0.25
-"""Without a step, users' requests do not compute, whatever they wait for."""
+"""Without a step after they came, users' requests do not compute, whatever they wait for."""
 _FIRST_SLICES = 4
 """Of an RPC to several ranks, before a slice was timed."""
 _MAX_SLICES = 1000
@@ -66,10 +65,11 @@ class RemoteDevice:
         link: to the engine.
         share: fraction of the device that validation is guaranteed while users' steps follow each other.
         ranks: how many workers compute each forward.
+        arrivals: counts users' requests from their heads on; None where the engine's own count has to do.
     """
 
-    def __init__(self, link: Link, *, share: float, ranks: int = 1) -> None:
-        self.link, self.ranks = link, ranks
+    def __init__(self, link: Link, *, share: float, ranks: int = 1, arrivals: Arrivals | None = None) -> None:
+        self.link, self.ranks, self._arrivals = link, ranks, arrivals
         self.pacing = Pacing(share=share)
         self.counters: Mapping[str, float] = {}
         """Of the first worker, as it told last: see `poc_kernels.engines.vllm.pacing.Counters`."""
@@ -77,6 +77,7 @@ class RemoteDevice:
         self._users_paused = False
         self._slice_seconds = self._taken_at = 0.0
         self._steps, self._stepped = -1.0, time.monotonic()
+        self._users_were_there = False
 
     # ---- for the proofs' thread ----
 
@@ -154,15 +155,19 @@ class RemoteDevice:
         share = self.pacing.share
         alone, means = self._users_compute_nothing(), ("mean_step_seconds", "mean_slice_seconds")
         step_seconds, slice_seconds = (self.counters.get(name, 0.0) for name in means)
-        seconds = _PAUSED_SECONDS if self._users_paused else _IDLE_SECONDS
+        seconds = _ALONE_SECONDS if self._users_paused else _IDLE_SECONDS
         if self.ranks == 1:
-            return {"alone": alone, "share": share, "seconds": seconds, "seconds_without_users": _ALONE_SECONDS}
+            without_users = 0.0 if self._users_paused else _ALONE_SECONDS
+            return {"alone": alone, "share": share, "seconds": seconds, "seconds_without_users": without_users}
         slices = _FIRST_SLICES if slice_seconds <= 0 else max(1, min(_MAX_SLICES, int(seconds / slice_seconds)))
         between = slices_per_1000_steps(share, step_seconds, slice_seconds)
         return {"alone": alone, "share": share, "slices": slices, "slices_per_1000_steps": between}
 
     def wait_for_users(self) -> None:
-        """Wait until the next RPC is worth what it delays: a while, or until no user is served any more."""
+        """Wait until the next RPC is worth what it delays: a while, or until no user is served any more.
+
+        Whoever has just come is served: the engine gets their request in some milliseconds.
+        """
         self.waiting = True
         deadline = time.monotonic() + _POLL_SECONDS
         while time.monotonic() < deadline and not self._users_compute_nothing() and not self.link.cancelled:
@@ -170,7 +175,16 @@ class RemoteDevice:
         self.waiting = False
 
     def _users_compute_nothing(self) -> bool:
-        return self._users_paused or self.link.users() == 0 or time.monotonic() - self._stepped > _STILL_SECONDS
+        """Tell whether no user waits for a step, as far as is known."""
+        before, self._users_were_there = self._users_were_there, self._users() > 0
+        if self._users_were_there and not before:
+            self._stepped = time.monotonic()
+        still = time.monotonic() - self._stepped > _STILL_SECONDS
+        return self._users_paused or still or not self._users_were_there
+
+    def _users(self) -> int:
+        in_engine = self.link.users()
+        return in_engine if self._arrivals is None else max(in_engine, self._arrivals.count)
 
 
 @dataclass
@@ -247,11 +261,10 @@ class RemoteProver:
             while job.outcome is None or not all(each.put for each in self._jobs):
                 if self._config is not config:
                     self._begin(config, pause)
-                busy = self._run(pause)
+                self._run(pause)
                 if job.outcome is None:
                     pause()
-                    if busy:
-                        self.device.wait_for_users()
+                    self.device.wait_for_users()
         except BaseException:
             self.cancel()
             raise
@@ -290,8 +303,8 @@ class RemoteProver:
         for job in self._jobs:
             job.put = False
 
-    def _run(self, pause: Pause) -> bool:
-        """Exchange what is wanted for what is done; return whether users are served."""
+    def _run(self, pause: Pause) -> None:
+        """Exchange what is wanted for what is done."""
         missing = {job.id: [(row.public_key, row.nonce) for row in job.rows] for job in self._jobs if not job.put}
         wanted = [job.id for job in self._jobs if job.outcome is None]
         message = Run(round=self._round, jobs=wanted, rows=missing, **self.device.budget())
@@ -300,14 +313,13 @@ class RemoteProver:
         if any(answer.round != self._round for answer in answers):
             logger.warning("a worker has lost the round: it is begun again")
             self._config = None
-            return False
+            return
         for job in self._jobs:
             job.put = job.outcome is not None or all(job.id in answer.jobs for answer in answers)
             ended = [answer.outcomes[job.id] for answer in answers if job.id in answer.outcomes]
             if len(ended) == len(answers):
                 # The logits come together on the first rank; an error on any of them is the job's.
                 job.outcome = next((outcome for outcome in ended if "error" in outcome), ended[0])
-        return answers[0].busy
 
     def _told_again(self, message: Mapping[str, Any], pause: Pause) -> list[dict[str, Any]]:
         """Send a `Run`, again where it fails: it says what is wanted, and an answer that was lost is given again."""
@@ -328,7 +340,7 @@ async def open_engine(
     slice_seconds: float,
     cuda_graphs: bool,
     answer_seconds: float,
-    arrivals: str | None = None,
+    arrivals: Arrivals | None = None,
 ) -> tuple[RemoteProver, RemoteDevice]:
     """Make the sessions of all workers, try them, and return what proves in them, and their device.
 
@@ -340,19 +352,20 @@ async def open_engine(
         slice_seconds: how long a slice should take at most.
         cuda_graphs: whether to capture the forward on CUDA.
         answer_seconds: how long an answer may take until a call fails.
-        arrivals: the path of `Arrivals`; None where users' requests are not counted.
+        arrivals: count users' requests; None where nobody does.
 
     Raises:
         ValueError: proofs do not support the model or its configuration, or the trial failed.
         EngineLost: the engine died meanwhile.
         TimeoutError: the engine did not answer in time: it hangs.
     """
-    message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS, arrivals=arrivals)
+    path = None if arrivals is None else arrivals.path
+    message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS, arrivals=path)
     opened = await unless_lost(client, _open_and_try(client, message), _OPEN_SECONDS)
     if (no_layers := opened[0].no_layers) is not None:
         logger.warning("rounds of distances alone are served: %s", no_layers)
     link = Link(client, asyncio.get_running_loop(), answer_seconds)
-    device = RemoteDevice(link, share=share, ranks=len(opened))
+    device = RemoteDevice(link, share=share, ranks=len(opened), arrivals=arrivals)
     return RemoteProver(device, opened[0]), device
 
 

@@ -2,12 +2,13 @@
 
 Slices run where users wait for them least:
 
-- While users compute nothing, in the API server's RPC, which the engine runs between two looks at its queue. It is
-  bounded to some milliseconds, since the first token of whoever comes then waits for it.
+- While users compute nothing, in the API server's RPC, which the engine runs between two looks at its queue. It ends
+  when a user comes, or else, where that is not seen, after some milliseconds: a first token waits for it.
 - While users' steps follow each other, before a step: by then the tokens of the step before are on their way to the
   users, which they are not yet after the worker's ``execute_model`` or ``sample_tokens``. On CUDA the slice is only
   launched there, on a stream of its own, and overlaps with the step. A first step, which nobody's step precedes, waits
-  for nothing.
+  for nothing. A step with prompts is long as it is, and somebody's first token: a slice waits for another one, if
+  little is owed.
 
 Never in a thread of their own: kernels of vLLM's CPU build keep scratch memory for which two threads would race.
 
@@ -39,7 +40,7 @@ from .arrivals import arrivals_at
 from .engine import VllmEngine
 from .memory import lacking_memory
 from .messages import Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
-from .pacing import ClockedDebt, CountedDebt, Counters
+from .pacing import ClockedDebt, CountedDebt, Counters, averaged
 from .resumable import Resumable
 
 logger = logging.getLogger("poc_kernels")
@@ -48,6 +49,8 @@ _ATTRIBUTE = "_poc_kernels_session"
 UNCUT_SECONDS = 1e9
 """Length of slices outside the forward where ranks must pause at the same places: they are not cut by time."""
 _MAX_SLICES_IN_FLIGHT = 2
+_PROMPTS = 2.0
+"""Times the usual tokens: a step of more has prompts among them."""
 _MAX_STEPS_UNASKED = 256
 """After so many steps without a message, nobody waits for proofs any more: users' steps owe nothing then."""
 
@@ -105,6 +108,7 @@ class Session:
         self._outcomes: dict[str, dict[str, Any]] = {}
         self._running: tuple[str, Resumable[Outcomes]] | None = None
         self._busy = False
+        self._usual_tokens = 0.0  # of a step; the same on every rank
         self._steps_unasked = 0
         self._step_began: float | None = None
         self._sliced_since = 0.0  # seconds of slices since the last step began
@@ -149,7 +153,6 @@ class Session:
             round=self._round,
             jobs=[*self._outcomes, *self._rows],
             outcomes=dict(self._outcomes),
-            busy=self._busy,
             counters=self.counters.told(),
         )
 
@@ -187,7 +190,8 @@ class Session:
             self.counters.count_step(seconds)
             if self._waits and self._steps_unasked <= _MAX_STEPS_UNASKED:
                 self._debt.owe(seconds)
-            self._run_between_steps()
+            self._run_between_steps(has_prompts=tokens > _PROMPTS * self._usual_tokens)
+        self._usual_tokens = averaged(self._usual_tokens, tokens)
         self._busy = True
         self._step_began, self._sliced_since = self._clock(), 0.0
 
@@ -203,9 +207,9 @@ class Session:
         """Whether there is something to compute."""
         return self._running is not None or bool(self._rows)
 
-    def _run_between_steps(self) -> None:
-        """Run the slices that steps owe."""
-        if not (self._waits and self._debt.due()):
+    def _run_between_steps(self, has_prompts: bool) -> None:
+        """Run the slices that steps owe, before a step."""
+        if not (self._waits and self._debt.due()) or (has_prompts and self._debt.can_wait()):
             return
         with self.engine.context():
             # A GPU that is behind is not given more: the step would wait, and what is owed stays owed.
@@ -213,19 +217,19 @@ class Session:
                 self._debt.pay(self._run_slice(between_steps=True))
 
     def _run_between(self, slices: int, seconds: float, seconds_without_users: float) -> None:
-        """Run at least so many slices, and more while seconds are left; longer seconds until a user is there."""
-        began = self._clock()
-
-        def seconds_left() -> bool:
-            if seconds <= 0 and seconds_without_users <= 0:  # several ranks
-                return False
-            passed = self._clock() - began
-            return passed < seconds or (passed < seconds_without_users and not self._users_are_there())
-
+        """Run at least so many slices, and more while seconds are left: others where no user is there, until one is."""
         if not self._waits:
             return
+        began = self._clock()
+        nobody_is_there = seconds_without_users > 0 and not self._users_are_there()
+        seconds = seconds_without_users if nobody_is_there else seconds
+
+        def goes_on() -> bool:
+            # The clocks of several ranks would not agree.
+            return seconds > 0 and self._clock() - began < seconds and not (nobody_is_there and self._users_are_there())
+
         with self.engine.context():
-            while self._waits and (slices > 0 or seconds_left()):
+            while self._waits and (slices > 0 or goes_on()):
                 self._run_slice(between_steps=False)
                 slices -= 1
 

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -420,6 +421,51 @@ def test_slices_run_between_steps_while_users_are_served(serve: Callable[..., Se
     assert status["slices_between_steps"] > 0
     assert status["mean_step_seconds"] >= 0.002
     assert request.done.wait(TIMEOUT)
+
+
+class Clock:
+    """Time that passes where somebody sleeps, and a link whose users are chosen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.in_engine, self.cancelled = 1000.0, 0, False
+        monkeypatch.setattr(remote, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+
+    def users(self) -> int:
+        return self.in_engine
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def waited(self, device: RemoteDevice) -> float:
+        """How long the device waits for users before it makes another call."""
+        began = self.now
+        device.wait_for_users()
+        return self.now - began
+
+
+def test_no_call_precedes_the_first_step_of_whoever_has_just_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=0)
+    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
+    clock.sleep(10.0)
+    assert (clock.waited(device), device.budget()["alone"]) == (0.0, True)
+    arrivals.count = 1  # and not yet in the engine
+    assert clock.waited(device) == pytest.approx(0.02, abs=0.002)
+    assert not device.budget()["alone"]
+    clock.in_engine = 1
+    assert clock.waited(device) == pytest.approx(0.02, abs=0.002)
+    clock.in_engine = arrivals.count = 0
+    assert (clock.waited(device), device.budget()["alone"]) == (0.0, True)
+
+
+def test_users_who_never_reach_the_engine_keep_proofs_for_a_moment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=0)
+    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
+    arrivals.count = 1
+    waited = [clock.waited(device) for _ in range(100)]
+    assert 0.2 < sum(waited) < 0.3
+    assert waited[-1] == 0.0
+    arrivals.count = 2  # one who is there already does not make another one wait
+    assert clock.waited(device) == 0.0
 
 
 def test_users_are_paused_and_resumed(serve: Callable[..., Server]) -> None:

@@ -122,7 +122,7 @@ def test_a_call_is_bounded_by_its_seconds() -> None:
     assert rig.run(of, seconds=1e6).outcomes.keys() == {"a", "b"}
 
 
-def test_a_long_call_ends_as_soon_as_a_user_is_there() -> None:
+def test_a_long_call_ends_as_soon_as_a_user_comes() -> None:
     looks: list[int] = []
 
     def users_are_there() -> bool:
@@ -131,10 +131,11 @@ def test_a_long_call_ends_as_soon_as_a_user_is_there() -> None:
 
     rig = Rig(clock=Clock(), users_are_there=users_are_there)
     of = {"a": rows(0), "b": rows(4)}
-    assert rig.run(of, seconds_without_users=1e6).counters["slices"] == 3
-    assert looks == [0, 1, 2, 3]
-    assert rig.run(of, seconds_without_users=1e6).counters["slices"] == 3  # still there
-    assert rig.run(of, seconds=1.5, seconds_without_users=1e6).counters["slices"] == 4
+    assert rig.run(of, seconds=1e6, seconds_without_users=1e6).counters["slices"] == 2  # however long with users
+    assert looks == [0, 0, 1, 2]
+    assert rig.run(of, seconds_without_users=1e6).counters["slices"] == 2  # still there
+    assert rig.run(of, seconds=1.5, seconds_without_users=1e6).counters["slices"] == 3
+    assert rig.run(of, slices=2, seconds_without_users=1e6).counters["slices"] == 5
     looks.clear()
     assert rig.run(of, seconds=1e6).outcomes.keys() == {"a", "b"}
     assert looks == []
@@ -266,6 +267,38 @@ def test_steps_owe_slices_and_first_steps_wait_for_none() -> None:
     assert counters.slices == before
 
 
+def test_slices_wait_for_steps_without_prompts() -> None:
+    """A slice takes a second, and a step of 6 owes two thirds of it."""
+    clock = Clock()
+    rig = Rig(clock=clock)
+    rig.worker.in_step = lambda: setattr(clock, "now", clock.now + 5.0)
+    rig.run({str(number): rows(4 * number) for number in range(100)}, share=0.1)
+    counters, request = rig.session.counters, Request(3, PLENTY)
+    with_slices = {True: 0, False: 0}
+    for step in range(200):
+        before, has_prompt = counters.slices, step % 3 == 2
+        rig.worker.execute_model(scheduled([request], prompt_tokens=50 * has_prompt))
+        with_slices[has_prompt] += counters.slices > before
+    assert with_slices[True] == 0
+    assert with_slices[False] > 60
+    assert counters.seconds_between_steps == pytest.approx(counters.step_seconds / 9, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_steps_that_all_have_prompts_leave_proofs_their_share(share: float) -> None:
+    clock = Clock()
+    rig = Rig(clock=clock)
+    rig.worker.in_step = lambda: setattr(clock, "now", clock.now + 5.0)
+    rig.run({str(number): rows(4 * number) for number in range(1000)}, share=share)
+    request = Request(3, PLENTY)
+    tokens = 1
+    for _ in range(60):  # more in each than usual
+        tokens += tokens // 2 + 1
+        rig.worker.execute_model(scheduled([request], prompt_tokens=tokens))
+    counters = rig.session.counters
+    assert counters.seconds_between_steps == pytest.approx(counters.step_seconds * share / (1 - share), rel=0.15)
+
+
 def test_users_of_one_token_each_leave_proofs_their_share() -> None:
     """Each of their steps is the first of somebody, and no step without tokens comes in between."""
     clock = Clock()
@@ -285,15 +318,12 @@ def test_no_share_no_slice_and_while_users_step_calls_compute_nothing() -> None:
     rig.run(of, share=0.0)
     request = Request(3, PLENTY)
     rig.steps(request, 50)
-    assert rig.run(of, slices=PLENTY, seconds=1.0, share=0.0).busy
-    assert rig.session.counters.slices == 0
+    assert rig.run(of, slices=PLENTY, seconds=1.0, share=0.0).counters["slices"] == 0
     rig.users_leave()
-    assert not rig.run(of, share=0.0).busy
+    assert rig.run(of, slices=1, share=0.0).counters["slices"] == 1
     rig.steps(request, 2)
     # Whoever knows that users compute nothing says so: their requests may wait for something else than steps.
-    progress = rig.run(of, slices=PLENTY, alone=True)
-    assert not progress.busy
-    assert "a" in progress.outcomes
+    assert "a" in rig.run(of, slices=PLENTY, alone=True).outcomes
 
 
 def test_proofs_that_nobody_asks_for_any_more_cost_users_nothing() -> None:
@@ -432,6 +462,22 @@ def test_a_debt_is_paid_slice_by_slice_and_has_a_bound() -> None:
     debt.owe(10.0)
     debt.forgive()
     assert not debt.due()
+
+
+def test_what_can_wait_is_less_than_two_slices_and_than_what_is_kept() -> None:
+    counters = Counters(mean_step_seconds=0.010, mean_slice_seconds=0.002)
+    clocked, counted = ClockedDebt(counters), CountedDebt()
+    for share, thousandths, steps in ((0.05, 263, 2), (0.1, 555, 2), (0.2, 1250, 1), (0.3, 2142, 0)):
+        clocked.share, counted.slices_per_1000_steps = share, thousandths
+        for debt in (clocked, counted):
+            debt.forgive()
+            while not debt.due():
+                debt.owe(0.010)
+            waited = 0
+            while debt.can_wait():
+                debt.owe(0.010)
+                waited += 1
+            assert waited == steps, (share, debt)
 
 
 def test_counted_debts_are_fractions_of_a_slice() -> None:
@@ -580,7 +626,7 @@ def test_ranks_run_the_same_slices_between_the_same_steps(seed: int, proof: str)
                 answer = act(rig)
                 if isinstance(answer, Progress):
                     values = {job: outcome["values"] for job, outcome in answer.outcomes.items()}
-                    told[rank].append((answer.jobs, values, answer.busy, answer.counters["slices"]))
+                    told[rank].append((answer.jobs, values, answer.counters["slices"]))
         except BaseException as error:
             errors.append(error)
             collective._barrier.abort()
@@ -593,10 +639,10 @@ def test_ranks_run_the_same_slices_between_the_same_steps(seed: int, proof: str)
     assert errors == []
     assert told[0] == told[1]
     assert {"step", "slice"} == set(collective.met)
-    for _, values, _, _ in told[0]:
+    for _, values, _ in told[0]:
         for job, of in values.items():
             assert of == outcomes(rows(int(job)), CONFIGS[proof])
-    assert any(values for _, values, _, _ in told[0])
+    assert any(values for _, values, _ in told[0])
 
 
 def test_ranks_with_pauses_by_time_would_fail_the_test_above() -> None:
