@@ -8,27 +8,14 @@ from typing import Any
 
 import pytest
 
-from poc_kernels.kernels import native
-
-
-@pytest.fixture(scope="session")
-def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in for the driver."""
-    pytest.importorskip("triton")
-    import cuda_stand_in
-
-    if not hasattr(native.load(), "CudaDriver"):
-        pytest.skip("the native core has no launcher")
-    return cuda_stand_in.compile_stand_in(tmp_path_factory.mktemp("driver")) or pytest.skip("no C++ compiler")
-
 
 @pytest.fixture
-def idle(driver_library: Path, tmp_path: Path) -> Iterator[Any]:
+def idle(driver_library: Path, classes: Any, tmp_path: Path) -> Iterator[Any]:
     """A GPU that takes launches of every form and runs nothing."""
     import cuda_stand_in
 
     stand_in = cuda_stand_in.StandIn(driver_library, cuda_stand_in.empty_package(tmp_path), {})
-    with cuda_stand_in.in_use(stand_in, tmp_path):
+    with cuda_stand_in.in_use(stand_in, tmp_path, classes):
         yield stand_in
 
 

@@ -6,7 +6,7 @@ from helpers import CPU, assert_same_bits, expected, project, requested, rows_of
 
 pytest.importorskip("triton")
 import cuda_stand_in
-from cuda_stand_in import BACKEND, STREAM, StandIn
+from cuda_stand_in import BACKEND, BY_BOTH_LAUNCHERS, STREAM, StandIn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,16 +45,17 @@ def compiled(folder):
 
 
 @pytest.fixture
-def gpu(driver_library, folder, compiled):
+def gpu(driver_library, folder, compiled, classes):
     """A GPU on which nothing has run."""
     stand_in = StandIn(driver_library, *compiled)
-    with cuda_stand_in.in_use(stand_in, folder):
+    with cuda_stand_in.in_use(stand_in, folder, classes):
         yield stand_in
 
 
 # ---- from ops to bits ------------------------------------------------------------------------------------------------
 
 
+@BY_BOTH_LAUNCHERS
 def test_ops_reach_the_bits_of_the_reference_through_backend_launcher_and_driver(gpu, fresh_choice, monkeypatch):
     """The choice with its trial too, of a known answer that these forms can give."""
     edges = self_test._known_answers()["edge"]
@@ -76,6 +77,7 @@ def test_ops_reach_the_bits_of_the_reference_through_backend_launcher_and_driver
     ]
 
 
+@BY_BOTH_LAUNCHERS
 def test_what_is_aligned_to_nothing(gpu):
     memory = torch.full((1 + 5 * 103,), torch.nan, dtype=torch.bfloat16)
     x = memory[1:].view(5, 103)[:, :100]
@@ -88,6 +90,7 @@ def test_what_is_aligned_to_nothing(gpu):
     ]
 
 
+@BY_BOTH_LAUNCHERS
 def test_a_tile_with_more_shared_memory_than_is_usual(gpu, compiled):
     assert compiled[0].objects[LARGEST].shared_bytes > 49152
     x = rows_of_every_kind(65, 160, torch.bfloat16, 4)
@@ -97,6 +100,7 @@ def test_a_tile_with_more_shared_memory_than_is_usual(gpu, compiled):
     assert gpu.count("cuKernelSetAttribute") == 1
 
 
+@BY_BOTH_LAUNCHERS
 def test_entries_and_inputs(gpu):
     window = (SEED, 2**32 - 1, 7, 40, 2**31 - 3, 130)
     assert_same_bits(product.entries(*window), reference.entries(*window))
@@ -203,6 +207,7 @@ def launched(kernel, device):
     kernel.launch(device, STREAM, 1, 1, *[0] * 20)
 
 
+@BY_BOTH_LAUNCHERS
 def test_a_thread_without_a_context_gets_that_of_the_device_for_as_long_as_a_launch_takes(idle, kernel):
     for device in (0, 1):
         kernel.prepare(device)
@@ -213,6 +218,7 @@ def test_a_thread_without_a_context_gets_that_of_the_device_for_as_long_as_a_lau
     assert idle.count("cuKernelSetAttribute") == 2
 
 
+@BY_BOTH_LAUNCHERS
 def test_a_context_of_the_device_is_left_as_it_is(idle, kernel):
     kernel.prepare(1)
     retained = idle.count("cuDevicePrimaryCtxRetain")
@@ -223,8 +229,10 @@ def test_a_context_of_the_device_is_left_as_it_is(idle, kernel):
     kernel.prepare(0)
     launched(kernel, 0)
     assert idle.calls.stand_in_depth() == 1
+    assert [device for _, device, *_ in idle.launched] == [1, 0]
 
 
+@BY_BOTH_LAUNCHERS
 def test_a_device_that_is_none_is_the_drivers_error(kernel):
     with pytest.raises(RuntimeError, match=r"cuDeviceGet of device 2: unknown error \(101\)"):
         kernel.prepare(2)

@@ -11,8 +11,9 @@ from helpers import CPU, project
 
 pytest.importorskip("triton")
 import cuda_stand_in
-from cuda_stand_in import BACKEND, STREAM, StandIn
+from cuda_stand_in import BACKEND, BY_BOTH_LAUNCHERS, STREAM, StandIn
 
+from bench.gpu_check import driver
 from poc_kernels import machine_code
 from poc_kernels.kernels import native, trial
 from poc_kernels.kernels.cuda import forms, launcher, package
@@ -21,6 +22,7 @@ from poc_kernels.kernels.triton import plan
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
+@BY_BOTH_LAUNCHERS
 def test_an_error_of_the_driver_is_raised_in_its_words_and_the_next_call_goes_on(idle):
     x = torch.zeros(2, 64)
     idle.fail("cuLibraryLoadData", 2)
@@ -40,6 +42,7 @@ def test_an_error_of_the_driver_is_raised_in_its_words_and_the_next_call_goes_on
     assert idle.calls.stand_in_depth() == 0
 
 
+@BY_BOTH_LAUNCHERS
 def test_a_kernel_takes_as_many_arguments_as_it_has_and_numbers_of_32_bits(kernel):
     with pytest.raises(TypeError, match="product_kernel takes 20 arguments, got 1"):
         kernel.launch(0, STREAM, 1, 1, 0)
@@ -49,21 +52,23 @@ def test_a_kernel_takes_as_many_arguments_as_it_has_and_numbers_of_32_bits(kerne
         kernel.launch(0, STREAM, 1, 1, -1, *[0] * 19)
 
 
+@BY_BOTH_LAUNCHERS
 @pytest.mark.parametrize("parameters", ["px", "p" * 65])
 def test_parameters_are_of_known_kinds(idle, parameters):
     code = idle.made.objects["hash"]
     options = {"name": "hash_kernel", "threads": 128, "shared_bytes": 0, "parameters": parameters}
     with pytest.raises(ValueError, match="parameters must be at most 64 of the letters p, i and 0, got p"):
-        native.load().CudaKernel(driver=launcher._driver(launcher.DRIVER), code=code.code, **options)
+        launcher.classes().CudaKernel(driver=launcher._driver(launcher.DRIVER), code=code.code, **options)
 
 
+@BY_BOTH_LAUNCHERS
 def test_code_that_is_none_and_a_name_that_is_not_in_it(idle):
     driver = launcher._driver(launcher.DRIVER)
     options = {"threads": 128, "shared_bytes": 0, "parameters": "p"}
     with pytest.raises(RuntimeError, match="cuLibraryLoadData of a_kernel: invalid argument"):
-        native.load().CudaKernel(driver=driver, code=b"no code", name="a_kernel", **options)
+        launcher.classes().CudaKernel(driver=driver, code=b"no code", name="a_kernel", **options)
     with pytest.raises(RuntimeError, match="cuLibraryGetKernel of a_kernel: unknown error"):
-        native.load().CudaKernel(driver=driver, code=idle.made.objects["hash"].code, name="a_kernel", **options)
+        launcher.classes().CudaKernel(driver=driver, code=idle.made.objects["hash"].code, name="a_kernel", **options)
 
 
 # ---- what is not there -----------------------------------------------------------------------------------------------
@@ -71,8 +76,10 @@ def test_code_that_is_none_and_a_name_that_is_not_in_it(idle):
 GPU = torch.device("cuda", 0)
 
 
-def test_a_machine_without_a_driver_has_no_machine_code(monkeypatch):
+@BY_BOTH_LAUNCHERS
+def test_a_machine_without_a_driver_has_no_machine_code(monkeypatch, classes):
     launcher._driver.cache_clear()
+    monkeypatch.setattr(launcher, "classes", lambda: classes)
     monkeypatch.setattr(launcher, "DRIVER", "libno_such_driver.so.1")
     assert launcher.unavailable(GPU).startswith("there is no NVIDIA driver: libno_such_driver.so.1: cannot open")
     assert launcher.unavailable(CPU) == "runs on NVIDIA's GPUs only"
@@ -80,21 +87,44 @@ def test_a_machine_without_a_driver_has_no_machine_code(monkeypatch):
     assert launcher.unavailable(GPU) == "runs on NVIDIA's GPUs only"
 
 
-def test_an_old_driver_is_refused(driver_library, tmp_path):
+@BY_BOTH_LAUNCHERS
+def test_a_library_that_lacks_what_a_driver_has_is_refused(classes):
+    with pytest.raises(RuntimeError, match=r"^the NVIDIA driver has no cuDriverGetVersion$"):
+        classes.CudaDriver("libm.so.6")
+
+
+@BY_BOTH_LAUNCHERS
+def test_an_old_driver_is_refused(driver_library, classes, tmp_path):
     made = cuda_stand_in.empty_package(tmp_path)
-    with cuda_stand_in.in_use(StandIn(driver_library, made, {}, version=11080), tmp_path):
+    with cuda_stand_in.in_use(StandIn(driver_library, made, {}, version=11080), tmp_path, classes):
         assert launcher.unavailable(CPU) == "needs an NVIDIA driver of CUDA 12.0 or later, got one of 11.8"
 
 
+@BY_BOTH_LAUNCHERS
 def test_a_driver_without_devices_is_refused(idle):
     idle.fail("cuInit", 101)
     assert launcher.unavailable(CPU).endswith(": unknown error (101)")
 
 
-def test_a_core_without_the_launcher_is_refused(idle, monkeypatch):
-    assert launcher.unavailable(CPU) is None
+def test_a_core_without_the_launcher_is_refused_unless_a_benchmark_has_one(monkeypatch, driver_library, tmp_path):
+    monkeypatch.delenv(launcher.INSTEAD, raising=False)
+    stand_in = StandIn(driver_library, cuda_stand_in.empty_package(tmp_path), {})
+    with cuda_stand_in.in_use(stand_in, tmp_path):
+        monkeypatch.setattr(native, "load", lambda: None)
+        assert launcher.unavailable(CPU) == "the native core was built without it"
+        monkeypatch.setenv(launcher.INSTEAD, driver.__name__)
+        assert launcher.unavailable(CPU) is None
+        project(BACKEND, torch.zeros(2, 64))
+        assert isinstance(launcher._driver(launcher.DRIVER), driver.CudaDriver)
+        assert stand_in.calls.stand_in_launches() == 2
+
+
+def test_the_native_core_comes_first(monkeypatch, classes):
+    monkeypatch.setenv(launcher.INSTEAD, "no_such_module")
+    assert launcher.classes() is classes
     monkeypatch.setattr(native, "load", lambda: None)
-    assert launcher.unavailable(CPU) == "the native core was built without it"
+    with pytest.raises(ImportError, match="no_such_module"):
+        launcher.classes()
 
 
 def test_another_capability_and_another_arithmetic_are_refused(idle, monkeypatch):

@@ -1,7 +1,8 @@
 """A GPU that is none: a stand-in for the NVIDIA driver, whose launches run on the emulator of PTX and CPU tensors.
 
-From a torch op to its bits everything is real but these two: the backend, the package with its machine code, the native
-launcher, the arguments in memory. The emulator runs the PTX that the code objects were assembled from.
+From a torch op to its bits everything is real but these two: the backend, the package with its machine code, the
+launcher (the native core's, or that of `bench.gpu_check`), the arguments in memory. The emulator runs the PTX that the
+code objects were assembled from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from ptx_emulator import cases, results
 from ptx_emulator.cases import PADDING
@@ -49,6 +51,8 @@ _RUN = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
 )
 _LAUNCH_FAILED = 719
+BY_BOTH_LAUNCHERS = pytest.mark.parametrize("classes", ["native", "ctypes"], indirect=True)
+"""Runs a test with the CudaDriver and CudaKernel of the native core, and with those of `bench.gpu_check.driver`."""
 STREAM = 0x5EED
 """The handle of the current stream."""
 BACKEND = Backend("cuda", lambda *arguments: product.project(*arguments), product.entries, launcher.unavailable)
@@ -205,10 +209,11 @@ class _Torch:
 
 
 @contextlib.contextmanager
-def in_use(stand_in: StandIn, folder: Path) -> Iterator[None]:
+def in_use(stand_in: StandIn, folder: Path, classes: Any = None) -> Iterator[None]:
     """Have the CPU pass for a GPU of compute capability 9.0 with 4 SMs, with this driver and the packages of a folder.
 
-    At the end nothing may have gone wrong, and nothing is remembered.
+    ``classes`` has the CudaDriver and CudaKernel that launch; the native core's unless given. At the end nothing may
+    have gone wrong, and nothing is remembered.
     """
     for cache in _caches():
         cache.cache_clear()
@@ -218,6 +223,8 @@ def in_use(stand_in: StandIn, folder: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.object(package, "FOLDER", folder))
         stack.enter_context(mock.patch.object(launcher, "DRIVER", str(stand_in.path)))
         stack.enter_context(mock.patch.object(launcher, "is_nvidia", return_value=True))
+        if classes is not None:
+            stack.enter_context(mock.patch.object(launcher, "classes", return_value=classes))
         stack.enter_context(mock.patch.object(launcher, "current_stream", return_value=(0, STREAM)))
         for module, name in (
             (product, "project"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -31,3 +31,24 @@ def instruments(monkeypatch: pytest.MonkeyPatch) -> Instruments:
     made = Instruments()
     made.patch(monkeypatch, turns)
     return made
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for the NVIDIA driver."""
+    pytest.importorskip("triton")
+    import cuda_stand_in
+
+    return cuda_stand_in.compile_stand_in(tmp_path_factory.mktemp("driver")) or pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def classes(request: pytest.FixtureRequest) -> Any:
+    """What has CudaDriver and CudaKernel: the native core, or what `cuda_stand_in.BY_BOTH_LAUNCHERS` asks for."""
+    from bench.gpu_check import driver
+    from poc_kernels.kernels import native
+
+    if getattr(request, "param", "native") == "ctypes":
+        return driver
+    core = native.load()
+    return core if hasattr(core, "CudaDriver") else pytest.skip("the native core has no launcher")

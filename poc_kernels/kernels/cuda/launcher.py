@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import os
 from typing import Any
 
 import torch
@@ -13,11 +15,25 @@ from . import package
 from .package import CodeObject, Package, PackageError
 
 DRIVER = "libcuda.so.1"
+INSTEAD = "POC_BENCH_CUDA_LAUNCHER"
+"""The variable in which benchmarks name a module with a CudaDriver and a CudaKernel, where nothing can be built."""
+
+
+def classes() -> Any:
+    """Return what has CudaDriver and CudaKernel: the native core, or else the module of INSTEAD; None without either.
+
+    Raises:
+        ImportError: the module of INSTEAD cannot be imported.
+    """
+    core, instead = native.load(), os.environ.get(INSTEAD)
+    if hasattr(core, "CudaDriver"):
+        return core
+    return importlib.import_module(instead) if instead else None
 
 
 @functools.cache
 def _driver(library: str) -> Any:
-    return native.load().CudaDriver(library)  # type: ignore[union-attr]
+    return classes().CudaDriver(library)
 
 
 @functools.cache
@@ -38,7 +54,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if not is_nvidia(device):
         return "runs on NVIDIA's GPUs only"
-    if not hasattr(native.load(), "CudaDriver"):
+    if classes() is None:
         return "the native core was built without it"
     try:
         _driver(DRIVER)
@@ -61,7 +77,7 @@ def current_stream(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _loaded(capability: tuple[int, int], name: str) -> Any:
     code: CodeObject = _package(capability).objects[name]
-    return native.load().CudaKernel(  # type: ignore[union-attr]
+    return classes().CudaKernel(
         driver=_driver(DRIVER),
         code=code.code,
         name=code.kernel,
