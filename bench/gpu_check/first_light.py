@@ -1,9 +1,10 @@
 """The first four minutes on a machine with a GPU: what is right, how fast the GPU is, and how fast the kernels are.
 
-It needs torch, Triton and the sources: no build, no installation, no pytest. Every check and every measurement runs in
-a process of its own, so that a kernel that crashes or hangs loses only itself. It ends itself. Its last lines are a
-table, which OUT/first-light.txt has too; OUT/first-light.tgz has all results and logs. --device cpu rehearses it with
-small cases under Triton's interpreter.
+It needs torch, Triton and the sources, with the package's machine code for this GPU among them: no build, no
+installation, no pytest. That machine code comes first, each code object by itself, and then what Triton compiles here.
+Every check and every measurement runs in a process of its own, so that a kernel that crashes or hangs loses only
+itself. It ends itself. Its last lines are a table, which OUT/first-light.txt has too; OUT/first-light.tgz has all
+results and logs. --device cpu rehearses it with small cases under Triton's interpreter, without machine code.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ TABLE_SECONDS = 5.0
 """Kept for the table and the archive."""
 GROUP_SECONDS = 30.0
 """The longest that one group of measurements takes."""
+GROUP_CHECK_SECONDS = 45.0
+"""The longest that code objects that are checked together take; then each is checked alone."""
+DRIVER = "bench.gpu_check.driver"
+"""Launches machine code where there is no native core."""
 WORKERS = max(1, min(12, (os.cpu_count() or 1) - 2))
 """Checks at the same time: most of their time they compile."""
 
@@ -87,11 +92,19 @@ def _words(result: Any) -> str:
     return result if isinstance(result, str) else "done"
 
 
+def _use_driver() -> None:
+    """Have machine code launched also where there is no native core, in this process and those that it starts."""
+    from poc_kernels.kernels.cuda import launcher
+
+    os.environ.setdefault(launcher.INSTEAD, DRIVER)
+
+
 def facts(device: str) -> dict[str, Any]:
     """Return what the device is, and why each backend does not run on it (None if it does)."""
     import torch
 
     from poc_kernels import backends
+    from poc_kernels.kernels.cuda import launcher
     from poc_kernels.kernels.triton import plan
 
     torch_device = torch.empty(0, device=device).device
@@ -100,6 +113,7 @@ def facts(device: str) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "a CPU, as a rehearsal",
         "capability": capability,
         "sms": sms,
+        "launcher": getattr(launcher.classes(), "__name__", None),
         "backends": {each.name: each.unavailable(torch_device) for each in backends.backends()},
     }
 
@@ -113,21 +127,60 @@ def _count_in_the_interpreter() -> None:
     interpreter._patch_lang_tensor = counting(interpreter._patch_lang_tensor)
 
 
-def _check(name: str, device: str, *arguments: Any) -> str | None:
-    """Make a check of `light_checks` in the process of a task."""
+def _check(name: str, device: str, *arguments: Any) -> Any:
+    """Make a check of `light_checks`, or of `light_shipped` if its name has a dot, in the process of a task."""
     import torch
 
-    from bench.gpu_check import light_checks
+    from bench.gpu_check import light_checks, light_shipped
 
     torch.set_num_threads(1)
     if device == "cpu":
         _count_in_the_interpreter()
-    verdict: str | None = getattr(light_checks, name)(torch.empty(0, device=device).device, *arguments)
-    return verdict
+    module, _, function = name.rpartition(".")
+    return getattr(light_shipped if module else light_checks, function)(
+        torch.empty(0, device=device).device, *arguments
+    )
+
+
+def check_shipped(light: Light, device: str, names: list[str], end: float) -> None:
+    """Check code objects of the package, and on a GPU what the backend `cuda` makes of them.
+
+    They are checked in groups; then alone those of a group that came to no end.
+    """
+    from bench.gpu_check import light_shipped
+
+    groups = {f"shipped {group}": of for group, of in light_shipped.groups(names).items()}
+    tasks = [
+        Task(name, _check, ("shipped.check_group", device, of), GROUP_CHECK_SECONDS) for name, of in groups.items()
+    ]
+    if device == "cuda":
+        calls: list[tuple[str, str, tuple[Any, ...]]] = [
+            ("shipped code in a graph with new rows and seeds", "graph", (True,)),
+            *((f"shipped code again and again, {bits} bits", "repeated", (bits, True)) for bits in (16, 8)),
+            ("shipped code as backend cuda, all it has to give", "backend", ("cuda",)),
+        ]
+        tasks += [Task(name, _check, (function, device, *arguments), 110.0) for name, function, arguments in calls]
+    alone: list[str] = []
+    for done in light.run(tasks, WORKERS, end):
+        of = groups.get(done.task.name)
+        if of is None:
+            light.checks[done.task.name] = done.error or done.result
+        elif done.error is None or done.error.startswith(apart.OUT_OF_TIME):
+            verdicts = {name: done.error or done.result[name] for name in of}
+            light.checks |= {f"shipped {name}": verdict for name, verdict in verdicts.items()}
+            for name, verdict in verdicts.items():
+                if verdict and done.error is None:
+                    light.say(f"    {name}: {verdict}")
+        else:
+            alone += of
+    tasks = [Task(f"shipped {name}", _check, ("shipped.check", device, name), GROUP_CHECK_SECONDS) for name in alone]
+    for done in light.run(tasks, WORKERS, end):
+        light.checks[done.task.name] = done.error or done.result
+    light.save()
 
 
 def checks(device: str, capability: tuple[int, int], sms: int, backends: list[str]) -> list[Task]:
-    """Return the checks, what others rest on first."""
+    """Return the checks of torch and of what Triton compiles here, what others rest on first."""
     from bench.gpu_check import light_checks, light_times
 
     small = device == "cpu"
@@ -168,20 +221,44 @@ def measure(light: Light, device: str) -> None:
         if time.monotonic() > light.end - TABLE_SECONDS:
             light.say(f"{bits} bits, M = {rows}: no time left")
             continue
-        forms = light_times.variants(capability, bits, rows, size, sms)  # type: ignore[arg-type]
-        forms = [form for form in forms if light.checks.get(_check_name(form), "not checked") is None]
+        shipped = _right(light, light_times.shipped_variants(capability, bits, rows, size, sms))
+        forms = _right(light, light_times.variants(capability, bits, rows, size, sms))
         forms = forms if device == "cuda" else forms[:2]
-        arguments = (device, bits, rows, forms, size, 4.0 if device == "cuda" else 0.1)
-        task = Task(f"times of {bits} bits, M = {rows}", _times, arguments, GROUP_SECONDS)
-        for done in light.run([task], 1, light.end - TABLE_SECONDS):
-            found = done.result or [light_times.Timed("all", None, done.error)]
-            light.times[f"{bits} {rows}"] = [timed._asdict() for timed in found]
-            for timed in found:
-                light.say(f"    {timed.name}: {timed.error or f'{1e6 * (timed.seconds or 0):.1f} us'}")
+        seconds = 4.0 if device == "cuda" else 0.1
+        # If Triton's forms end the process, the shipped ones are timed without them.
+        for number, of in enumerate([[*shipped, *forms]] + [shipped] * bool(shipped and forms)):
+            task = Task(
+                f"times of {bits} bits, M = {rows}{', shipped' if number else ''}",
+                *(_times, (device, bits, rows, of, size, seconds), GROUP_SECONDS),
+            )
+            for done in light.run([task], 1, light.end - TABLE_SECONDS):
+                _note_times(light, f"{bits} {rows}", done)
+            if done.error is None:
+                break
         light.save()
 
 
+def _right(light: Light, forms: list[Any]) -> list[Any]:
+    """Return the forms that were found right."""
+    return [form for form in forms if light.checks.get(_check_name(form), "not checked") is None]
+
+
+def _note_times(light: Light, group: str, done: Done) -> None:
+    from bench.gpu_check import light_times
+
+    found = done.result or [light_times.Timed("all", None, done.error)]
+    errors = [timed for timed in light.times.get(group, []) if timed["error"]]
+    light.times[group] = [*(timed._asdict() for timed in found), *errors]
+    for timed in found:
+        light.say(f"    {timed.name}: {timed.error or f'{1e6 * (timed.seconds or 0):.1f} us'}")
+
+
 def _check_name(form: Any) -> str:
+    """Return the name of the check of a form of bfloat16 rows, and of aligned columns if it is shipped."""
+    from poc_kernels.kernels.cuda import forms
+
+    if form.shipped:
+        return f"shipped {forms.product_name(1, form.bits, form.tile, form.parts, True)}"
     return f"product {form._replace(parts=1 if form.parts == 1 else 3)}"
 
 
@@ -231,6 +308,7 @@ def main() -> int:
         import torch
         import triton
 
+        _use_driver()
         light.say(f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}")
         for done in light.run([Task("facts", facts, (options.device,), 60.0)], 1, light.end):
             light.facts = done.result or {}
@@ -238,10 +316,16 @@ def main() -> int:
             return 1
         light.facts |= {"torch": torch.__version__, "triton": triton.__version__}
         light.say(json.dumps(light.facts))
-        names = [name for name, reason in light.facts["backends"].items() if reason is None and name != "reference"]
-        tasks = checks(options.device, tuple(light.facts["capability"]), light.facts["sms"], names)
-        left = light.end - TABLE_SECONDS - time.monotonic()
-        for done in light.run(tasks, WORKERS, time.monotonic() + CHECKS_SHARE * left):
+        capability, reasons = tuple(light.facts["capability"]), light.facts["backends"]
+        now = time.monotonic()
+        end = now + CHECKS_SHARE * (light.end - TABLE_SECONDS - now)
+        if reasons["cuda"] is None:
+            from bench.gpu_check import light_shipped
+
+            check_shipped(light, options.device, light_shipped.names(capability), end)
+        names = [name for name, reason in reasons.items() if reason is None and name not in ("cuda", "reference")]
+        tasks = checks(options.device, capability, light.facts["sms"], names)
+        for done in light.run(tasks, WORKERS, end):
             light.checks[done.task.name] = done.error or done.result
         light.save()
         measure(light, options.device)
@@ -250,7 +334,7 @@ def main() -> int:
         print(f"\n{light.table()}", flush=True)
     from bench.gpu_check import light_table
 
-    return 1 if light_table.not_right(light.checks) else 0
+    return 1 if light_table.failures(light.facts, light.checks) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What first light times: for each number of rows the table's form of the product, others, and P stored in bfloat16."""
+"""What first light times: for each number of rows the table's form of the product, others, and P stored in bfloat16.
+
+First those of the package's machine code, then what Triton compiles here.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from bench.projection.checks import Call, some_rows
 from bench.projection.gpu_clock import Clock, captured
 from poc_kernels import definition, reference
 from poc_kernels.definition import Request
-from poc_kernels.kernels.triton import product as kernels
+from poc_kernels.kernels.cuda import forms as shipped_forms
 from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.tiles import Tile
 
@@ -48,12 +51,24 @@ class Timed(NamedTuple):
     error: str | None = None
 
 
-def table_form(capability: tuple[int, int], bits: int, rows: int, size: int, sms: int) -> Form:
-    """Return the form that a call takes."""
+def table_form(capability: tuple[int, int], bits: int, rows: int, size: int, sms: int, shipped: bool = False) -> Form:
+    """Return the form that a call takes, by the machine code that is shipped or by Triton."""
     arithmetic = tile_table.arithmetic(capability)
-    tile = tile_table.choose(capability, rows, bits, arithmetic)
+    if shipped:
+        tile = shipped_forms.choose(capability, rows, bits, size % 16 == 0)
+    else:
+        tile = tile_table.choose(capability, rows, bits, arithmetic)
     tiles = -(-rows // tile.rows) * -(-size // tile.columns)
-    return Form(bits, tile, tile_table.splits(capability, tile, tiles, -(-size // 128), sms), arithmetic)
+    return Form(bits, tile, tile_table.splits(capability, tile, tiles, -(-size // 128), sms), arithmetic, shipped)
+
+
+def shipped_variants(capability: tuple[int, int], bits: int, rows: int, size: int, sms: int) -> list[Form]:
+    """Return the shipped forms to time, the table's first: other parts of K of few rows, other tiles of many."""
+    chosen = table_form(capability, bits, rows, size, sms, shipped=True)
+    if rows <= COLD_ROWS:
+        return [chosen] + [chosen._replace(parts=parts) for parts in (1, 2, 4, 8) if parts != chosen.parts]
+    others = [tile for tile in shipped_forms.tiles(capability, bits, size % 16 == 0) if tile != chosen.tile]
+    return [chosen] + [chosen._replace(tile=tile, parts=1) for tile in others if tile.rows >= COLD_ROWS]
 
 
 def variants(capability: tuple[int, int], bits: int, rows: int, size: int, sms: int) -> list[Form]:
@@ -104,9 +119,7 @@ def time_group(device: torch.device, bits: int, rows: int, forms: list[Form], si
     calls: dict[str, Call] = {}
     failed = []
     for form in forms:
-        call = functools.partial(
-            kernels.project, x, seed, request, tile=form.tile, splits=form.parts, arithmetic=form.arithmetic
-        )
+        call = functools.partial(form.project, x, seed, request)
         try:
             wrong = difference(_sample(call()), expected)
         except Exception as error:  # of one form

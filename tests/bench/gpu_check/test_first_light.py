@@ -12,8 +12,10 @@ import torch
 from bench_processes import ROOT, with_package
 
 pytest.importorskip("triton")
-from bench.gpu_check import first_light, light_checks, light_rates, light_table, light_times
+from bench.gpu_check import driver, first_light, light_checks, light_rates, light_table, light_times
 from bench.projection import model
+from poc_kernels.kernels import native
+from poc_kernels.kernels.cuda import launcher
 
 
 def test_wrong_rows_and_columns_are_named():
@@ -41,6 +43,34 @@ def test_every_form_that_is_timed_is_checked_before(capability, rows):
 
 
 FACTS = {"name": "GPU", "capability": [9, 0], "sms": 132}
+
+
+REFUSED = {"cuda": None, "triton": "leaves out a fence", "reference": None}
+
+
+def test_code_that_triton_compiles_where_it_is_refused_is_no_failure():
+    facts = {**FACTS, "launcher": "bench.gpu_check.driver", "backends": REFUSED}
+    checks = {"torch": None, "shipped hash": None, "shipped entries": None, "product 16 bits": "WRONG: 1 of 2"}
+    assert light_table.text(facts, checks, {}, {}).splitlines() == [
+        "FIRST LIGHT on GPU: 3 checks are right, 1 are not, 0 not made",
+        "  shipped code, launched by bench.gpu_check.driver: 2 of 2 checks are right",
+        "  Triton's code is not used here, whatever its checks say: leaves out a fence",
+        "  refused, and not right: product 16 bits: WRONG: 1 of 2",
+        "rates: not measured",
+    ]
+    assert light_table.failures(facts, checks) == {}
+    checks |= {"shipped hash": "WRONG: 3 of 4", "torch": "WRONG"}
+    assert set(light_table.failures(facts, checks)) == {"torch", "shipped hash"}
+    assert "  NOT RIGHT shipped hash: WRONG: 3 of 4" in light_table.text(facts, checks, {}, {})
+    assert set(light_table.failures(FACTS, checks)) == {"torch", "shipped hash", "product 16 bits"}
+
+
+def test_machine_code_that_is_not_there_is_a_line():
+    reason = "sm_90.tar.xz was compiled from other sources than those that are installed"
+    facts = {**FACTS, "launcher": None, "backends": {"cuda": reason, "triton": None}}
+    lines = light_table.text(facts, {"entries": None}, {}, {}).splitlines()
+    assert lines[1:] == [f"  SHIPPED CODE NOT CHECKED: {reason}", "rates: not measured"]
+    assert light_table.failures(facts, {"entries": None}) == {}
 
 
 def test_the_table_holds_times_against_the_model():
@@ -154,3 +184,14 @@ def test_it_ends_itself_with_a_table(tmp_path):
     assert "FIRST LIGHT" in done.stdout
     assert (tmp_path / "first-light.txt").read_text() in done.stdout
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_where_nothing_is_built_its_own_driver_launches(monkeypatch):
+    """In this process and in those that it starts, as trials of backends do."""
+    monkeypatch.setenv(launcher.INSTEAD, "")
+    monkeypatch.delenv(launcher.INSTEAD)
+    monkeypatch.setattr(native, "load", lambda: None)
+    assert launcher.classes() is None
+    first_light._use_driver()
+    assert launcher.classes() is driver
+    assert first_light.facts("cpu")["launcher"] == first_light.DRIVER == os.environ[launcher.INSTEAD]
