@@ -178,7 +178,7 @@ bench-soundness: $(VENV)/installed-dev $(if $(filter smollm2,$(MODEL)),$(SMOLLM2
 # For a machine with a GPU, even without a network. Installs into PYTHON's own packages, which need torch, transformers,
 # what the build takes (pybind11, scikit-build-core, cmake, ninja) and what the tests take (pytest, pytest-benchmark,
 # hypothesis, scipy, matplotlib); WHEELS is a folder with wheels of what is missing. What cannot be installed is not the
-# end: the sources serve, without the native core. Then runs known answers, the benchmarks, the tests marked gpu in
+# end: the sources serve, without the native core; machine code is launched by bench/gpu_check/driver.py. Then runs known answers, the benchmarks, the tests marked gpu in
 # several processes and compute-sanitizer, in TOTAL_SECONDS including the build (bench/gpu_check/run.py has the plan).
 # The folder GPU_CHECK_OUT gets a table and an archive of all results. make gpu-check DEVICE=cpu rehearses it, in about
 # two minutes on 2 cores.
@@ -186,7 +186,8 @@ gpu-check:
 	$(if $(WHEELS),-$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	if ! timeout 120 $(PYTHON) -m pip install --no-build-isolation --no-deps .; then \
 	echo "gpu-check: the package cannot be installed, so its sources serve, without the native core"; \
-	export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" POC_TESTS_WITHOUT_NATIVE=1; fi; \
+	export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" POC_TESTS_WITHOUT_NATIVE=1 \
+	POC_BENCH_CUDA_LAUNCHER=bench.gpu_check.driver; fi; \
 	$(PYTHON) -m bench.gpu_check $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --total $(TOTAL_SECONDS) \
 	--round-args="$(ROUND_ARGS)"
 

@@ -25,6 +25,8 @@ from bench.gpu_check.steps import Check, Command, take_signals
 TESTS = ("tests/test_*.py", "tests/kernels", "tests/protocol", "tests/engines/transformers/test_engine.py")
 OVERLAP_TESTS = "tests/test_cuda_colocated.py"
 """These look at what runs at the same time, so nothing else may run."""
+GPU_BACKENDS = "cuda,triton"
+"""Those with kernels of their own for GPUs, the better one first."""
 SHARDS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """Processes that share the tests."""
 
@@ -96,7 +98,7 @@ def _module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"bench.{name}", *arguments]
 
 
-PYTEST = "import pytest; sys.exit(pytest.console_main())"
+PYTEST = "import pytest; sys.exit(pytest.main())"
 MARKED_GPU = ("-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider")
 GOES_ON = ("--continue-on-collection-errors",)
 """A file that takes a package that the machine lacks fails by itself."""
@@ -113,18 +115,19 @@ def _verify() -> Command:
 
 
 def _measure_what_is_wrong(check: Check) -> None:
-    """Have the projection's suite measure the Triton kernels even if the last step, `verify`, rejected them.
+    """Have the projection's suite measure the GPU's kernels even if the last step, `verify`, rejected them.
 
     The suite compares the bits of every case: what is right is measured, only what is wrong fails. A `verify` that
-    failed only for another backend has not rejected them. One that was late says nothing: they are measured without
+    found one of these backends right leaves it to serve. One that was late says nothing: they are measured without
     another trial, which would take as long.
     """
     if check.outcomes[-1].result.startswith("not done"):
-        os.environ |= {"POC_BENCH_TRUST": "triton", "POC_BENCH_VERDICT": "NOT VERIFIED IN TIME"}
+        os.environ |= {"POC_BENCH_TRUST": GPU_BACKENDS, "POC_BENCH_VERDICT": "NOT VERIFIED IN TIME"}
     if check.outcomes[-1].result.startswith("FAILED with"):
         verdicts = (check.out / "verify.log").read_text()
-        if not re.search(r"^triton +cuda:0 +gives the known answers", verdicts, re.MULTILINE):
-            os.environ["POC_BENCH_TRUST"] = "triton"
+        any_of_them = GPU_BACKENDS.replace(",", "|")
+        if not re.search(rf"^({any_of_them}) +cuda:0 +gives the known answers", verdicts, re.MULTILINE):
+            os.environ["POC_BENCH_TRUST"] = GPU_BACKENDS
 
 
 def _sees_a_device(check: Check, command: Command) -> bool:

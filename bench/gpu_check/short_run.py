@@ -14,7 +14,8 @@ from poc_kernels.protocol import nonce_inputs, permutations
 def main(name: str) -> None:
     """Run the ops on the device of that name."""
     device = torch.empty(0, device=name).device
-    backends.trust("triton", device)  # "verify" has tried it, which takes too long under compute-sanitizer
+    for backend in ("cuda", "triton"):  # "verify" has tried them, which takes too long under compute-sanitizer
+        backends.trust(backend, device)
     seed = poc_kernels.seed_tensor(7, device)
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in ((1, 1000), (33, 1000), (300, 512)):

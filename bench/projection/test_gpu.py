@@ -32,10 +32,10 @@ try:
 except ImportError:  # no Triton
     randn_product = None  # type: ignore[assignment]
 
-TRUSTED = os.environ.get("POC_BENCH_TRUST", "")
-"""A backend that is measured although `poc-kernels verify` rejected it, or did not end in time."""
+TRUSTED = tuple(filter(None, os.environ.get("POC_BENCH_TRUST", "").split(",")))
+"""Backends that are measured although `poc-kernels verify` rejected them, or did not end in time."""
 VERDICT = os.environ.get("POC_BENCH_VERDICT", "REJECTED BY VERIFY")
-"""What is said of it."""
+"""What is said of them."""
 QUICK = os.environ.get("POC_BENCH_QUICK") == "1"
 SIZES = (128,) if QUICK else (1024, 4096, 5120, 7168, 8192)
 ROWS = (1, 32) if QUICK else (1, 8, 32, 64, 256, 1024, 4096, 8192, 16384)
@@ -85,9 +85,9 @@ def clock(device: torch.device) -> Clock:
 
 @pytest.fixture(autouse=True)
 def trusted(device: torch.device) -> None:
-    """Use the backend that is asked for without trying it: each case compares its own bits."""
-    if TRUSTED and device.type == "cuda":
-        backends.trust(TRUSTED, torch.empty(0, device=device).device)
+    """Use the backends that are asked for without trying them: each case compares its own bits."""
+    for name in TRUSTED if device.type == "cuda" else ():
+        backends.trust(name, torch.empty(0, device=device).device)
 
 
 def _urgency(case: tuple[int, int]) -> tuple[bool, bool, int, int]:
@@ -177,7 +177,7 @@ def _timed(benchmark: BenchmarkFixture, clock: Clock, calls: dict[str, Call], de
 def _backend(device: torch.device) -> str:
     """Return which backend serves the device, and what `verify` has against it."""
     name = backends.select(device).name
-    return f"{name}, {VERDICT}" if name == TRUSTED else name
+    return f"{name}, {VERDICT}" if name in TRUSTED else name
 
 
 @pytest.mark.benchmark(group="bounds-gpu")

@@ -14,9 +14,10 @@ from bench_processes import FIRST_INTERRUPT, PYTEST_ALONE, ROOT, WAITS, run_pyth
 from helpers import CPU
 
 import poc_kernels
+from bench.gpu_check import driver, short_run, short_vllm, steps
 from bench.gpu_check import run as gpu_check
-from bench.gpu_check import short_run, short_vllm, steps
 from poc_kernels import backends
+from poc_kernels.kernels.cuda import launcher
 
 RIGHT, WRONG = "gives the known answers", "FAILED, never used: a tile"
 
@@ -25,13 +26,16 @@ RIGHT, WRONG = "gives the known answers", "FAILED, never used: a tile"
     ("verdicts", "status", "trusted"),
     [
         ([f"triton        cuda:0  {RIGHT}, serves this device"], 0, None),
-        ([f"triton        cuda:0  {WRONG}"], 1, "triton"),
-        (["triton        cuda:0  NOT TRIED: out of memory"], 1, "triton"),
+        ([f"triton        cuda:0  {WRONG}"], 1, "cuda,triton"),
+        (["triton        cuda:0  NOT TRIED: out of memory"], 1, "cuda,triton"),
         ([f"native-avx2   cpu     {WRONG}", f"triton        cuda:0  {RIGHT}"], 1, None),
-        ([f"triton        cuda:0  {WRONG}", f"triton        cuda:1  {RIGHT}"], 1, "triton"),
-        ([], 1, "triton"),
+        ([f"cuda          cuda:0  {WRONG}", f"triton        cuda:0  {RIGHT}"], 1, None),
+        ([f"cuda          cuda:0  {RIGHT}", f"triton        cuda:0  {WRONG}"], 1, None),
+        ([f"cuda          cuda:0  {WRONG}", "triton        cuda:0  not available: a fence"], 1, "cuda,triton"),
+        ([f"triton        cuda:0  {WRONG}", f"triton        cuda:1  {RIGHT}"], 1, "cuda,triton"),
+        ([], 1, "cuda,triton"),
     ],
-    ids=["right", "wrong", "untried", "another wrong", "right on another", "crashed"],
+    ids=["right", "wrong", "untried", "on CPU", "cuda wrong", "triton wrong", "refused", "right on another", "crashed"],
 )
 def test_kernels_that_verify_rejects_are_measured_all_the_same(make_check, monkeypatch, verdicts, status, trusted):
     monkeypatch.setenv("POC_BENCH_TRUST", "")
@@ -49,9 +53,9 @@ def test_what_is_measured_against_the_verdict_of_verify_says_so(monkeypatch):
 
     serving = suite.backends.select(CPU).name
     assert suite._backend(CPU) == serving
-    monkeypatch.setattr(suite, "TRUSTED", serving)
+    monkeypatch.setattr(suite, "TRUSTED", ("cuda", serving))
     assert suite._backend(CPU) == f"{serving}, REJECTED BY VERIFY"
-    monkeypatch.setattr(suite, "TRUSTED", "triton")
+    monkeypatch.setattr(suite, "TRUSTED", ("cuda", "triton"))
     assert suite._backend(CPU) == serving, "another backend serves, which nothing was said of"
 
 
@@ -131,16 +135,16 @@ def test_make_starts_it_without_an_option_that_python_3_10_lacks():
 def test_make_goes_on_from_the_sources_where_the_package_cannot_be_installed(tmp_path, installs):
     """With a Python that installs nothing, and otherwise says which sources it would run."""
     python = tmp_path / "python"
-    says = 'echo "ran $PYTHONPATH $* without=$POC_TESTS_WITHOUT_NATIVE"'
+    says = f'echo "ran $PYTHONPATH $* without=$POC_TESTS_WITHOUT_NATIVE launcher=${launcher.INSTEAD}"'
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit {int(not installs)}\n{says}\n')
     python.chmod(0o755)
     arguments = ["make", "gpu-check", "DEVICE=cpu", f"PYTHON={python}", "TOTAL_SECONDS=420", "GPU_CHECK_OUT=here"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", launcher.INSTEAD)}
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     (ran,) = re.findall(r"^ran (.*)", done.stdout, re.MULTILINE)
     assert ran.startswith(" -m bench.gpu_check here" if installs else f"{ROOT} -m bench.gpu_check here")
     assert "--total 420" in ran
-    assert ran.endswith("without=" if installs else "without=1")
+    assert ran.endswith("without= launcher=" if installs else f"without=1 launcher={driver.__name__}")
     assert bool(re.search("^gpu-check: the package cannot be installed", done.stdout, re.MULTILINE)) == (not installs)
 
 
@@ -165,7 +169,7 @@ def test_tests_that_look_at_what_overlaps_run_alone():
 def test_tests_on_a_gpu_take_nothing_that_serves_http():
     """A machine with a GPU that only computes may lack it."""
     files = [part for part in gpu_check._tests("cpu")[0].arguments if part.endswith(".py") or Path(part).is_dir()]
-    lacking = ["fastapi", "starlette", "uvicorn", "openai", "pythonjsonlogger", "vllm"]
+    lacking = ["fastapi", "starlette", "uvicorn", "openai", "pythonjsonlogger", "pydantic", "vllm"]
     code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); import pytest; sys.exit(pytest.main())"
     done = subprocess.run(
         [sys.executable, "-c", code, *gpu_check.MARKED_GPU, "--collect-only", *files],
@@ -213,7 +217,7 @@ def test_the_short_run_of_the_ops_tries_no_backend_again(monkeypatch, capsys):
 
     monkeypatch.setattr(backends, "trust", noting)
     short_run.main("cpu")
-    assert trusted == [("triton", "cpu")]
+    assert trusted == [("cuda", "cpu"), ("triton", "cpu")]
     assert capsys.readouterr().out == "short run done\n"
 
 
@@ -257,7 +261,7 @@ def test_a_late_verify_says_nothing(make_watched, monkeypatch):
     check.run("verify", step_command(WAITS), must_end=False)
     gpu_check._measure_what_is_wrong(check)
     assert check.outcomes[0].result == "not done after 90 s"
-    assert os.environ["POC_BENCH_TRUST"] == "triton"
+    assert os.environ["POC_BENCH_TRUST"] == "cuda,triton"
     assert os.environ["POC_BENCH_VERDICT"] == "NOT VERIFIED IN TIME"
 
 
