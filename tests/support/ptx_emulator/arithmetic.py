@@ -139,9 +139,10 @@ class Arithmetic(Emitter):
         self.assign(s, s.operands[0], expression)
 
     def op_abs(self, s: Instruction, parts: list[str]) -> None:
-        _, kind = self.split_type(parts, (), "s(16|32|64)|f32")
-        if kind == "f32":
-            self.assign(s, s.operands[0], f"{self.value(s.operands[1], 'u32')} & {self.constant(2**31 - 1, 'u4')}")
+        _, kind = self.split_type(parts, (), "s(16|32|64)|f32|f16x2")
+        if kind[0] == "f":  # of both halves
+            without_sign = {"f32": 0x7FFFFFFF, "f16x2": 0x7FFF7FFF}[kind]
+            self.assign(s, s.operands[0], f"{self.value(s.operands[1], 'u32')} & {self.constant(without_sign, 'u4')}")
         else:
             self.result(s, kind, f"np.abs({self.value(s.operands[1], kind)})")
 

@@ -201,11 +201,15 @@ class LongRows(NamedTuple):
     dtype: str
     bits: int
     parts: int
+    aligned: bool = True
+    """To 16 bytes, each row and its length."""
 
     def run(self) -> list[Pair]:
         """Launch it."""
-        k = plan.LONGEST_BLOCK + 128
+        k = plan.LONGEST_BLOCK + 128 - (not self.aligned)
         x = rows_at_the_ends_of_the_ranges(10, k, getattr(torch, self.dtype), 8)
+        if not self.aligned:
+            x = torch.nn.functional.pad(x, (1, 1), value=torch.nan)[:, 1:-1]
         seed = definition.seed_tensor(2**62 + 1, "cpu")
         request = _request(domain=0, columns=16, column_start=64, activation_bits=self.bits)
         tile = tile_table.tiles(divmod(self.capability, 10), self.bits, "int8")[0]
@@ -330,9 +334,10 @@ def all_cases(capability: int) -> list[Case]:
         *_other_orders(capability),
         *(Sizes(capability, bits, parts, *size) for size in _SIZES for bits, parts in ((16, 1), (8, 2))),
         *(
-            LongRows(capability, dtype, bits, parts)
+            LongRows(capability, dtype, bits, parts, aligned)
             for dtype in ("bfloat16", "float32", "float16")
             for bits, parts in ((16, 1), (8, 5))
+            for aligned in (True, False)
         ),
         *(Entries(capability, *window) for window in _WINDOWS),
         *(Inputs(capability, *numbers) for numbers in _INPUTS),
@@ -365,6 +370,7 @@ _USUAL: dict[int, Callable[[], list[Case]]] = {
         *(case for case in all_cases(90) if isinstance(case, Sizes | Entries | Inputs)),
         LongRows(90, "bfloat16", 16, 1),
         LongRows(90, "float32", 8, 5),
+        LongRows(90, "float16", 16, 1, False),
         KnownAnswers(90, "all"),
     ],
     120: lambda: [*_every_tile(120, parts=(3,)), Product(120, "int8", 16, 64, 16, 1, "projection")],
