@@ -96,6 +96,11 @@ class PoCConfig:
         if self.callback_url is not None:
             check_url("callback_url", self.callback_url)
 
+    @property
+    def positions(self) -> int:
+        """Positions of every forward: rows that are missing are filled up."""
+        return self.batch_size * self.seq_len
+
     def forward_key(self) -> Hashable:
         """Return what determines a forward, as the configuration says it; `ProofForm.forward_key` fills in defaults."""
         return (

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..protocol import Round, RoundEndedError, Validation
+from .line import Line, cost
 
 logger = logging.getLogger("poc_kernels")
 
@@ -134,6 +135,20 @@ def _first_forward(waiting: Iterable[tuple[ValidationJob, int]]) -> Forward:
     return forward
 
 
+def _take_away(forward: Forward, left: dict[str, dict[ValidationJob, int]], line: Line) -> None:
+    """Have a forward be computed: ``left`` has the nonces that wait, by submitters, and ``line`` their order."""
+    line.end_turn(forward[0][0].submitter)
+    for job, nonces in forward:
+        jobs = left.get(job.submitter, {})
+        if job in jobs:  # else it was cancelled meanwhile
+            jobs[job] -= nonces
+            if jobs[job] == 0:
+                del jobs[job]
+            if not jobs:
+                del left[job.submitter]
+                line.leave(job.submitter)
+
+
 @dataclasses.dataclass
 class _Share:
     """Jobs of one submitter that wait, and their nonces."""
@@ -145,11 +160,11 @@ class _Share:
 class ValidationQueue:
     """Batches that wait to be validated, including those in work. Thread-safe; no call blocks.
 
-    Forwards are given out in turn, one to each submitter that has something waiting; a submitter's own batches are
-    served first come, first served. Rows that the submitter whose turn it is leaves free go to the others, in the order
-    of their turns, which they keep. A submitter with nothing waiting is admitted wherever its batch fits; one with
-    something waiting only while its share then is no larger than the room that it leaves to others, in nonces and in
-    batches.
+    Forwards are given out in turn, so that each submitter that has something waiting gets as many positions as any
+    other (`Line`); a submitter's own batches are served first come, first served. Rows that the submitter whose turn it
+    is leaves free go to the others, in the order of their turns, which they keep. A submitter with nothing waiting is
+    admitted wherever its batch fits; one with something waiting only while its share then is no larger than the room
+    that it leaves to others, in nonces and in batches.
 
     Args:
         max_nonces: maximum number of nonces waiting, and of nonces of finished jobs that are kept.
@@ -179,7 +194,8 @@ class ValidationQueue:
         self._result_seconds = result_seconds
         self._ended = ended
         self._lock = threading.Lock()
-        self._waiting: collections.OrderedDict[str, _Share] = collections.OrderedDict()  # the next to be served first
+        self._waiting: dict[str, _Share] = {}
+        self._line = Line(max_batches)
         self.batches = 0
         """Batches waiting to be validated, including those in work."""
         self.nonces = 0
@@ -241,7 +257,9 @@ class ValidationQueue:
             if self.batches == 0:
                 self._rate_until = now  # idle time is no part of the rate
             job = ValidationJob(validation=validation, submitter=submitter, keep=keep, submitted=now)
-            self._waiting.setdefault(submitter, share)
+            if submitter not in self._waiting:
+                self._waiting[submitter] = share
+                self._line.enter(submitter)
             share.jobs.append(job)
             share.nonces += nonces
             self.nonces += nonces
@@ -273,10 +291,12 @@ class ValidationQueue:
     def next(self) -> Forward | None:
         """Return the forward that is to run next, which `computed` or `failed` ends; None if nothing waits."""
         with self._lock:
-            forward = _first_forward((job, job.left) for share in self._waiting.values() for job in share.jobs)
-            self._latest = forward[0][0] if forward else None
-            if not forward:
+            self._latest = None
+            if not self._waiting:
                 return None
+            self._line.begin_turn({name: cost(share.jobs[0].round.config) for name, share in self._waiting.items()})
+            forward = _first_forward((job, job.left) for name in self._line for job in self._waiting[name].jobs)
+            self._latest = forward[0][0]
             now = time.monotonic()
             for job, _ in forward:
                 if job.state == JobState.QUEUED:
@@ -294,22 +314,21 @@ class ValidationQueue:
             For each forward its jobs, each with how many nonces, and how many others of the job come before these.
         """
         with self._lock:
-            left = {submitter: {job: job.left for job in share.jobs} for submitter, share in self._waiting.items()}
-        forwards = [] if after is None else [after]
+            line = self._line.copy()
+            left = {name: {job: job.left for job in self._waiting[name].jobs} for name in line}
+        before, forward = None, after
         found: list[list[tuple[ValidationJob, int, int]]] = []
         while len(found) < count:
-            for job, nonces in forwards[-1] if forwards else ():
-                jobs = left.get(job.submitter, {})
-                if job in jobs:  # else it was cancelled meanwhile
-                    jobs[job] -= nonces
-                    if jobs[job] == 0:
-                        del jobs[job]
-            if forwards and (turn := left.pop(forwards[-1][0][0].submitter, None)) is not None:
-                left[forwards[-1][0][0].submitter] = turn
-            forwards.append(_first_forward(pair for jobs in left.values() for pair in jobs.items()))
-            if not forwards[-1] or forwards[-1][0][0].round is not forwards[0][0][0].round:
+            if forward is not None:
+                before = forward[0][0].round
+                _take_away(forward, left, line)
+            if not left:
                 break
-            found.append([(job, nonces, job.left - left[job.submitter][job]) for job, nonces in forwards[-1]])
+            line.begin_turn({name: cost(next(iter(jobs)).round.config) for name, jobs in left.items()})
+            forward = _first_forward(pair for name in line for pair in left[name].items())
+            if before not in (None, forward[0][0].round):
+                break
+            found.append([(job, nonces, job.left - left[job.submitter][job]) for job, nonces in forward])
         return found
 
     def computed(self, forward: Forward) -> list[ValidationJob]:
@@ -325,7 +344,7 @@ class ValidationQueue:
                 self.nonces -= nonces
             if waiting:
                 self._measure(sum(nonces for _, nonces in waiting))
-            self._end_turn(forward)
+            self._line.end_turn(forward[0][0].submitter)
             return [job for job, _ in waiting if job.left == 0]
 
     def failed(self, forward: Forward, error: Exception) -> None:
@@ -339,7 +358,7 @@ class ValidationQueue:
         with self._lock:
             for job, _ in forward:
                 job.alone = True
-            self._end_turn(forward)
+            self._line.end_turn(forward[0][0].submitter)
 
     def finish(self, job: ValidationJob, outcome: Any) -> bool:
         """End ``job``: DONE with its verdict, CANCELLED by a `RoundEndedError`, FAILED by any other error.
@@ -359,7 +378,7 @@ class ValidationQueue:
     def cancel(self, ended: Callable[[ValidationJob], bool], reason: str) -> None:
         """End every job of which ``ended`` is true, the one in work too, with a `RoundEndedError` of that reason."""
         with self._lock:
-            jobs = [job for share in self._waiting.values() for job in share.jobs if ended(job)]
+            jobs = [job for name in self._line for job in self._waiting[name].jobs if ended(job)]
             for job in jobs:
                 self._end(job, RoundEndedError(reason))
         for job in jobs:
@@ -373,17 +392,13 @@ class ValidationQueue:
 
     # ---- under the lock ----
 
-    def _end_turn(self, forward: Forward) -> None:
-        submitter = forward[0][0].submitter
-        if submitter in self._waiting:
-            self._waiting.move_to_end(submitter)
-
     def _end(self, job: ValidationJob, outcome: Any) -> None:
         share = self._waiting[job.submitter]
         share.jobs.remove(job)
         share.nonces -= job.left
         if not share.jobs:
             del self._waiting[job.submitter]
+            self._line.leave(job.submitter)
         self.nonces -= job.left
         self.batches -= 1
         if self._latest is job:

@@ -117,7 +117,7 @@ class RoundService:
         if values.get("use_random_projection") is None:
             values = {**values, "use_random_projection": self.settings.random_projection}
         config = PoCConfig(**values)
-        tokens, limit = config.batch_size * config.seq_len, self.settings.max_proof_tokens
+        tokens, limit = config.positions, self.settings.max_proof_tokens
         if tokens > limit:
             raise ValueError(f"batch_size * seq_len must be at most {limit} on this node, got {tokens}")
         if config.callback_url is not None:

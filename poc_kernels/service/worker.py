@@ -17,6 +17,7 @@ from ..protocol import IllegalTransitionError, PoCConfig, PoCManager, PoCState, 
 from ..protocol.prover import AHEAD
 from ..scheduling import TurnsClosed
 from .device import Device
+from .line import cost, still_owed
 from .queue import Forward, ValidationJob, ValidationQueue
 from .settings import ServiceSettings
 
@@ -62,8 +63,8 @@ class ProofWorker:
         )
         self._condition = threading.Condition()
         self._users_paused = False
-        self._owed_tokens = 0
-        """Positions of forwards to validate that the generating round has not had its own for."""
+        self._owed = 0
+        """Positions that forwards to validate had beyond those of the generating round: see `still_owed`."""
         self._drain_end: float | None = None
         self._closing = False
         self._idle = False
@@ -176,8 +177,8 @@ class ProofWorker:
     def _step(self) -> bool:
         """Compute a forward to validate, and one of the round; return whether something failed.
 
-        While a round generates, it gets at least half of the positions that are computed, however large the forwards
-        to validate are.
+        While a round generates, a turn to validate is worth a batch of it: the round gets at least half of the
+        positions that are computed, however large the forwards to validate are.
         """
         try:
             generating = self._manager.state == PoCState.GENERATING
@@ -186,12 +187,12 @@ class ProofWorker:
             self._resume_users()
             config = self._manager.config if self._users_paused and generating else None
             if config is None:
-                self._owed_tokens = 0
-            failed = self._owed_tokens <= 0 and self._validate_some()
-            if config is not None:
-                self._owed_tokens = max(0, self._owed_tokens - _tokens(config))
-                failed = self._generate() or failed
-            return failed
+                self._owed = 0
+                return self._validate_some()[1]
+            worth = cost(config)
+            had, failed = self._validate_some() if self._owed < worth else (0, False)
+            self._owed = still_owed(self._owed, had, worth)
+            return self._generate() or failed
         except TurnsClosed:
             raise
         except Exception as error:  # of the device: a proof's own are caught where it is computed
@@ -260,12 +261,12 @@ class ProofWorker:
             self._callbacks.generated(config.callback_url, body, per_nonce=per_nonce, nonces=valid.nonces)
         return False
 
-    def _validate_some(self) -> bool:
-        """Compute one forward of the batches whose turn it is; return whether that failed."""
+    def _validate_some(self) -> tuple[int, bool]:
+        """Compute one forward of the batches whose turn it is; return what it cost, and whether it failed."""
         forward = self.queue.next()
         if forward is None:
-            return False
-        self._owed_tokens += _tokens(forward[0][0].round.config)
+            return 0, False
+        had = cost(forward[0][0].round.config)
         try:
             with self._slices():
                 shares = [(job.validation, nonces) for job, nonces in forward]
@@ -275,11 +276,11 @@ class ProofWorker:
         except Exception as error:
             failed = self._count_failure(error)
             self.queue.failed(forward, error)  # last: whoever waits for it may look at what was counted
-            return failed
+            return had, failed
         self._succeeded()
         for job in self.queue.computed(forward):
             self._judge(job)
-        return False
+        return had, False
 
     def _after_validated(self, forward: Forward) -> list[list[Row]]:
         """Return the rows of the forwards that follow one to validate, as far as is known: see `Prover.prove`."""
@@ -292,7 +293,7 @@ class ProofWorker:
         config = self._manager.config
         if config is None:
             return []
-        if self._owed_tokens > 0:
+        if self._owed >= cost(config):
             return self._manager.upcoming(config, 1 + AHEAD)[1:]
         return _alternate(self._to_validate(config), self._manager.upcoming(config, 1 + AHEAD)[1:])
 
@@ -383,11 +384,6 @@ class ProofWorker:
         self._failure = type(error).__name__  # whoever asks for the health may not learn more
         self._metrics.batch_failed()
         logger.error("a proof batch failed, the next try follows", exc_info=error)
-
-
-def _tokens(config: PoCConfig) -> int:
-    """Return the positions of a forward; rows that are missing are filled."""
-    return config.batch_size * config.seq_len
 
 
 def _alternate(first: list[list[Row]], second: list[list[Row]]) -> list[list[Row]]:

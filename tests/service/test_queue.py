@@ -9,7 +9,7 @@ import operator
 import threading
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -171,6 +171,77 @@ def test_a_small_batch_does_not_wait_for_a_large_one() -> None:
     for _ in range(4):
         compute(queue)
     assert small.state == JobState.DONE
+
+
+def of(batch_size: int, seq_len: int = 256) -> Round:
+    return Round(dataclasses.replace(ROUND.config, batch_size=batch_size, seq_len=seq_len))
+
+
+def had(forwards: Iterable[Forward]) -> Counter[str]:
+    """Positions that each submitter had in its turns."""
+    positions: Counter[str] = Counter()
+    for forward in forwards:
+        job = forward[0][0]
+        positions[job.submitter] += job.round.config.positions
+    return positions
+
+
+def test_a_small_batch_does_not_wait_for_large_forwards() -> None:
+    """200 nonces in forwards of 32 rows, beside 10,240 in forwards of 1024."""
+    queue = ValidationQueue(100_000)
+    put(queue, 10 * 1024, "large", of=of(1024, 16))
+    compute(queue)
+    small = put(queue, 200, "small", of=of(32, 16))
+    assert "".join(turn[0] for turn in turns(queue, 8)) == "lsssssss"
+    assert small.state == JobState.DONE
+
+
+def test_a_large_forward_does_not_wait_for_small_batches() -> None:
+    """It has its turn once the others had as many positions."""
+    queue = ValidationQueue(100_000)
+    put(queue, 10_000, "small", of=of(32, 16))
+    large = put(queue, 2 * 1024, "large", of=of(1024, 16))
+    order = "".join(turn[0] for turn in turns(queue, 70))
+    assert order == "sl" + "s" * 32 + "l" + "s" * 35
+    assert large.state == JobState.DONE
+
+
+def test_three_submitters_of_different_shapes_have_the_same_positions() -> None:
+    queue = ValidationQueue(1_000_000)
+    shapes = {"a": (1024, 16), "b": (32, 16), "c": (8, 100)}
+    for submitter, shape in shapes.items():
+        put(queue, 100_000, submitter, of=of(*shape))
+    positions = had(forward for _ in range(1000) if (forward := compute(queue)))
+    assert positions.keys() == shapes.keys()
+    assert max(positions.values()) - min(positions.values()) <= 1024 * 16 + 32 * 16
+    assert min(positions.values()) > 10 * 1024 * 16
+
+
+def test_a_submitter_that_comes_late_makes_up_for_nothing() -> None:
+    queue = ValidationQueue(1_000_000)
+    put(queue, 100_000, "early", of=of(1024, 16))
+    for _ in range(50):
+        compute(queue)
+    put(queue, 100_000, "late", of=of(32, 16))
+    positions = had(forward for _ in range(700) if (forward := compute(queue)))
+    assert abs(positions["early"] - positions["late"]) <= 1024 * 16 + 32 * 16
+    assert positions["early"] > 15 * 1024 * 16
+
+
+def test_large_batches_one_by_one_gain_nothing() -> None:
+    """Whoever waits for each verdict before the next batch has nothing waiting in between."""
+    queue = ValidationQueue(1_000_000)
+    put(queue, 100_000, "small", of=of(32, 16))
+    large = of(1024, 16)
+    positions: Counter[str] = Counter()
+    waiting = put(queue, 1024, "large", of=large)
+    for _ in range(1000):
+        if waiting.finished is not None:
+            waiting = put(queue, 1024, "large", of=large)
+        forward = compute(queue)
+        assert forward is not None
+        positions += had([forward])
+    assert abs(positions["large"] - positions["small"]) <= 1024 * 16 + 32 * 16
 
 
 # ---- admission ----
@@ -634,16 +705,16 @@ def test_bounds_that_make_no_sense(arguments: tuple[Any, ...], message: str) -> 
 
 
 @given(
-    puts=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.sampled_from([0, 0, 1])), max_size=8),
+    puts=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.sampled_from([0, 0, 1, 2])), max_size=8),
     alone=st.sets(st.integers(0, 7)),
 )
 @settings(max_examples=200, deadline=None)
 def test_upcoming_forwards_are_those_that_come(puts: list[tuple[str, int, int]], alone: set[int]) -> None:
     """As long as they are of one round, and nothing is put, cancelled or failed."""
-    rounds = (ROUND, Round(ROUND.config))
+    rounds = (ROUND, Round(ROUND.config), of(2, 2048))
     queue = ValidationQueue(1000)
-    for number, (submitter, nonces, of) in enumerate(puts):
-        put(queue, nonces, submitter, of=rounds[of]).alone = number in alone
+    for number, (submitter, nonces, which) in enumerate(puts):
+        put(queue, nonces, submitter, of=rounds[which]).alone = number in alone
 
     def foreseen(after: Forward | None, count: int) -> list[Forward]:
         forwards = queue.upcoming(count, after)
@@ -667,9 +738,10 @@ def test_upcoming_forwards_are_those_that_come(puts: list[tuple[str, int, int]],
         computed.append(forward)
         first = foreseen(None, 1)
     assert first == []
-    of = [forward[0][0].round for forward in computed]
+    rounds_of = [forward[0][0].round for forward in computed]
     for place, forwards in enumerate(after_first):
-        same_round = itertools.takewhile(functools.partial(operator.is_, of[place]), of[place + 1 : place + 3])
+        of_same = functools.partial(operator.is_, rounds_of[place])
+        same_round = itertools.takewhile(of_same, rounds_of[place + 1 : place + 3])
         assert forwards == computed[place + 1 :][: len(list(same_round))]
 
 

@@ -179,16 +179,30 @@ def test_validation_goes_on_while_generating(make: Callable[..., Parts]) -> None
     assert parts.manager.status()["total_checked"] > before
 
 
-def test_a_round_keeps_half_of_the_positions_beside_larger_forwards(make: Callable[..., Parts]) -> None:
+def forwards_of_both(make: Callable[..., Parts], rows: int, count: int) -> list[int]:
+    """Rows of the forwards of a round and of a request, from the first of the request to the last."""
     parts = make()
-    parts.begin()
-    job = parts.worker.enqueue(proof(32 * BATCH), "one", config=config(batch_size=8 * BATCH))
-    assert job.future.result(TIMEOUT).dist == alone(32 * BATCH)
-    rows = [shape[0] for shape in parts.engine.shapes]
-    of_both = rows[rows.index(8 * BATCH) :]
-    last = len(of_both) - of_both[::-1].index(8 * BATCH)
-    assert of_both[:last].count(8 * BATCH) == 4
-    assert of_both[: last - 1] == [8 * BATCH, *[BATCH] * 8] * 3
+    parts.begin(seq_len=64)
+    job = parts.worker.enqueue(proof(count * rows), "one", config=config(batch_size=rows, seq_len=64))
+    assert job.future.result(TIMEOUT).dist == alone(count * rows, batch_size=rows, seq_len=64)
+    shapes = [shape[0] for shape in parts.engine.shapes]
+    of_both = shapes[shapes.index(rows) :]
+    return of_both[: len(of_both) - of_both[::-1].index(rows)]
+
+
+def test_a_round_keeps_half_of_the_positions_beside_larger_forwards(make: Callable[..., Parts]) -> None:
+    assert forwards_of_both(make, 8 * BATCH, 4) == [*[8 * BATCH, *[BATCH] * 8] * 3, 8 * BATCH]
+
+
+def test_a_round_keeps_half_of_the_positions_where_these_are_no_multiple_of_its_own(
+    make: Callable[..., Parts],
+) -> None:
+    assert forwards_of_both(make, BATCH + 2, 4) == [6, 4, 6, 4, 4, 6, 4, 6]
+
+
+def test_small_forwards_get_one_between_two_batches_of_a_round(make: Callable[..., Parts]) -> None:
+    """More would have its positions, but not its time: a forward has a cost of its own."""
+    assert forwards_of_both(make, 1, 4) == [1, BATCH] * 3 + [1]
 
 
 def test_the_queue_is_bounded_to_the_nonce(make: Callable[..., Parts]) -> None:
