@@ -126,3 +126,11 @@ class PoCConfig:
             )
         offset = self.node_id + self.group_id * self.node_count
         return offset + index * self.node_count * self.n_groups
+
+    def nonces_up_to(self, last: int) -> int:
+        """Return how many nonces this node has that are at most ``last``: those of the indices below that number.
+
+        Raises:
+            ValueError: as `nonce`.
+        """
+        return max(0, (last - self.nonce(0)) // (self.node_count * self.n_groups) + 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .checks import MAX_NONCE
 from .config import PoCConfig
 
 
@@ -47,6 +48,7 @@ class ProofForm:
         check: raises a ValueError that names a setting of a configuration which the form does not take.
         generated_body: the callback /generated of a proof's valid part.
         validated_body: the body of the callback /validated of a verdict.
+        max_nonce: the largest nonce that validators take: a node generates none above it.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ProofForm:
     check: Callable[[PoCConfig], None]
     generated_body: Callable[[PoCConfig, Any], GeneratedBody]
     validated_body: Callable[[PoCConfig, Any], dict[str, Any]]
+    max_nonce: int = MAX_NONCE
 
     def proof(self, config: PoCConfig, nonces: list[int], outcomes: list[Any]) -> Any:
         """Return the proof that this node claims for nonces of its own."""

@@ -51,6 +51,8 @@ class Round:
     ended: bool = False
     """Whether it was stopped or another one begun: what was under way then is thrown away."""
     tried: int = 0
+    exhausted: bool = False
+    """Whether generation ended because every nonce was tried that validators take."""
     generating_since: float | None = None
     generated_seconds: float = 0.0
     total_valid: int = 0
@@ -99,8 +101,9 @@ class PoCManager:
     """Runs the rounds of a node on a prover.
 
     States: `PoCState`. `init_round` and `start_round` begin a round, in place of the one that runs; `set_phase` goes
-    between the phases of a round, `stop_round` ends it. Methods may be called from any thread; forwards run one at a
-    time.
+    between the phases of a round, `stop_round` ends it. A round that has tried every nonce of its node that validators
+    take (`ProofForm.max_nonce`) goes from GENERATING to VALIDATING, and generates no more. Methods may be called from
+    any thread; forwards run one at a time.
 
     Args:
         prover: what computes.
@@ -176,8 +179,9 @@ class PoCManager:
             replace: begin it also while a round generates, of whatever configuration.
 
         Raises:
-            ValueError: the configuration does not fit the prover, or lacks node_id and node_count to generate.
-            IllegalTransitionError: a round generates, and is not to be replaced.
+            ValueError: the configuration does not fit the prover, or lacks node_id and node_count to generate, or gives
+                no nonce that validators take.
+            IllegalTransitionError: a round generates, and is not to be replaced; or this one has no nonces left.
         """
         self._check_phase(phase)
         self._begin(config, phase, replace)
@@ -197,6 +201,7 @@ class PoCManager:
                 self._round = Round(dataclasses.replace(config))  # to a prover, a round is this very object
                 self._enter(state)
             elif state in PHASES:
+                self._check_has_nonces(current, state)
                 self._enter(state)
         self._changed()
 
@@ -204,8 +209,8 @@ class PoCManager:
         """Go to another phase of the round; a phase that is running already goes on.
 
         Raises:
-            IllegalTransitionError: no round was begun, or it was stopped.
-            ValueError: phase is neither GENERATING nor VALIDATING, or node_id and node_count are not set to generate.
+            IllegalTransitionError: no round was begun, or it was stopped, or has no nonces left to generate.
+            ValueError: phase is neither GENERATING nor VALIDATING; or the configuration does not allow to generate.
         """
         self._check_phase(phase)
         with self._lock:
@@ -214,6 +219,7 @@ class PoCManager:
             if self._state == PoCState.STOPPED:
                 raise IllegalTransitionError(f"phase {phase.value} needs a round, the state is {self._state.value}")
             self._check_can_enter(self._round.config, phase)
+            self._check_has_nonces(self._round, phase)
             self._enter(phase)
         self._changed()
 
@@ -253,6 +259,7 @@ class PoCManager:
                 "total_valid": 0 if current is None else current.total_valid,
                 "elapsed_seconds": elapsed,
                 "rate_per_second": checked / elapsed if elapsed > 0 else 0.0,
+                "generation_ended": self._why_ended(current),
                 "r_target": None if current is None else current.config.r_target,
             }
 
@@ -260,7 +267,7 @@ class PoCManager:
         """Return state and progress: the keys of ``GET /api/v1/pow/status``.
 
         elapsed_seconds is the time spent in GENERATING, rate_per_second the nonces checked in it; r_target is None
-        before the first round.
+        before the first round, and generation_ended unless every nonce was tried, which it then says.
         """
         with self._lock:
             current, listed_as = self._round, self.form(self.config).listed_as
@@ -274,21 +281,41 @@ class PoCManager:
         if phase not in PHASES:
             raise ValueError(f"phase must be GENERATING or VALIDATING, got {phase}")
 
-    @staticmethod
-    def _check_can_enter(config: PoCConfig, state: PoCState) -> None:
-        if state == PoCState.GENERATING:
-            config.nonce(0)  # raises where the node does not know its place
+    def _check_can_enter(self, config: PoCConfig, state: PoCState) -> None:
+        if state == PoCState.GENERATING and self._count(config) == 0:  # raises where the node does not know its place
+            raise ValueError(
+                "node_id, node_count, group_id and n_groups must give nonces of at most "
+                f"{self.form(config).max_nonce}, got {config.nonce(0)} as the first"
+            )
+
+    def _check_has_nonces(self, current: Round, state: PoCState) -> None:
+        if state == PoCState.GENERATING and current.exhausted:
+            raise IllegalTransitionError(f"phase GENERATING needs another round: {self._why_ended(current)}")
+
+    def _why_ended(self, current: Round | None) -> str | None:
+        """Return why a round generates no more; None if it has nonces left."""
+        if current is None or not current.exhausted:
+            return None
+        return f"every nonce of this node up to {self.form(current.config).max_nonce} was tried"
+
+    def _count(self, config: PoCConfig) -> int:
+        """Return how many nonces a round can generate."""
+        return config.nonces_up_to(self.form(config).max_nonce)
 
     def _generating(self) -> Round:
         with self._lock:
             if self._round is None or self._state != PoCState.GENERATING:
-                raise IllegalTransitionError(f"run_batch needs state GENERATING, the state is {self._state.value}")
+                why = self._why_ended(self._round)
+                text = f"run_batch needs state GENERATING, the state is {self._state.value}"
+                raise IllegalTransitionError(text if why is None else f"{text}: {why}")
             return self._round
 
     # ---- work ----
 
     def run_batch(self, pause: Pause = never) -> Any:
-        """Compute the next batch_size nonces of this node and return the proof of them all, valid or not.
+        """Compute the next nonces of this node and return the proof of them all, valid or not.
+
+        They are batch_size, or what is left of those that validators take; with the last of them, GENERATING ends.
 
         Raises:
             IllegalTransitionError: the state is not GENERATING.
@@ -307,7 +334,7 @@ class PoCManager:
             current = self._round
             if current is None or current.config != config or self._state != PoCState.GENERATING:
                 return []
-            return [_rows(current, ahead) for ahead in range(count)]
+            return _batches(current, count, self._count(config))
 
     def advance(self, pause: Pause = never, then: Sequence[Sequence[Row]] | None = None) -> tuple[PoCConfig, Any, Any]:
         """Return the round's configuration, the proof of `run_batch`, and the part of it that is valid.
@@ -324,14 +351,15 @@ class PoCManager:
             if current.ended or self._state != PoCState.GENERATING:
                 raise RoundEndedError("the round left GENERATING while the batch was computed")
 
+        count = self._count(config)
         with self._compute_lock:
-            first = current.tried
-            rows, *following = (_rows(current, ahead) for ahead in range(1 + AHEAD))
+            check()
+            rows, *following = _batches(current, 1 + AHEAD, count)
             nonces = [row.nonce for row in rows]
             outcomes = self._prove(current, rows, "generate", pause, check, following if then is None else then)
             with self._lock:
                 check()
-                current.tried = first + config.batch_size
+                current.tried += len(rows)
                 proof = form.proof(config, nonces, outcomes)
                 valid = form.valid(config, proof)
                 current.total_valid += len(valid)
@@ -341,6 +369,12 @@ class PoCManager:
                 excess = len(current.valid_nonces) - self._max_listed
                 if excess > 0:
                     del current.valid_nonces[:excess], current.valid_outcomes[:excess]
+                if current.tried == count:
+                    current.exhausted = True
+                    self._enter(PoCState.VALIDATING)
+        if current.exhausted:
+            logger.warning("the round generates no more: %s", self._why_ended(current))
+            self._changed()
         return config, proof, valid
 
     def validation(self, proof: Any, config: PoCConfig | None = None) -> Validation:
@@ -460,11 +494,14 @@ class PoCManager:
         return outcomes.values
 
 
-def _rows(of: Round, ahead: int) -> list[Row]:
-    """Return the rows of the batch that is generated after ``ahead`` others."""
+def _batches(of: Round, count: int, nonces: int) -> list[list[Row]]:
+    """Return the rows of the next ``count`` batches to generate, or fewer, of a round that has so many nonces."""
     config = of.config
-    first = of.tried + ahead * config.batch_size
-    return [Row(config.public_key, config.nonce(first + index)) for index in range(config.batch_size)]
+    firsts = range(of.tried, min(of.tried + count * config.batch_size, nonces), config.batch_size)
+    return [
+        [Row(config.public_key, config.nonce(index)) for index in range(first, min(first + config.batch_size, nonces))]
+        for first in firsts
+    ]
 
 
 def _check_validating(of: Round) -> None:

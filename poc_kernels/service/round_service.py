@@ -74,6 +74,11 @@ class RoundService:
         watch = self.metrics.watch
         watch("poc_validation_queue_nonces", "Nonces waiting to be validated", lambda: self.worker.queue.nonces)
         watch("poc_validation_queue_batches", "Batches waiting to be validated", lambda: self.worker.queue.batches)
+        watch(
+            "poc_nonces_exhausted",
+            "1 if the round has tried every nonce that validators take, else 0",
+            lambda: self.manager.progress()["generation_ended"] is not None,
+        )
         watch("poc_callback_queue_batches", "Batches waiting to be delivered", self.callbacks.pending)
         watch("poc_callback_queue_nonces", "Nonces waiting to be delivered", self.callbacks.pending_nonces)
 

@@ -44,6 +44,7 @@ def test_before_any_round(model_dir: Path) -> None:
             "valid_nonces": [],
             "valid_distances": [],
             "r_target": None,
+            "generation_ended": None,
             "config": None,
             "validation": {
                 **dict.fromkeys(("queued_batches", "queued_nonces", "submitters", "nonces_per_second"), 0),

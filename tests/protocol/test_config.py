@@ -64,10 +64,30 @@ def test_the_offset_of_a_group():
     assert [c.nonce(i) for i in range(3)] == [7, 19, 31]
 
 
+@given(
+    node_id=st.integers(0, 9),
+    node_count=st.integers(1, 4),
+    group_id=st.integers(0, 2),
+    n_groups=st.integers(3, 5),
+    last=st.integers(0, 200),
+)
+def test_how_many_nonces_a_node_has_up_to_one(node_id, node_count, group_id, n_groups, last):
+    c = config(node_id=node_id, node_count=node_count, group_id=group_id, n_groups=n_groups)
+    assert c.nonces_up_to(last) == len([i for i in range(last + 1) if c.nonce(i) <= last])
+
+
+def test_how_many_nonces_there_are_at_most():
+    assert config().nonces_up_to(2**63 - 1) == 2**63
+    assert config(node_id=2**62, node_count=2**31).nonces_up_to(2**63 - 1) == 2**31
+    assert config(node_id=2**31).nonces_up_to(2**31 - 1) == 0
+
+
 def test_a_node_without_a_place_cannot_generate():
     c = config(node_id=UNSET, node_count=UNSET)
     with pytest.raises(ValueError, match="Node ID and node count must be set to generate: got node_id -1, "):
         c.nonce(0)
+    with pytest.raises(ValueError, match="Node ID and node count must be set to generate: got node_id -1, "):
+        c.nonces_up_to(7)
 
 
 @pytest.mark.parametrize(

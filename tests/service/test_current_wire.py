@@ -244,7 +244,38 @@ def test_nonces_that_are_refused(http: httpx2.Client, nonces: list[int]) -> None
 
 
 def test_rounds_whose_nonces_the_network_cannot_store(http: httpx2.Client) -> None:
-    refusal = refused(http.post(f"{POW}/init/generate", json={**INIT, "node_count": 2**30}), 400)
-    assert refusal == (f"node_id, node_count and n_groups must give nonces of at most {2**31 - 1}, got {1 + 3 * 2**30}")
+    refusal = refused(http.post(f"{POW}/init/generate", json={**INIT, "node_id": 2**31}), 400)
+    text = (
+        f"node_id, node_count, group_id and n_groups must give nonces of at most {2**31 - 1}, got {2**31} as the first"
+    )
+    assert refusal == text
+    answer = refused(http.post(f"{MLNODE}/init/generate", json={**INIT, "node_id": 2**31}), 502)
+    assert text in answer["errors"][0]["error"]
     refusal = refused(http.post(f"{POW}/init/generate", json={**INIT, "node_id": -1, "node_count": -1}), 400)
     assert refusal.startswith("Node ID and node count must be set to generate")
+
+
+def test_a_round_that_runs_out_of_nonces(node: TinyNode, http: httpx2.Client, receiver: Receiver) -> None:
+    """It ends generation with the last one that the network can store, a part of a batch, and serves users again."""
+    last = 2**31 - 1
+    begun = {**INIT, "url": receiver.url, "node_id": last - 5 * 4 + 1, "node_count": 4}
+    ok(http.post(f"{POW}/init/generate", json=begun))
+    why = f"every nonce of this node up to {last} was tried"
+    eventually(lambda: ok(http.get(f"{POW}/status"))["generation_ended"] == why)
+    status = ok(http.get(f"{POW}/status"))
+    assert (status["status"], status["stats"]["total_processed"]) == ("VALIDATING", 5)
+    eventually(lambda: http.post(CHAT, json={}).is_success)
+    assert ok(http.get("/health"))["status"] == "ok"
+    assert "poc_nonces_exhausted 1.0" in http.get("/metrics").text
+    nonces = [last - 5 * 4 + 1 + 4 * index for index in range(5)]
+    eventually(lambda: sum(len(content["artifacts"]) for content in receiver.contents()) == 5)
+    told = [each for content in receiver.contents() for each in content["artifacts"]]
+    assert told == artifacts(nonces)
+    assert generate(http, asked(nonces, validation={"artifacts": told}))["n_mismatch"] == 0  # any validator takes them
+    refusal = refused(http.post(f"{POW}/init/generate", json=begun), 409)
+    assert refusal == f"phase GENERATING needs another round: {why}"
+    assert ok(http.get(f"{MLNODE}/status"))["status"] == "MIXED"
+    ok(http.post(f"{POW}/init/generate", json={**begun, "node_id": 0}))
+    status = ok(http.get(f"{POW}/status"))
+    assert (status["status"], status["generation_ended"]) == ("GENERATING", None)
+    assert "poc_nonces_exhausted 0.0" in http.get("/metrics").text

@@ -56,6 +56,7 @@ STATUS_KEYS = {
     "is_model_initialized",
     # Beyond the protocol's:
     "ignored",
+    "generation_ended",
     "queued_nonces",
     "validation",
     "callbacks",

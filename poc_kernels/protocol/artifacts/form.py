@@ -11,6 +11,9 @@ from ..config import PoCConfig
 from ..form import GeneratedBody, ProofForm
 from .proofs import ArtifactBatch, ArtifactVerdict, StatTest, judge
 
+_MAX_NONCE = 2**31 - 1
+"""The network stores nonces of artifacts as int32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactForm(ProofForm):
@@ -75,6 +78,7 @@ def artifact_form(
         check=check,
         generated_body=generated_body,
         validated_body=_validated_body,
+        max_nonce=_MAX_NONCE,
         k_dim=k_dim,
         stat_test=stat_test,
     )

@@ -17,7 +17,7 @@ from ..queue import JobState, QueueFullError, ValidationJob
 from ..round_service import RoundService, told_of
 from .answers import BODY_ERRORS, TOO_MANY, bad_value, refusal, shutting_down, submitter_of, written
 from .bodies import Bodies, always, takes
-from .current_bodies import MAX_NONCE, GenerateBody, GenerationBody, Params
+from .current_bodies import GenerateBody, GenerationBody, Params
 
 _STATES = {
     JobState.QUEUED: "queued",
@@ -56,9 +56,7 @@ class CurrentWire:
         """
         self._check_model(body.params)
         values = body.config()
-        config = self.service.config(values)
-        self._form_of(config)
-        _check_nonces(config)
+        self._form_of(self.service.config(values))
         self.service.begin(values, PoCState.GENERATING, body.ignored(), replace=False)
 
     def status(self) -> dict[str, Any] | None:
@@ -74,7 +72,7 @@ class CurrentWire:
         if progress["state"] in PHASES:
             stats = {"total_processed": progress["total_checked"], "nonces_per_second": progress["rate_per_second"]}
             told = {"status": progress["state"], **_told(config, form), "stats": stats}
-        return {**told, **self.service.workload()}
+        return {**told, "generation_ended": progress["generation_ended"], **self.service.workload()}
 
     def versions(self) -> dict[str, Any]:
         """Return what proves here."""
@@ -197,13 +195,6 @@ def add_routes(router: APIRouter, wire: CurrentWire) -> None:
     def versions() -> Response:
         """Say what proves here, and whether users are served while proofs are validated."""
         return written(wire.versions())
-
-
-def _check_nonces(config: PoCConfig) -> None:
-    """Raise a ValueError where a round's very first nonces are more than the network can store."""
-    last = config.nonce(config.batch_size - 1)
-    if last > MAX_NONCE:
-        raise ValueError(f"node_id, node_count and n_groups must give nonces of at most {MAX_NONCE}, got {last}")
 
 
 def _told(config: PoCConfig, form: ArtifactForm) -> dict[str, Any]:

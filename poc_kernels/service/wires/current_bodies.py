@@ -14,9 +14,6 @@ from ...protocol.artifacts.proofs import ArtifactBatch
 from ...protocol.checks import check_ints
 from .ignored import ignored_keys
 
-MAX_NONCE = 2**31 - 1
-"""The network stores nonces as int32."""
-
 _MAX_SHOWN = 64
 
 
@@ -165,7 +162,7 @@ class GenerateBody(_Body):
         Raises:
             ValueError: a value is one that a proof does not take, or the claims are not of these nonces.
         """
-        check_ints("nonces", self.nonces, 0, MAX_NONCE)
+        check_ints("nonces", self.nonces, 0, form.max_nonce)
         given = {} if self.stat_test is None else self.stat_test.given()
         return ArtifactBatch(
             self.public_key,
