@@ -14,6 +14,7 @@ from ..engines.transformers.engine import TransformersEngine
 from ..engines.transformers.inference import Inference
 from ..engines.transformers.load import load_model, model_name
 from ..protocol import EngineProver
+from ..protocol.limits import MAX_LOGITS, MAX_SIGNS
 from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
 from ..service.device import TurnsDevice
@@ -23,9 +24,6 @@ from ..service.round_service import RoundService
 from .settings import Settings
 
 logger = logging.getLogger("poc_kernels")
-
-_MAX_LOGITS = 2**26
-"""Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
 
 
 class Node:
@@ -57,7 +55,9 @@ class Node:
             model, cuda_graphs=settings.cuda_graphs, slice_seconds=settings.slice_seconds, alone=self.turns.alone
         )
         lanes.wait_for_current_stream()  # the model and the engine were made there
-        self._prover = EngineProver(self.engine, slice_seconds=settings.slice_seconds, max_logits=_MAX_LOGITS)
+        self._prover = EngineProver(
+            self.engine, slice_seconds=settings.slice_seconds, max_logits=MAX_LOGITS, max_signs=MAX_SIGNS
+        )
         limits = InferenceLimits(**{each.name: getattr(settings, each.name) for each in fields(InferenceLimits)})
         name = settings.served_name or model_name(settings.model)
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, lanes)

@@ -4,6 +4,29 @@ from __future__ import annotations
 
 from .config import PoCConfig
 
+# Bounds of a server on what a forward's rows take beside the model. A round that takes more is refused: its forwards
+# cannot be divided, since their shape decides bits.
+MAX_LOGITS = 2**26
+"""batch_size * vocab_size of a round of distances: each takes some 30 bytes, with its permutation and what the distance
+needs."""
+MAX_SIGNS = 2**28
+"""batch_size * layers * hidden_size of a round of fingerprints: each takes as many bytes as a number of the model's
+dtype."""
+
+
+def check_rows(config: PoCConfig, *, per_row: int, bound: int | None, what: str) -> None:
+    """Raise a ValueError if the rows of a round's forwards take more than they may.
+
+    Args:
+        config: the round.
+        per_row: numbers that a row takes.
+        bound: on the numbers of all rows; one row may take more. None for no bound.
+        what: they are for, as the end of a sentence.
+    """
+    rows = config.batch_size if bound is None else max(1, bound // per_row)
+    if config.batch_size > rows:
+        raise ValueError(f"batch_size must be at most {rows} {what}, got {config.batch_size}")
+
 
 def check_length(config: PoCConfig, max_positions: int) -> None:
     """Raise a ValueError if the inputs of a round are longer than the sequences that a model takes."""

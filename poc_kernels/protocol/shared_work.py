@@ -35,18 +35,26 @@ class SharedWork:
         engine: the model that serves users.
         slice_seconds: how long to compute between two pauses, outside the engine's forward.
         max_logits: bound on batch_size * vocab_size of a round that needs logits; None for no bound.
+        max_signs: bound on batch_size * layers * hidden_size of a round that needs signs; None for no bound.
 
     Raises:
         ValueError: the engine's hidden size is not one that projections take, or slice_seconds is not positive.
     """
 
-    def __init__(self, engine: Engine, *, slice_seconds: float = 0.002, max_logits: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        slice_seconds: float = 0.002,
+        max_logits: int | None = None,
+        max_signs: int | None = None,
+    ) -> None:
         if not slice_seconds > 0:
             raise ValueError(f"slice_seconds must be positive, got {slice_seconds}")
         if not 1 <= engine.hidden_size <= MAX_FEATURES:
             raise ValueError(f"engine must have a hidden size in [1, {MAX_FEATURES}], got {engine.hidden_size}")
         self.engine = engine
-        self.max_logits = max_logits
+        self.max_logits, self.max_signs = max_logits, max_signs
         self.pieces = Pieces(engine.device, slice_seconds)
         self.projection = RandomProjection(0, engine.hidden_size, device=engine.device)
         self._block_hash: str | None = None

@@ -13,6 +13,7 @@ from nodes import (
     JSON,
     MAX_BODY,
     MAX_POW_BODY,
+    NAME,
     POW,
     ROUND,
     begin,
@@ -23,6 +24,7 @@ from nodes import (
 from web import TIMEOUT, error_of
 
 from poc_kernels.node.node import Node
+from poc_kernels.protocol.limits import MAX_LOGITS, MAX_SIGNS
 
 pytest_plugins = ["round_fixtures"]
 
@@ -32,6 +34,27 @@ def test_callbacks_to_loopback_are_taken_by_a_node_that_listens_there(model_dir:
     with running(model_dir, host=host) as (_, http):
         answer = http.post(f"{POW}/init", json={**ROUND, "callback_url": "http://127.0.0.1:9/cb"})
         assert answer.status_code == code, answer.text
+
+
+def test_batches_that_would_take_too_much_memory(
+    http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = node.service.manager.prover.work  # type: ignore[attr-defined]
+    assert (work.max_logits, work.max_signs) == (MAX_LOGITS, MAX_SIGNS)
+    monkeypatch.setattr(work, "max_logits", 3 * 512)
+    monkeypatch.setattr(work, "max_signs", 3 * 2 * 64)
+    of_artifacts = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
+    params = {"model": NAME, "seq_len": 16, "proof": "fingerprint"}
+    body = {**of_artifacts, "batch_size": 4, "params": params, "nonces": [1], "wait": True}
+    for path, sent, what in (
+        ("/init", ROUND, "with this vocabulary"),
+        ("/init/generate", body, "in a round of fingerprints with 2 x 64 signs per row"),
+        ("/generate", body, "in a round of fingerprints with 2 x 64 signs per row"),
+    ):
+        answer = http.post(POW + path, json=sent)
+        expected = (400, {"detail": f"batch_size must be at most 3 {what}, got 4"})
+        assert (answer.status_code, answer.json()) == expected
+    assert http.post(f"{POW}/generate", json={**body, "batch_size": 3}).status_code == 200
 
 
 def test_bodies_that_are_too_large(http: httpx2.Client, metrics: Any) -> None:

@@ -14,9 +14,9 @@ import h11
 import pytest
 
 from poc_kernels.engines.transformers import openai_app
-from poc_kernels.node import logs, node, server
+from poc_kernels.node import logs, server
 from poc_kernels.node.settings import LIMITS, OPTIONS, SECRETS, Settings, described, table
-from poc_kernels.protocol import checks, config
+from poc_kernels.protocol import checks, config, limits
 from poc_kernels.service import gate
 
 README = Path(__file__).parents[2] / "README.md"
@@ -180,7 +180,8 @@ def test_the_documentation_has_the_limits_without_a_setting() -> None:
         str(server._BACKLOG),
         str(config.MAX_BATCH_SIZE),
         str(config.MAX_SEQ_LEN),
-        str(node._MAX_LOGITS),
+        str(limits.MAX_LOGITS),
+        str(limits.MAX_SIGNS),
         f"{checks._MAX_TEXT}, {checks._MAX_URL}",
         f"{logs._LAST_SECONDS:g}",
     ]

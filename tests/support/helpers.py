@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import poc_kernels
 from poc_kernels import backends, definition, reference
@@ -24,6 +26,20 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN_BITS = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest memory that an operator of torch gives inside the block, in numbers of the tensor's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        tensors = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        self.numbers = max([self.numbers, *(each.untyped_storage().nbytes() // each.itemsize for each in tensors)])
+        return result
 
 
 def bits_of(values: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from ...protocol import EngineProver, Outcomes, PoCConfig, Row
 from ...protocol.engine import Engine, never
 from ...protocol.form import ProofForm
+from ...protocol.limits import MAX_LOGITS, MAX_SIGNS
 from ...scheduling import Pacing, Slices
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
@@ -32,9 +33,6 @@ from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, Trial, 
 from .pacing import slices_per_1000_steps
 
 logger = logging.getLogger("poc_kernels")
-
-_MAX_LOGITS = 2**26
-"""Logits of a round's batch: each takes some 30 bytes, with its permutation and what the distance needs."""
 
 _IDLE_SECONDS = 0.004
 """Of slices per RPC while a user is there who computes nothing: a first token waits that much longer at most."""
@@ -232,7 +230,7 @@ class RemoteProver:
 
     def __init__(self, device: RemoteDevice, opened: Opened) -> None:
         self.model = RemoteModel(opened)
-        self._checks = EngineProver(cast(Engine, self.model), max_logits=_MAX_LOGITS)
+        self._checks = EngineProver(cast(Engine, self.model), max_logits=MAX_LOGITS, max_signs=MAX_SIGNS)
         self.device, self._link = device, device.link
         self._config: PoCConfig | None = None
         self._round = ""
@@ -359,8 +357,13 @@ async def open_engine(
         EngineLost: the engine died meanwhile.
         TimeoutError: the engine did not answer in time: it hangs.
     """
-    path = None if arrivals is None else arrivals.path
-    message = Open(slice_seconds=slice_seconds, cuda_graphs=cuda_graphs, max_logits=_MAX_LOGITS, arrivals=path)
+    message = Open(
+        slice_seconds=slice_seconds,
+        cuda_graphs=cuda_graphs,
+        max_logits=MAX_LOGITS,
+        max_signs=MAX_SIGNS,
+        arrivals=None if arrivals is None else arrivals.path,
+    )
     opened = await unless_lost(client, _open_and_try(client, message), _OPEN_SECONDS)
     if (no_layers := opened[0].no_layers) is not None:
         logger.warning("rounds of distances alone are served: %s", no_layers)

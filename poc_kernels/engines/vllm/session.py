@@ -402,7 +402,9 @@ def _open(worker: Any, message: Open) -> Opened:
             worker, slice_seconds=message.slice_seconds, cuda_graphs=message.cuda_graphs, lockstep=lockstep
         )
         slice_seconds = UNCUT_SECONDS if lockstep else message.slice_seconds
-        prover = EngineProver(engine, slice_seconds=slice_seconds, max_logits=message.max_logits)
+        prover = EngineProver(
+            engine, slice_seconds=slice_seconds, max_logits=message.max_logits, max_signs=message.max_signs
+        )
     except ValueError as error:
         return Opened(refusal=str(error))
     layers, no_layers = 0, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import PoCConfig
-from ..limits import check_length
+from ..limits import check_length, check_rows
 
 
 def check_fits(config: PoCConfig, *, max_positions: int, vocab_size: int, max_logits: int | None) -> None:
@@ -16,6 +16,4 @@ def check_fits(config: PoCConfig, *, max_positions: int, vocab_size: int, max_lo
         max_logits: bound on batch_size * vocab_size; None for no bound.
     """
     check_length(config, max_positions)
-    rows = config.batch_size if max_logits is None else max(1, max_logits // vocab_size)
-    if config.batch_size > rows:
-        raise ValueError(f"batch_size must be at most {rows} with this vocabulary, got {config.batch_size}")
+    check_rows(config, per_row=vocab_size, bound=max_logits, what="with this vocabulary")

@@ -10,13 +10,20 @@ from torch import Tensor
 from ...scheduling.slices import Pause
 from ..artifacts.tensors import texts
 from ..config import PoCConfig
-from ..limits import check_length
+from ..limits import check_length, check_rows
 from ..prover import Outcomes, Row
 from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
 from .flips import Flips
 from .form import FINGERPRINT
 from .mix import FIRST_POSITION, mixed, pairs_of, read
 from .signs import flips_seed, mix_seed
+
+_KEPT_BYTES = 2**26
+"""Signs of at most so many bytes are kept, however few rows need them."""
+_MAX_SPARE = 4
+_SPARE_FORWARDS = 32
+"""More are given back after so many forwards in a row that need at most a fourth. Not at once: with other flips, an
+engine measures and captures its forward anew."""
 
 
 class Fingerprints:
@@ -25,11 +32,14 @@ class Fingerprints:
     def __init__(self, work: SharedWork) -> None:
         self.work, self.engine = work, work.engine
         self._flips: dict[int, Flips] = {}  # by their rows, all in the memory of the most
+        self._spared = 0  # the latest forwards in a row that needed at most a fourth of it
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the engine cannot compute fingerprints, or the round does not fit it."""
-        _ = self.engine.layers  # raises where a transform after each is not possible
+        layers, width = self.engine.layers, self.engine.hidden_size  # raises where no transform is possible
         check_length(config, self.engine.max_positions)
+        what = f"in a round of fingerprints with {layers} x {width} signs per row"
+        check_rows(config, per_row=layers * width, bound=self.work.max_signs, what=what)
 
     @torch.inference_mode()
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
@@ -64,10 +74,12 @@ class Fingerprints:
     def _flips_of(self, rows: int) -> Flips:
         """Return the same flips for every forward of so many rows: the engine measures and captures it with them."""
         most = max(self._flips, default=0)
-        if rows > most:
+        kept_bytes = self._flips[most].masks.nbytes if most else 0
+        self._spared = self._spared + 1 if rows * _MAX_SPARE <= most and kept_bytes > _KEPT_BYTES else 0
+        if rows > most or self._spared == _SPARE_FORWARDS:
             for flips in self._flips.values():
                 flips.release()
-            self._flips = {rows: Flips(self.engine, rows)}
+            self._flips, self._spared = {rows: Flips(self.engine, rows)}, 0
         elif rows not in self._flips:
             self._flips[rows] = self._flips[most].narrowed(rows)
         return self._flips[rows]

@@ -179,6 +179,25 @@ def test_rounds_of_any_form_are_checked_without_a_call(
     assert server.client.calls == []
 
 
+@pytest.mark.parametrize(
+    ("proof", "message"),
+    [
+        ("distances", "batch_size must be at most 3 with this vocabulary, got 4"),
+        ("fingerprint", "batch_size must be at most 2 in a round of fingerprints with 5 x 24 signs per row, got 4"),
+    ],
+)
+def test_rows_that_take_too_much_memory_are_refused_here_and_in_the_workers(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, proof: str, message: str
+) -> None:
+    monkeypatch.setattr(remote, "MAX_LOGITS", 3 * 101)
+    monkeypatch.setattr(remote, "MAX_SIGNS", 2 * 5 * 24)
+    server = serve()
+    with pytest.raises(ValueError, match=message):
+        server.prover.check(CONFIGS[proof])
+    with pytest.raises(EngineError, match=message):
+        server.prover.prove(CONFIGS[proof], rows(0))
+
+
 def test_a_model_without_layers_to_transform_serves_distances_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

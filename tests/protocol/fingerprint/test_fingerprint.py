@@ -10,16 +10,18 @@ import poc2_oracle
 import pytest
 import torch
 from artifact_oracle import decoded
-from helpers import assert_same_bits
+from helpers import Largest, assert_same_bits
 from identity_engine import IdentityEngine
 from small_engine import SmallEngine
 
 from poc_kernels import RandomProjection, random_projection
 from poc_kernels.protocol import EngineProver, PoCConfig, PoCManager, Row
+from poc_kernels.protocol.fingerprint import prover as prover_module
 from poc_kernels.protocol.fingerprint.flips import Flips
 from poc_kernels.protocol.fingerprint.mix import mixed, pairs_of, read
 from poc_kernels.protocol.fingerprint.signs import flips_seed, mix_seed
 from poc_kernels.protocol.inputs import nonce_inputs
+from poc_kernels.protocol.limits import MAX_SIGNS
 from poc_kernels.protocol.plain_forms import sign_bits
 
 KNOWN = json.loads((Path(__file__).parents[2] / "data" / "fingerprint.json").read_text())
@@ -238,3 +240,77 @@ def test_forwards_of_one_shape_have_the_same_flips(device):
     assert [flips.rows for flips in seen[5:]] == [9, 2, 4, 9]
     kept = {flips.masks.untyped_storage().data_ptr(): flips.masks.untyped_storage().nbytes() for flips in seen}
     assert sum(kept.values()) == 2 * 9 * 40 * 4
+
+
+# ---- memory ----
+
+
+def kept_bytes(engine):
+    """What the flips of all forwards so far take together."""
+    seen = {
+        flips.masks.untyped_storage().data_ptr(): flips.masks.untyped_storage().nbytes() for flips in engine.transforms
+    }
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_of_a_forward_are_bounded(dtype):
+    """They are the largest thing in a forward of many short rows."""
+    layers, dim, rows = 40, 64, 12
+    engine = IdentityEngine(dim, layers, dtype)
+    prover = EngineProver(engine, max_signs=layers * dim * rows + layers * dim - 1)
+    prover.check(config(batch_size=rows))
+    text = "batch_size must be at most 12 in a round of fingerprints with 40 x 64 signs per row, got 13"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        prover.check(config(batch_size=rows + 1))
+    with Largest() as largest:
+        prover.prove(config(batch_size=rows), [Row("key", nonce) for nonce in range(rows)])
+    assert largest.numbers == layers * dim * rows
+    assert kept_bytes(engine) == layers * dim * rows * dtype.itemsize
+    for proof, target in (("vectors", None), ("distances", 1.4)):
+        prover.check(config(batch_size=rows + 1, proof=proof, r_target=target))  # they have no signs
+
+
+def test_one_row_may_have_more_signs_and_without_a_bound_all_may():
+    engine = IdentityEngine(64, 40)
+    EngineProver(engine, max_signs=10).check(config(batch_size=1))
+    with pytest.raises(ValueError, match="batch_size must be at most 1 in a round"):
+        EngineProver(engine, max_signs=10).check(config(batch_size=2))
+    EngineProver(engine).check(config(batch_size=4096))
+
+
+def test_what_a_large_model_s_rounds_may_have():
+    """4096 rows of 80 layers of 8192 features would be 5 GiB of signs in 16 bits."""
+    prover = EngineProver(IdentityEngine(8192, 80, torch.bfloat16), max_signs=MAX_SIGNS)
+    prover.check(config(batch_size=409))
+    with pytest.raises(
+        ValueError, match="at most 409 in a round of fingerprints with 80 x 8192 signs per row, got 4096"
+    ):
+        prover.check(config(batch_size=4096))
+
+
+def test_signs_that_many_forwards_did_not_need_are_given_back(monkeypatch):
+    """And no bit changes."""
+    monkeypatch.setattr(prover_module, "_KEPT_BYTES", 8 * 2 * 40 * 4)
+    engine = IdentityEngine(40, 2)
+    prover, rows = EngineProver(engine), [Row("one", 3), Row("two", 5)]
+    per_row = 2 * 40 * 4
+
+    def prove(size, times=1):
+        for _ in range(times):
+            computed.append(prover.prove(config(batch_size=size), rows).values)
+
+    computed = []
+    prove(9)
+    prove(2, 31)
+    prove(3)  # more than a fourth
+    prove(2, 31)
+    assert kept_bytes(engine) == 9 * per_row
+    prove(2)
+    assert kept_bytes(engine) == 2 * per_row
+    prove(8)
+    prove(2, 40)  # not much to give back
+    assert kept_bytes(engine) == 8 * per_row
+    prove(9)
+    assert kept_bytes(engine) == 9 * per_row
+    assert computed == [computed[0]] * len(computed)
