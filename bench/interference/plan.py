@@ -139,6 +139,11 @@ def in_order(conditions: list[Condition], turn: int, rounds: int) -> list[Condit
     return conditions[shift:] + conditions[:shift]
 
 
+def _absolute(path: str) -> Path:
+    """Return where a path leads from here: it is used in other directories. Links stay, as an environment is one."""
+    return Path(path).absolute()
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; the options of the plan that it leaves out get their defaults."""
     parser = argparse.ArgumentParser(
@@ -149,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="float32; bfloat16 on a GPU")
     add("--engine", choices=results.ENGINES, default=results.TRANSFORMERS, help="whose server it is")
-    add("--vllm-python", type=Path, default=VLLM_PYTHON, help="of the environment with vLLM and this package")
+    add("--vllm-python", type=_absolute, default=VLLM_PYTHON, help="of the environment with vLLM and this package")
     add("--http", action="store_true", help="a node in a process of its own, over HTTP; the demonstration's model")
     add("--quick", action="store_true", help="small cases in seconds, as POC_BENCH_QUICK=1")
     add("--short", action="store_true", help="only the half rate, on a GPU in about two minutes")

@@ -156,7 +156,7 @@ def _in_vllm(options: argparse.Namespace, served: chat.Served, directory: Path) 
     from bench.interference.over_vllm import VllmRig
 
     return VllmRig(
-        options.vllm_python.absolute(),
+        options.vllm_python,
         directory,
         served,
         conditions=conditions_of_vllm(options.paced_shares),

@@ -116,9 +116,11 @@ def test_a_place_without_an_environment_is_refused(tmp_path, capsys):
     assert "--vllm-python must be the Python of an environment with vLLM" in capsys.readouterr().err
 
 
-def test_the_plan_has_a_rate_of_its_own_and_both_ends_of_the_share(tmp_path):
+def test_the_plan_has_a_rate_of_its_own_and_both_ends_of_the_share(tmp_path, monkeypatch):
     python = environment_of(tmp_path / "environment")
-    options = plan.parse([str(tmp_path / "out.json"), "--engine", "vllm", "--vllm-python", str(python)])
+    monkeypatch.chdir(tmp_path)
+    options = plan.parse(["out.json", "--engine", "vllm", "--vllm-python", str(python.relative_to(tmp_path))])
+    assert options.vllm_python == python
     assert [(rate.name, rate.per_second(20.0)) for rate in options.rates] == [
         ("one chat every 0.25 s", 4),
         ("light", 3),
