@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engines.transformers import openai_app
 from ..engines.transformers.config import InferenceLimits
-from ..engines.transformers.engine import TransformersEngine
+from ..engines.transformers.engine import TransformersEngine, dependence
 from ..engines.transformers.inference import Inference
 from ..engines.transformers.load import load_model, model_name
 from ..protocol import EngineProver
@@ -97,10 +97,13 @@ class Node:
         """Start inference, callbacks and the proof worker.
 
         Raises:
-            ValueError: the model cannot be served with its own text: see `Inference.start`.
+            ValueError: the bits of its rows depend on other rows, or it cannot be served with its own text: see
+                `Inference.start`.
         """
         self._prover.compile_kernels()
         with self._lanes.validation():
+            if (said := dependence(self.engine)) is not None:
+                raise ValueError(said)
             self._prover.measure_slices()
         self.inference.start()
         self.service.start()

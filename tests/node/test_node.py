@@ -6,6 +6,7 @@ import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -127,6 +128,25 @@ def test_validations_end_with_their_round(
 def test_a_directory_is_served_by_its_last_part(model_dir: Path) -> None:
     with contextlib.closing(Node(settings(model_dir, served_name=None))) as node:
         assert node.inference.name == model_dir.name
+
+
+@pytest.mark.parametrize("position", [-1, 12])
+def test_a_model_whose_rows_depend_on_others_does_not_start(model_dir: Path, position: int) -> None:
+    """Also where the last position, which distances read, shows nothing of it."""
+    model, tokenizer = load(model_dir)
+
+    def look_at_others(_: object, __: object, output: Any) -> Any:
+        states = output.last_hidden_state
+        if states.shape[:2] == (4, 16):
+            states[:, position] += states[:, position].amax(0, keepdim=True) * 2.0**-10
+        return output
+
+    model.base_model.register_forward_hook(look_at_others)
+    with (
+        contextlib.closing(Node(settings(model_dir), model, tokenizer)) as node,
+        pytest.raises(ValueError, match="depend on nothing else, here they depend on the rows beside it"),
+    ):
+        node.start()
 
 
 def test_a_model_that_cannot_be_served_rightly_does_not_start(model_dir: Path) -> None:

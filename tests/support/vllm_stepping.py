@@ -299,7 +299,7 @@ def install(monkeypatch: pytest.MonkeyPatch, differs: str | None = None) -> list
 
     monkeypatch.setattr(session, "VllmEngine", lambda worker, **options: worker.engine)
     monkeypatch.setattr(trial, "compare", compare)
-    monkeypatch.setattr(trial, "independence", given.append)
+    monkeypatch.setattr(trial, "independence", lambda engine, *, transforms: given.append((engine, transforms)))
     monkeypatch.setattr(compat, "scored", scored)
     return given
 

@@ -18,6 +18,7 @@ from ...definition import DTYPES
 from ...protocol.engine import LayerTransform, check_inputs, never
 from ...scheduling import RepeatedForward, Slices
 from ...scheduling.slices import Pause
+from ..independence import refusal
 from ..layers import DecoderLayers
 from .config import max_positions
 from .masks import masks_as_outside_a_capture
@@ -186,6 +187,18 @@ class TransformersEngine:
         raise ValueError(
             f"model must give the same logits through its decoder and head apart, {name} does not: {reason}"
         )
+
+
+def dependence(engine: TransformersEngine) -> str | None:
+    """Say in a sentence on what a row's bits depend besides its input; None if on nothing: see `refusal`."""
+    try:
+        transforms = engine.layers > 0
+    except ValueError:
+        transforms = False
+    said = refusal(engine, "serve another model, or this one on another device", transforms=transforms)
+    if engine.device.type == "cpu":
+        engine.repeated.forget()  # the shape was none of a round's
+    return said
 
 
 def _check_finite(model: Any) -> None:

@@ -57,6 +57,8 @@ class Trial:
     """Token ids of prompts with their answers."""
     served: list[list[float]]
     """Log-probabilities of the tokens of the answers: see `poc_kernels.engines.vllm.trial.scores`."""
+    transforms: bool
+    """Whether all ranks can have a transform after every decoder layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -379,15 +379,17 @@ async def _open_and_try(client: Any, message: Open) -> list[Opened]:
     for each in opened:
         if each.refusal is not None:
             raise ValueError(each.refusal)
-    await _try(client, opened[0])
+    await _try(client, opened)
     return opened
 
 
-async def _try(client: Any, opened: Opened) -> None:
+async def _try(client: Any, workers: Sequence[Opened]) -> None:
     """Have all workers compare what they prove with to what the server serves; raise a ValueError if it differs."""
+    opened, transforms = workers[0], all(each.no_layers is None for each in workers)
     prompts = trial.tokens(opened.vocab_size, max_positions=opened.max_positions, windows=opened.windows)
     scored = [trial.scores(await compat.scored(client, prompt, trial.ANSWER)) for prompt in prompts]
-    message = Trial(texts=[text for text, _ in scored], served=[told for _, told in scored])
+    texts, served = [text for text, _ in scored], [told for _, told in scored]
+    message = Trial(texts=texts, served=served, transforms=transforms)
     answers = await client.collective_rpc(METHOD, args=("trial", pack(message)))
     for answer in answers:
         if (refusal := unpack(Tried, answer).refusal) is not None:

@@ -386,7 +386,8 @@ def _try(session: Session, message: Trial) -> Tried:
     engine = cast(VllmEngine, session.engine)
     with _in_step(engine, session.lockstep):
         differs = trial.compare(engine, message.texts, message.served)
-        depends = trial.independence(engine)  # in any case: other ranks compute it, and would wait for this one
+        # In any case: other ranks compute it, and would wait for this one.
+        depends = trial.independence(engine, transforms=message.transforms)
     return Tried(refusal=differs or depends)
 
 

@@ -13,13 +13,13 @@ made 17 times, an ignored window 7 times, and a wrong scale may drown in the rou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...protocol import PoCConfig
+from ..independence import refusal
 from ..rounding import ROUNDINGS, rounded_otherwise
 from .engine import VllmEngine
 
@@ -40,8 +40,7 @@ _CACHE_ROUNDINGS = {"auto": 0.0, "float32": 0.0, "bfloat16": 2.0**-7, "float16":
 _QUANTISED = 2.0**-3
 """Relative changes of keys and values by the dtype of the KV cache; all that are not listed have 8 bits or fewer."""
 
-_BATCH, _LENGTH = 4, 32
-"""Shape in which rows are tried on a CPU, where one of a round may take minutes."""
+_CURE = "start vLLM with VLLM_BATCH_INVARIANT=1, or with another quantization"
 
 
 def tokens(vocab_size: int, *, max_positions: int = 2**16, windows: Sequence[int] = ()) -> list[list[int]]:
@@ -108,50 +107,17 @@ def compare(engine: VllmEngine, texts: Sequence[Sequence[int]], served: Sequence
     return None
 
 
-def independence(engine: VllmEngine) -> str | None:
-    """Say in a sentence on what a row's bits depend besides its input; None if on nothing.
+def independence(engine: VllmEngine, *, transforms: bool) -> str | None:
+    """Say in a sentence on what a row's bits depend besides its input; None if on nothing: see `refusal`.
 
-    Rows are computed among others, again, permuted, beside others, and alone, as rounds do it: in one shape. On a GPU
-    it is that of a round with default settings, whose forward is measured and captured with it. To be called on all
-    ranks of a model.
+    To be called on all ranks of a model, with the same arguments.
+
+    Args:
+        engine: the engine of a worker.
+        transforms: whether all ranks can have a transform after every decoder layer.
     """
-    batch, length = (PoCConfig.batch_size, PoCConfig.seq_len) if engine.device.type == "cuda" else (_BATCH, _LENGTH)
-    length = min(length, engine.max_positions)
-    generator = torch.Generator().manual_seed(0)
-
-    def random() -> Tensor:
-        x = torch.randn(batch, length, engine.hidden_size, generator=generator, device="cpu")
-        return x.to(engine.device, engine.dtype)
-
-    x, order = random(), torch.arange(batch - 1, -1, -1, device=engine.device)
-    beside = random()
-    beside[0] = x[0]
-    ways: list[tuple[str, Tensor, Callable[[Tensor], Tensor]]] = [
-        ("the call", x, lambda rows: rows),
-        ("its place in the batch", x[order], lambda rows: rows[order]),
-        ("the rows beside it", beside, lambda rows: rows[:1]),
-        ("the rows beside it", x[:1].expand_as(x), lambda rows: rows[:1].expand_as(rows)),
-    ]
     with engine.context():
-        expected = _results(engine, x)
-        found = [(what, _results(engine, others), pick) for what, others, pick in ways]
-    if not all(bool(part.isfinite().all()) for part in expected):
-        return "proofs need finite logits, which this model does not compute of random inputs: serve another model"
-    for what, results, pick in found:
-        for right, part in zip(expected, results, strict=True):
-            wanted = pick(right)
-            if not torch.equal(part[: len(wanted)], wanted):
-                return (
-                    f"proofs need rows whose bits depend on nothing else, here they depend on {what}: start vLLM with "
-                    "VLLM_BATCH_INVARIANT=1, or with another quantization"
-                )
-    return None
-
-
-def _results(engine: VllmEngine, x: Tensor) -> list[Tensor]:
-    """Compute the last hidden states and the logits of inputs, as a round does."""
-    hidden = engine.forward(x)[:, -1].clone(memory_format=torch.contiguous_format)
-    return [hidden, engine.compute_logits(hidden)]
+        return refusal(engine, _CURE, transforms=transforms)
 
 
 @torch.inference_mode()

@@ -683,11 +683,20 @@ def test_every_worker_is_tried_with_what_is_served(monkeypatch: pytest.MonkeyPat
     prover, device = opened(workers)
     first, engine, second, other = given
     assert first == second
-    assert (engine, other) == tuple(worker.engine for worker in workers)
+    assert [engine, other] == [(worker.engine, True) for worker in workers]
     texts, served = first
     assert [[-token for token in text[-8:]] for text in texts] == served == [[-token for token in range(8)]] * 5
     assert max(map(len, texts)) == 48  # longer than the window of the stand-in's model
     assert (prover.model.vocab_size, device.ranks) == (101, 2)
+
+
+def test_no_worker_is_tried_with_transforms_that_one_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them make the same forwards: one that made more would wait for the others."""
+    given = install(monkeypatch)
+    workers = [Worker(2, 0), Worker(2, 1)]
+    workers[1].engine = WithoutLayers()
+    opened(workers)
+    assert [given[1], given[3]] == [(worker.engine, False) for worker in workers]
 
 
 def test_a_model_whose_trial_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -704,7 +704,7 @@ def test_a_rank_that_fails_alone_before_a_proof_leaves_no_other_waiting(
 ) -> None:
     """Opening, trying and measuring compute on all ranks too: the others are in a forward, and cannot be told."""
     begin = Begin(round=ROUND, config=dataclasses.asdict(CONFIG))
-    messages = {"open": OPEN, "layers": OPEN, "trial": Trial(texts=[], served=[]), "begin": begin}
+    messages = {"open": OPEN, "layers": OPEN, "trial": Trial(texts=[], served=[], transforms=True), "begin": begin}
 
     def outcome(world_size: int, others_fail: bool) -> Any:
         worker = Worker(world_size)

@@ -189,7 +189,7 @@ def test_windows_of_an_engine():
 
 
 def test_rows_that_depend_on_nothing_else():
-    assert trial.independence(VllmEngine(worker())) is None
+    assert trial.independence(VllmEngine(worker()), transforms=True) is None
 
 
 class Depending(Model):
@@ -218,17 +218,33 @@ class Depending(Model):
     ids=["call", "place", "neighbours", "fill"],
 )
 def test_rows_that_depend_on_something(change, what):
-    said = trial.independence(VllmEngine(worker(Depending(change))))
+    said = trial.independence(VllmEngine(worker(Depending(change))), transforms=False)
     assert said == (
         f"proofs need rows whose bits depend on nothing else, here they depend on {what}: start vLLM with "
         "VLLM_BATCH_INVARIANT=1, or with another quantization"
     )
 
 
+@pytest.mark.parametrize("transforms", [True, False])
+def test_rows_that_depend_on_others_where_only_fingerprints_read(transforms):
+    engine = VllmEngine(worker())
+    assert engine.layers == 3
+
+    def look_at_others(_, __, output):
+        states = output[0].view(4, -1, 32)
+        states[:, 12] += states[:, 12].amax(0, keepdim=True) * 2.0**-10
+
+    engine.twin.model.layers[-1].register_forward_hook(look_at_others)
+    said = trial.independence(engine, transforms=transforms)
+    assert (said is None) != transforms
+    if transforms:
+        assert "the rows beside it where signs are flipped after its layers: start vLLM with" in said
+
+
 def test_results_that_are_not_finite():
     model = Model()
     model.head.weight[3] = float("inf")
-    said = trial.independence(VllmEngine(worker(model)))
+    said = trial.independence(VllmEngine(worker(model)), transforms=True)
     assert said == "proofs need finite logits, which this model does not compute of random inputs: serve another model"
 
 
@@ -239,4 +255,4 @@ def test_a_short_model_is_tried_in_its_length():
             return super().forward(*arguments, **named)
 
     assert PoCConfig.seq_len > 8
-    assert trial.independence(VllmEngine(worker(Counting(), max_model_len=8))) is None
+    assert trial.independence(VllmEngine(worker(Counting(), max_model_len=8)), transforms=False) is None
