@@ -168,6 +168,8 @@ class _Judged(_Told):
     mismatch_nonces: list[int]
     p_value: float
     fraud_detected: bool
+    n_excluded: int = 0
+    excluded_nonces: list[int] = []
 
 
 class Verdict(_Judged):

@@ -207,7 +207,7 @@ def _validated(session: Session, refuse: int, forges: bool = True) -> str:
     answered = session.result(queued.request_id, Verdict)
     differs = [
         name
-        for name in ("n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected")
+        for name in ("n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected", "n_excluded")
         if getattr(told, name) != getattr(answered, name)
     ]
     require(not differs, f"{', '.join(differs)} differ between the callback and the answer: {told} and {answered}")

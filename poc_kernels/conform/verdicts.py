@@ -34,6 +34,7 @@ def _expect(verdict: Verdict, mismatches: list[int], test: StatTest) -> str:
         f"{verdict.n_mismatch} of {verdict.n_total} mismatch, p {verdict.p_value:.3g}, fraud {verdict.fraud_detected}"
     )
     named = sorted(verdict.mismatch_nonces)
+    require(verdict.n_excluded == 0, f"{said}: nonces {verdict.excluded_nonces} were not recomputed")
     require(verdict.n_total == len(NONCES), f"{said}: n_total must be {len(NONCES)}")
     require(named == sorted(mismatches), f"{said}: nonces {named} must be {sorted(mismatches)}")
     require(verdict.n_mismatch == len(named), f"{said}: n_mismatch must be {len(named)}")

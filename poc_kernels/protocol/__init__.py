@@ -1,7 +1,7 @@
 """A round of PoC 2.0 (``docs/protocol.md``): its states, nonces, proofs and verdicts. No server in it."""
 
 from .artifacts.form import ArtifactForm
-from .artifacts.proofs import ArtifactBatch, ArtifactVerdict, StatTest
+from .artifacts.proofs import ArtifactBatch, ArtifactVerdict, NoVerdictError, StatTest
 from .config import UNSET, PoCConfig
 from .distances.distance import permutations, target
 from .distances.proofs import ProofBatch, ValidatedBatch, validate_distances
@@ -26,6 +26,7 @@ __all__ = [
     "Engine",
     "EngineProver",
     "IllegalTransitionError",
+    "NoVerdictError",
     "Outcomes",
     "PoCConfig",
     "PoCManager",

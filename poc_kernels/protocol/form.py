@@ -44,7 +44,8 @@ class ProofForm:
         histogram: of outcomes; None for none.
         count_valid: how many of the outcomes count in a round.
         valid: the part of a proof that counts, and is sent to the chain's node.
-        verdict: the verdict on a proof from the recomputed outcomes of its nonces.
+        verdict: the verdict on a proof from the recomputed outcomes of its nonces; raises a NoVerdictError where these
+            allow none.
         check: raises a ValueError that names a setting of a configuration which the form does not take.
         generated_body: the callback /generated of a proof's valid part.
         validated_body: the body of the callback /validated of a verdict.

@@ -449,6 +449,7 @@ class PoCManager:
         Raises:
             ValueError: some were not.
             RoundEndedError: the round ended meanwhile.
+            NoVerdictError: too many of them gave nothing here: see `judge`.
         """
         if validation.left:
             raise ValueError(f"validation must have no nonces left to recompute, got {validation.left}")
@@ -464,6 +465,7 @@ class PoCManager:
             TypeError: it is no proof of the round's form.
             ValueError: the proof belongs to another block than the round.
             RoundEndedError: the round ended meanwhile.
+            NoVerdictError: too many nonces gave nothing here: see `judge`.
         """
         validation = self.validation(proof)
         while validation.left:

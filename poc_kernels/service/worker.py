@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..protocol import IllegalTransitionError, PoCConfig, PoCManager, PoCState, RoundEndedError, Row
+from ..protocol import IllegalTransitionError, NoVerdictError, PoCConfig, PoCManager, PoCState, RoundEndedError, Row
 from ..protocol.prover import AHEAD
 from ..scheduling import TurnsClosed
 from .device import Device
@@ -335,7 +335,7 @@ class ProofWorker:
         """Count ``error`` of a validation if it is a failure of the device; return whether it is."""
         if isinstance(error, RoundEndedError):
             return False
-        if isinstance(error, ValueError):
+        if isinstance(error, (ValueError, NoVerdictError)):
             logger.warning("a batch cannot be validated", exc_info=error)
             return False
         self._failed(error)

@@ -62,6 +62,7 @@ FAULTS = [
     ("determinism.keys_and_blocks", "no_block"),
     ("determinism.seq_len", "no_seq_len"),
     ("verdict.honest", "all_mismatch"),
+    ("verdict.honest", "leaves_one_out"),
     ("verdict.order", "claims_by_place"),
     ("verdict.one_forged", "p_of_more"),
     ("verdict.one_forged", "one_for_all_forged"),

@@ -17,6 +17,7 @@ from current_wire import (
     artifacts,
     asked,
     claims,
+    ended,
     generate,
     ok,
     refused,
@@ -58,10 +59,45 @@ def test_every_forged_artifact_is_a_mismatch_of_its_nonce_alone(http: httpx2.Cli
     assert (answer["n_total"], answer["n_mismatch"], answer["mismatch_nonces"]) == (3, 1, [1])
 
 
-def test_nonces_that_were_never_computed_are_mismatches(node: TinyNode, http: httpx2.Client) -> None:
-    node.prover.missing.add(2)
-    answer = generate(http, asked([1, 2, 3], validation=claims([1, 2, 3])))
-    assert (answer["n_total"], answer["mismatch_nonces"]) == (3, [2])
+@pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
+def test_a_nonce_of_which_the_validator_has_nothing_is_left_out(
+    node: TinyNode, http: httpx2.Client, receiver: Receiver, proof: str
+) -> None:
+    nonces, params = [*range(32)], {"proof": proof}
+    node.prover.missing.add(7)
+    claimed = {"artifacts": artifacts(nonces, proof=proof)}
+    claimed["artifacts"][9]["vector_b64"] = ""
+    body = asked(nonces, validation=claimed, params=params, url=receiver.url)
+    answer = generate(http, body)
+    assert (answer["n_total"], answer["n_excluded"], answer["excluded_nonces"]) == (31, 1, [7])
+    assert (answer["n_mismatch"], answer["mismatch_nonces"]) == (1, [9])
+    receiver.wait(1)
+    (told,) = receiver.contents(path="/validated")
+    assert {name: told[name] for name in answer if name in told} == {
+        name: value for name, value in answer.items() if name != "status"
+    }
+
+
+@pytest.mark.parametrize("failed", [10, 32])
+@pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
+def test_a_validator_whose_own_model_fails_convicts_nobody(
+    node: TinyNode, http: httpx2.Client, receiver: Receiver, proof: str, failed: int
+) -> None:
+    """Nor does it vote: what is posted to /validated is a vote for or against the node."""
+    nonces, params = [*range(32)], {"proof": proof}
+    node.prover.missing |= set(range(failed))
+    body = asked(nonces, validation={"artifacts": artifacts(nonces, proof=proof)}, params=params, url=receiver.url)
+    why = f"there is no verdict: {failed} of 32 nonces gave no finite vector when they were recomputed here"
+    answer = http.post(f"{POW}/generate", json=body)
+    assert refused(answer, 503).startswith(why)
+    assert "retry-after" not in answer.headers
+    told = ended(http, generate(http, {**body, "wait": False})["request_id"])
+    assert (told["status"], told["error"].startswith(why)) == ("failed", True)
+    assert node.service.worker.trouble() is None
+    node.prover.missing.clear()
+    assert generate(http, body)["n_mismatch"] == 0
+    receiver.wait(1)
+    assert [told["n_total"] for told in receiver.contents(path="/validated")] == [32]
 
 
 @pytest.mark.parametrize(

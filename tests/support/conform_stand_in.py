@@ -284,6 +284,7 @@ class StandIn:
         if wrong and self.has("one_for_all_forged"):
             wrong = list(artifacts)
         n, k, p = len(artifacts), len(wrong) + self.has("p_of_more"), test["p_mismatch"]
+        excluded = list(artifacts)[:1] if self.has("leaves_one_out") else []
         p_value = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
         return {
             "n_total": n,
@@ -291,6 +292,7 @@ class StandIn:
             "mismatch_nonces": wrong,
             "p_value": p_value,
             "fraud_detected": p_value < test["fraud_threshold"] and not self.has("never_fraud"),
+            **({"n_excluded": len(excluded), "excluded_nonces": excluded} if excluded else {}),
         }
 
     def _mismatches(

@@ -86,7 +86,9 @@ def artifact_form(
 
 
 def _validated_body(config: PoCConfig, verdict: ArtifactVerdict) -> dict[str, Any]:
-    judged = ("n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected")
+    judged = ["n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected"]
+    if verdict.excluded_nonces:
+        judged += ["n_excluded", "excluded_nonces"]
     return {**_told(verdict), **{name: getattr(verdict, name) for name in judged}}
 
 

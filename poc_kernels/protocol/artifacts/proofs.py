@@ -15,6 +15,9 @@ from ..checks import check_float, check_probability
 from ..config import UNSET
 from .encoding import decode
 
+_MAX_EXCLUDED = 0.1
+"""Share of a batch's nonces that a verdict may leave out; the network's engines have it so."""
+
 
 @dataclass(frozen=True)
 class StatTest:
@@ -89,16 +92,22 @@ class ArtifactBatch:
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "stat_test"}
 
 
+class NoVerdictError(RuntimeError):
+    """Too much of a batch could not be recomputed here to judge who sent it."""
+
+
 @dataclass(frozen=True)
 class ArtifactVerdict(ArtifactBatch):
     """An `ArtifactBatch` whose ``vectors`` were recomputed, and the verdict on it.
 
     ``received_vectors`` is what the node claimed, empty if it claimed nothing; then there is no verdict: n_mismatch is
-    0, p_value 1 and fraud_detected false.
+    0, p_value 1 and fraud_detected false. ``excluded_nonces`` are those whose claim is a vector, but of which nothing
+    was recomputed: they say nothing of the node, and are not judged.
     """
 
     received_vectors: list[str | None] = field(default_factory=list)
     mismatch_nonces: list[int] = field(default_factory=list)
+    excluded_nonces: list[int] = field(default_factory=list)
     p_value: float = 1.0
     fraud_detected: bool = False
 
@@ -109,8 +118,13 @@ class ArtifactVerdict(ArtifactBatch):
 
     @property
     def n_total(self) -> int:
-        """Nonces that were asked for."""
-        return len(self.nonces)
+        """Nonces that were asked for and are not excluded."""
+        return len(self.nonces) - self.n_excluded
+
+    @property
+    def n_excluded(self) -> int:
+        """Nonces that are not judged."""
+        return len(self.excluded_nonces)
 
     @property
     def n_mismatch(self) -> int:
@@ -138,29 +152,39 @@ def judge(
 ) -> ArtifactVerdict:
     """Return the verdict on ``batch`` from its recomputed artifacts, in the order of its nonces.
 
-    A nonce mismatches if its received or its recomputed artifact is not a vector of k_dim finite float16 numbers, if
-    the received one has a norm farther from 1 than norm_tolerance (where that is given), or if the two are farther
-    apart than the test's dist_threshold. Norms and distances are float32.
+    A nonce mismatches if its received artifact is not a vector of k_dim finite float16 numbers, if that has a norm
+    farther from 1 than norm_tolerance (where that is given), or if it is farther from the recomputed one than the
+    test's dist_threshold. Norms and distances are float32. Any other nonce whose recomputed artifact is no vector is
+    excluded: that is a failure of the model here, and no evidence against the node.
 
     Raises:
         ValueError: recomputed does not have an artifact for each nonce.
+        NoVerdictError: more than one nonce, and more than a tenth of them, are excluded; or all are.
     """
     if len(recomputed) != len(batch):
         raise ValueError(f"recomputed must have {len(batch)} artifacts, one per nonce, got {len(recomputed)}")
     mismatched: list[int] = []
+    excluded: list[int] = []
     if batch.vectors:
         received, good = decode(batch.vectors, k_dim)
         expected, known = decode(recomputed, k_dim)
-        agrees = good & known & (np.linalg.norm(received - expected, axis=1).astype(np.float64) <= test.dist_threshold)
         if norm_tolerance is not None:
-            agrees &= np.abs(np.linalg.norm(received, axis=1).astype(np.float64) - 1) <= norm_tolerance
-        mismatched = [batch.nonces[place] for place in np.flatnonzero(~agrees)]
-    p_value = test.p_value(len(mismatched), len(batch))
+            good &= np.abs(np.linalg.norm(received, axis=1).astype(np.float64) - 1) <= norm_tolerance
+        near = np.linalg.norm(received - expected, axis=1).astype(np.float64) <= test.dist_threshold
+        mismatched = [batch.nonces[place] for place in np.flatnonzero(~good | (known & ~near))]
+        excluded = [batch.nonces[place] for place in np.flatnonzero(good & ~known)]
+    if len(excluded) > max(1, _MAX_EXCLUDED * len(batch)) or 0 < len(excluded) == len(batch):
+        raise NoVerdictError(
+            f"there is no verdict: {len(excluded)} of {len(batch)} nonces gave no finite vector when they were "
+            "recomputed here, which says nothing of the node"
+        )
+    p_value = test.p_value(len(mismatched), len(batch) - len(excluded))
     return ArtifactVerdict(
         **{**batch.to_dict(), "vectors": list(recomputed)},
         stat_test=test,
         received_vectors=batch.vectors,
         mismatch_nonces=mismatched,
+        excluded_nonces=excluded,
         p_value=p_value,
         fraud_detected=p_value < test.fraud_threshold,
     )

@@ -14,7 +14,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from pydantic_core import to_json
 
-from ...protocol import IllegalTransitionError, RoundEndedError
+from ...protocol import IllegalTransitionError, NoVerdictError, RoundEndedError
 from ..clients import client_at
 from .bodies import described
 
@@ -90,6 +90,8 @@ def refusal(error: Exception) -> HTTPException:
     """Return the answer to who waits for a batch that has no verdict."""
     if isinstance(error, (IllegalTransitionError, RoundEndedError)):
         return HTTPException(409, str(error))
+    if isinstance(error, NoVerdictError):
+        return HTTPException(503, str(error))  # the next try would end so, too
     text = f"the batch could not be computed: {type(error).__name__}"
     if isinstance(error, ValueError):  # of the batch: it would fail again
         return HTTPException(409, text)

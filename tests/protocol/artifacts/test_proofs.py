@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_engine import SmallEngine
 
-from poc_kernels.protocol import PoCConfig
+from poc_kernels.protocol import EngineProver, PoCConfig, PoCManager, Row
 from poc_kernels.protocol.artifacts.encoding import decode, encode
-from poc_kernels.protocol.artifacts.proofs import ArtifactBatch, StatTest, judge
+from poc_kernels.protocol.artifacts.proofs import ArtifactBatch, NoVerdictError, StatTest, judge
+from poc_kernels.protocol.engine import never
 from poc_kernels.protocol.fingerprint.form import FINGERPRINT
 from poc_kernels.protocol.vectors.form import VECTORS
 
@@ -104,10 +106,52 @@ def test_what_is_no_artifact_mismatches(received):
     assert mismatches(received, test=StatTest(1e9, 0.1, 0.05))
 
 
-@pytest.mark.parametrize("recomputed", [None, text(0.6, 0.8, float("nan"))])
-def test_a_nonce_that_cannot_be_recomputed_mismatches(recomputed):
-    assert mismatches(GOOD, recomputed)
+NOTHING = [None, text(0.6, 0.8, float("nan"))]
+
+
+@pytest.mark.parametrize("recomputed", NOTHING)
+@pytest.mark.parametrize("form", [VECTORS, FINGERPRINT])
+def test_a_nonce_that_cannot_be_recomputed_here_is_no_evidence(form, recomputed):
+    tolerance = 0.01 if form is FINGERPRINT else None
+    claimed = [GOOD] * 31 + [None]  # of 32 nonces, the last is a mismatch whatever is recomputed
+
+    def judged(failed):
+        return judge(
+            batch([*range(32)], claimed),
+            [recomputed] * failed + [GOOD] * (31 - failed) + [recomputed],
+            form.stat_test,
+            k_dim=3,
+            norm_tolerance=tolerance,
+        )
+
+    for failed in (1, 3):
+        verdict = judged(failed)
+        assert (verdict.n_excluded, verdict.excluded_nonces) == (failed, [*range(failed)])
+        assert (verdict.n_total, verdict.n_mismatch, verdict.mismatch_nonces) == (32 - failed, 1, [31])
+        assert verdict.p_value == form.stat_test.p_value(1, 32 - failed)
+        assert not verdict.fraud_detected
+    for failed in (4, 10, 31):
+        with pytest.raises(NoVerdictError, match=f"no verdict: {failed} of 32 nonces gave no finite vector"):
+            judged(failed)
+    with pytest.raises(NoVerdictError, match="32 of 32"):
+        judge(batch([*range(32)], [GOOD] * 32), [recomputed] * 32, TEST, k_dim=3)
+
+
+def test_one_nonce_of_few_may_be_left_out_and_never_all():
+    """A verdict on no nonce at all would be taken as a vote against the node."""
+    verdict = judge(batch([3, 4], [GOOD, GOOD]), [GOOD, None], TEST, k_dim=3)
+    assert (verdict.n_total, verdict.excluded_nonces, verdict.p_value) == (1, [4], 1.0)
+    with pytest.raises(NoVerdictError, match="1 of 1"):
+        judge(batch([3], [GOOD]), [None], TEST, k_dim=3)
+    with pytest.raises(NoVerdictError, match="2 of 3"):
+        judge(batch([3, 4, 5], [GOOD] * 3), [GOOD, None, None], TEST, k_dim=3)
+
+
+@pytest.mark.parametrize("recomputed", NOTHING)
+def test_what_is_no_artifact_mismatches_whatever_is_recomputed(recomputed):
     assert mismatches(recomputed, recomputed)
+    assert mismatches("", recomputed)
+    assert mismatches(text(2, 0, 0), recomputed, norm_tolerance=0.01)
 
 
 def test_the_distance_is_compared_strictly():
@@ -288,3 +332,40 @@ def test_settings_that_a_form_does_not_take(form, changes, message):
     form.check(CONFIG)
     with pytest.raises(ValueError, match=message):
         form.check(dataclasses.replace(CONFIG, **changes))
+
+
+# ---- a validator whose model fails ----
+
+
+class Failing(SmallEngine):
+    """Gives NaN in the first rows of a forward."""
+
+    failing = 0
+
+    def forward(self, inputs_embeds, pause=never, after_layer=None):
+        states = super().forward(inputs_embeds, pause, after_layer).clone()
+        states[: self.failing] = float("nan")
+        return states
+
+
+@pytest.mark.parametrize("form", [VECTORS, FINGERPRINT])
+def test_a_validator_whose_model_gives_nan_convicts_nobody(form):
+    config = PoCConfig("block", 7, "key", proof=form.name, seq_len=16, batch_size=32)
+    nonces = [*range(32)]
+    honest = EngineProver(SmallEngine()).prove(config, [Row("key", nonce) for nonce in nonces]).values
+    engine = Failing()
+    manager = PoCManager(EngineProver(engine))
+
+    def judged(failing):
+        engine.failing = failing
+        validation = manager.validation(form.proof(config, nonces, honest), config)
+        manager.recompute([(validation, 32)])
+        return manager.verdict(validation)
+
+    assert (judged(0).n_total, judged(0).n_mismatch) == (32, 0)
+    verdict = judged(1)
+    assert (verdict.n_total, verdict.n_mismatch, verdict.excluded_nonces) == (31, 0, [0])
+    assert not verdict.fraud_detected
+    for failing in (10, 32):
+        with pytest.raises(NoVerdictError, match=f"no verdict: {failing} of 32"):
+            judged(failing)
