@@ -7,7 +7,8 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ...protocol.engine import never
 from ...scheduling import TurnsClosed
@@ -49,6 +50,15 @@ async def unless_lost(client: Any, call: Coroutine[Any, Any, Result], seconds: f
         return task.result()
     finally:
         task.cancel()
+
+
+@dataclass(frozen=True)
+class UnderWay(Generic[Result]):
+    """A call that was made."""
+
+    future: concurrent.futures.Future[Result]
+    deadline: float
+    """Of its answer, by time.monotonic()."""
 
 
 class Link:
@@ -122,17 +132,15 @@ class Link:
                 concurrent.futures.wait([sent], wait_seconds)
 
     def call(self, method: Callable[[], Coroutine[Any, Any, Result]], pause: Pause = never) -> Result:
-        """Call a coroutine function on the loop; return its result.
+        """Call a coroutine function on the loop; return its result: as `start` and `finish`."""
+        return self.finish(self.start(method), pause)
 
-        Args:
-            method: called on the loop.
-            pause: called now and then; what it raises ends the waiting and comes through. The call itself goes on.
+    def start(self, method: Callable[[], Coroutine[Any, Any, Result]]) -> UnderWay[Result]:
+        """Call a coroutine function on the loop, without waiting for it.
 
         Raises:
             EngineLost: the engine died, or the server shuts down.
             TurnsClosed: `cancel` was called.
-            EngineError: the engine answered with an error.
-            TimeoutError: it did not answer in time.
         """
         self.check()
 
@@ -145,13 +153,28 @@ class Link:
         except RuntimeError as error:
             coroutine.close()
             raise self._translated(error) from error
-        deadline = time.monotonic() + self._answer_seconds
+        return UnderWay(future, time.monotonic() + self._answer_seconds)
+
+    def finish(self, under_way: UnderWay[Result], pause: Pause = never) -> Result:
+        """Wait for the result of a call.
+
+        Args:
+            under_way: what `start` returned.
+            pause: called now and then; what it raises ends the waiting and comes through. The call itself goes on.
+
+        Raises:
+            EngineLost: the engine died, or the server shuts down.
+            TurnsClosed: `cancel` was called.
+            EngineError: the engine answered with an error.
+            TimeoutError: it did not answer in time.
+        """
+        future = under_way.future
         while not concurrent.futures.wait([future], _LOOK_SECONDS).done:
             if self._loop.is_closed():
                 raise self._lose(_LOOP_ENDED)
             self.check()
             pause()
-            if time.monotonic() > deadline:
+            if time.monotonic() > under_way.deadline:
                 raise TimeoutError(f"vLLM's engine did not answer within {self._answer_seconds:g} s")
         try:
             return future.result()

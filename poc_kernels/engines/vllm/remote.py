@@ -1,7 +1,8 @@
 """The prover and the device of rounds in vLLM's API server; what computes is a `Session` in each worker.
 
 The proofs' thread pumps: one bounded RPC after another, each saying which jobs are wanted. While users compute nothing,
-the RPCs compute slices; while users are served, slices run between their steps, and RPCs only fetch what is done.
+the RPCs compute slices; while users are served, slices run between their steps, and RPCs only fetch what is done. The
+next RPC is under way while an outcome is handled, or the workers would compute nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -23,12 +24,12 @@ from ...protocol import EngineProver, Outcomes, PoCConfig, Row
 from ...protocol.engine import Engine, never
 from ...protocol.form import ProofForm
 from ...protocol.limits import MAX_LOGITS, MAX_SIGNS
-from ...scheduling import Pacing, Slices
+from ...scheduling import Pacing, Slices, TurnsClosed
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
 from . import compat, trial
 from .arrivals import Arrivals
-from .link import EngineError, Link, unless_lost
+from .link import EngineError, Link, UnderWay, unless_lost
 from .messages import METHOD, Begin, Begun, Open, Opened, Progress, Run, Trial, Tried, pack, unpack
 from .pacing import slices_per_1000_steps
 
@@ -151,7 +152,7 @@ class RemoteDevice:
     def budget(self) -> dict[str, Any]:
         """Return the fields of the next `Run` that say how much to compute."""
         share = self.pacing.share
-        alone, means = self._users_compute_nothing(), ("mean_step_seconds", "mean_slice_seconds")
+        alone, means = self.users_compute_nothing(), ("mean_step_seconds", "mean_slice_seconds")
         step_seconds, slice_seconds = (self.counters.get(name, 0.0) for name in means)
         seconds = _ALONE_SECONDS if self._users_paused else _IDLE_SECONDS
         if self.ranks == 1:
@@ -168,11 +169,11 @@ class RemoteDevice:
         """
         self.waiting = True
         deadline = time.monotonic() + _POLL_SECONDS
-        while time.monotonic() < deadline and not self._users_compute_nothing() and not self.link.cancelled:
+        while time.monotonic() < deadline and not self.users_compute_nothing() and not self.link.cancelled:
             self.link.sleep(_LOOK_SECONDS)
         self.waiting = False
 
-    def _users_compute_nothing(self) -> bool:
+    def users_compute_nothing(self) -> bool:
         """Tell whether no user waits for a step, as far as is known."""
         before, self._users_were_there = self._users_were_there, self._users() > 0
         if self._users_were_there and not before:
@@ -194,6 +195,13 @@ class _Job:
     put: bool = False
     """Whether the workers have it, as far as is known."""
     outcome: Mapping[str, Any] | None = None
+
+
+class _Call(NamedTuple):
+    """A `Run` whose answer was not taken yet."""
+
+    message: Mapping[str, Any]
+    under_way: UnderWay[list[dict[str, Any]]]
 
 
 class RemoteModel:
@@ -235,6 +243,7 @@ class RemoteProver:
         self._config: PoCConfig | None = None
         self._round = ""
         self._jobs: list[_Job] = []
+        self._call: _Call | None = None
         self.refreshed = 0
         """How often weights were found to be replaced."""
 
@@ -256,13 +265,14 @@ class RemoteProver:
         try:
             self._want(config, [rows, *then])
             job = self._jobs[0]
-            while job.outcome is None or not all(each.put for each in self._jobs):
+            while job.outcome is None:
                 if self._config is not config:
                     self._begin(config, pause)
-                self._run(pause)
+                self._take_answer(self._call or self._send(), pause)
                 if job.outcome is None:
                     pause()
                     self.device.wait_for_users()
+            self._go_on()
         except BaseException:
             self.cancel()
             raise
@@ -274,6 +284,7 @@ class RemoteProver:
     def cancel(self) -> None:
         """Have the workers forget every job, without waiting for them."""
         self._jobs.clear()
+        self._call = None
         if self._config is not None:
             self._link.drop(self._link.command("run", pack(Run(round=self._round))))
 
@@ -285,7 +296,7 @@ class RemoteProver:
 
     def _begin(self, config: PoCConfig, pause: Pause) -> None:
         """Begin a round in all workers: none computes anything before all have agreed."""
-        self._config = None
+        self._config = self._call = None
         self._round = uuid.uuid4().hex
         # callback_url can hold secrets, and is no worker's business.
         values = {**dataclasses.asdict(config), "callback_url": None}
@@ -301,12 +312,25 @@ class RemoteProver:
         for job in self._jobs:
             job.put = False
 
-    def _run(self, pause: Pause) -> None:
-        """Exchange what is wanted for what is done."""
+    def _send(self) -> _Call:
+        """Say what is wanted, and how much to compute."""
         missing = {job.id: [(row.public_key, row.nonce) for row in job.rows] for job in self._jobs if not job.put}
         wanted = [job.id for job in self._jobs if job.outcome is None]
-        message = Run(round=self._round, jobs=wanted, rows=missing, **self.device.budget())
-        answers = [unpack(Progress, answer) for answer in self._told_again(pack(message), pause)]
+        message = pack(Run(round=self._round, jobs=wanted, rows=missing, **self.device.budget()))
+        self._call = _Call(message, self._link.start(self._link.command("run", message)))
+        return self._call
+
+    def _go_on(self) -> None:
+        """Have the workers compute what follows, while nobody waits for it, unless users compute."""
+        unfinished = any(job.outcome is None for job in self._jobs)
+        if unfinished and self._call is None and self.device.users_compute_nothing():
+            with contextlib.suppress(TurnsClosed):  # the outcome that is there is given all the same
+                self._send()
+
+    def _take_answer(self, call: _Call, pause: Pause) -> None:
+        """Wait for the answer of a `Run`, and take what is done from it."""
+        self._call = None
+        answers = [unpack(Progress, answer) for answer in self._answered(call, pause)]
         self.device.told(answers[0])
         if any(answer.round != self._round for answer in answers):
             logger.warning("a worker has lost the round: it is begun again")
@@ -319,16 +343,21 @@ class RemoteProver:
                 # The logits come together on the first rank; an error on any of them is the job's.
                 job.outcome = next((outcome for outcome in ended if "error" in outcome), ended[0])
 
-    def _told_again(self, message: Mapping[str, Any], pause: Pause) -> list[dict[str, Any]]:
-        """Send a `Run`, again where it fails: it says what is wanted, and an answer that was lost is given again."""
+    def _answered(self, call: _Call, pause: Pause) -> list[dict[str, Any]]:
+        """Wait for the answer of a `Run`, which is sent again where it fails.
+
+        It says what is wanted, and an answer that was lost is given again.
+        """
+        under_way = call.under_way
         for wait in _AGAIN_SECONDS:
             try:
-                return self._link.tell("run", message, pause)
+                return self._link.finish(under_way, pause)
             except EngineError as error:
                 logger.warning("a call of the workers failed and is made again: %s", error)
                 pause()
                 self._link.sleep(wait)
-        return self._link.tell("run", message, pause)
+            under_way = self._link.start(self._link.command("run", call.message))
+        return self._link.finish(under_way, pause)
 
 
 async def open_engine(
