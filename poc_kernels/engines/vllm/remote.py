@@ -208,7 +208,7 @@ class RemoteModel:
     """What is known here of the model in the workers: of an `Engine`, all that the check of a round reads.
 
     Args:
-        opened: what the first worker told.
+        opened: what a worker told.
     """
 
     def __init__(self, opened: Opened) -> None:
@@ -230,7 +230,7 @@ class RemoteProver:
 
     Args:
         device: of the workers.
-        opened: what the first of them told of its model.
+        opened: what one of them told of its model.
     """
 
     forms: Mapping[str, ProofForm] = EngineProver.forms
@@ -394,11 +394,12 @@ async def open_engine(
         arrivals=None if arrivals is None else arrivals.path,
     )
     opened = await unless_lost(client, _open_and_try(client, message), _OPEN_SECONDS)
-    if (no_layers := opened[0].no_layers) is not None:
-        logger.warning("rounds of distances alone are served: %s", no_layers)
+    without_layers = next((each for each in opened if each.no_layers is not None), None)
+    if without_layers is not None:
+        logger.warning("rounds of distances alone are served: %s", without_layers.no_layers)
     link = Link(client, asyncio.get_running_loop(), answer_seconds)
     device = RemoteDevice(link, share=share, ranks=len(opened), arrivals=arrivals)
-    return RemoteProver(device, opened[0]), device
+    return RemoteProver(device, without_layers or opened[0]), device
 
 
 async def _open_and_try(client: Any, message: Open) -> list[Opened]:

@@ -239,13 +239,15 @@ def test_rows_that_take_too_much_memory_are_refused_here_and_in_the_workers(
         server.prover.prove(CONFIGS[proof], rows(0))
 
 
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_a_model_without_layers_to_transform_serves_distances_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ranks: int, rank: int
 ) -> None:
+    """Whichever worker lacks them."""
     install(monkeypatch)
-    worker = Worker()
-    worker.engine = WithoutLayers()
-    prover, _ = opened([worker])
+    workers = [Worker(rank=each) for each in range(ranks)]
+    workers[rank].engine = WithoutLayers()
+    prover, _ = opened(workers)
     prover.check(CONFIGS["distances"])
     for proof in ("vectors", "fingerprint"):
         with pytest.raises(ValueError, match="model must call its layers in order"):
