@@ -285,6 +285,8 @@ class ProofWorker:
     def _after_validated(self, forward: Forward) -> list[list[Row]]:
         """Return the rows of the forwards that follow one to validate, as far as is known: see `Prover.prove`."""
         config = forward[0][0].round.config
+        if self._users_paused and self._manager.config is not config:
+            return []  # the round's own batch comes next
         generated = self._manager.upcoming(config, AHEAD) if self._users_paused else []
         return _alternate(generated, self._to_validate(config, forward))
 
@@ -293,15 +295,17 @@ class ProofWorker:
         config = self._manager.config
         if config is None:
             return []
-        if self._owed >= cost(config):
-            return self._manager.upcoming(config, 1 + AHEAD)[1:]
-        return _alternate(self._to_validate(config), self._manager.upcoming(config, 1 + AHEAD)[1:])
+        passed = self._owed // cost(config)  # turns that are not given to a forward to validate
+        generated, forwards = self._manager.upcoming(config, 1 + AHEAD)[1:], self.queue.upcoming(1)
+        if forwards and forwards[0][0][0].round.config is not config:
+            return generated[:passed]
+        return (generated[:passed] + _alternate(self._to_validate(config), generated[passed:]))[:AHEAD]
 
     def _to_validate(self, config: PoCConfig, after: Forward | None = None) -> list[list[Row]]:
         return [
             [row for job, nonces, before in forward for row in job.validation.rows(nonces, before)]
             for forward in self.queue.upcoming(AHEAD, after)
-            if forward[0][0].round.config == config
+            if forward[0][0].round.config is config
         ]
 
     def _judge(self, job: ValidationJob) -> None:

@@ -18,6 +18,7 @@ from workers import BATCH, PATIENT, Parts, alone, config, proof, workers
 from poc_kernels.protocol import DistanceProver, IllegalTransitionError, PoCManager, PoCState, RoundEndedError, Row
 from poc_kernels.scheduling import Turns
 from poc_kernels.service import worker as worker_module
+from poc_kernels.service.line import MIN_COST
 from poc_kernels.service.queue import JobState, QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -457,4 +458,39 @@ def test_the_prover_is_told_what_comes_next(
     for place, (_, then) in enumerate(asked[:-2]):
         if place > 1:  # the first may have been told of before the jobs came
             assert then == [rows for rows, _ in asked[place + 1 : place + 3]]
+    go.release(1000)
+
+
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(BATCH, 3), (16 * MIN_COST // 64, 64)])
+def test_nothing_is_told_of_that_another_round_comes_before(
+    make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, batch_size: int, seq_len: int
+) -> None:
+    """A prover far away would begin it in vain: whatever it is told of comes next, in that order and of that round."""
+    parts = make()
+    prover = parts.manager.prover
+    asked: list[tuple[object, list[Row], list[list[Row]]]] = []
+    go = threading.Semaphore(0)
+
+    def prove(config: object, rows: list[Row], pause: object, then: list[list[Row]], prove: object = prover.prove):
+        assert go.acquire(timeout=TIMEOUT)
+        asked.append((config, rows, [*then]))
+        return prove(config, rows, pause, then)
+
+    monkeypatch.setattr(prover, "prove", prove)
+    parts.begin(PoCState.GENERATING, node_id=0, node_count=1)
+    others = [config(block_hash=f"another {number}", batch_size=batch_size, seq_len=seq_len) for number in range(2)]
+    jobs = [
+        parts.worker.enqueue(proof(batch_size, block_hash=other.block_hash), f"submitter {number}", config=other)
+        for number, other in enumerate(others)
+    ]
+    go.release(60)
+    for job in jobs:
+        job.future.result(TIMEOUT)
+    eventually(lambda: len(asked) == 60)
+    told = 0
+    for place, (round_, _, then) in enumerate(asked[:-2]):
+        if place > 1:  # the first may have been told of before the jobs came
+            assert then == [rows for other, rows, _ in asked[place + 1 : place + 1 + len(then)] if other is round_]
+            told += len(then)
+    assert told >= 60
     go.release(1000)

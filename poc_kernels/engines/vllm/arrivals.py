@@ -29,7 +29,7 @@ class Arrivals:
     def __init__(self) -> None:
         file, self.path = tempfile.mkstemp(prefix="poc_kernels-", dir=_SHARED if os.path.isdir(_SHARED) else None)
         try:
-            os.ftruncate(file, 1)
+            os.write(file, b"\0")  # takes the page: where there is none, this fails, and not a store to it
             self._byte = mmap.mmap(file, 1)
         finally:
             os.close(file)

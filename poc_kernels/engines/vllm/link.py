@@ -173,8 +173,8 @@ class Link:
             if self._loop.is_closed():
                 raise self._lose(_LOOP_ENDED)
             self.check()
-            pause()
-            if time.monotonic() > under_way.deadline:
+            pause()  # may take its time
+            if time.monotonic() > under_way.deadline and not future.done():
                 raise TimeoutError(f"vLLM's engine did not answer within {self._answer_seconds:g} s")
         try:
             return future.result()

@@ -76,7 +76,7 @@ class RemoteDevice:
         self._users_paused = False
         self._slice_seconds = self._taken_at = 0.0
         self._steps, self._stepped = -1.0, time.monotonic()
-        self._users_were_there = False
+        self._users_were_there, self._looked = False, time.monotonic()
 
     # ---- for the proofs' thread ----
 
@@ -108,7 +108,7 @@ class RemoteDevice:
     def drain_users(self, timeout_seconds: float) -> bool:
         """Wait until no request is in flight: see `Device.drain_users`."""
         deadline = time.monotonic() + timeout_seconds
-        while self.link.users() > 0:
+        while self._users() > 0:
             left = deadline - time.monotonic()
             if left <= 0 or self.link.cancelled:
                 return False
@@ -156,7 +156,7 @@ class RemoteDevice:
         step_seconds, slice_seconds = (self.counters.get(name, 0.0) for name in means)
         seconds = _ALONE_SECONDS if self._users_paused else _IDLE_SECONDS
         if self.ranks == 1:
-            without_users = 0.0 if self._users_paused else _ALONE_SECONDS
+            without_users = 0.0 if self._users_paused or self._users() > 0 else _ALONE_SECONDS
             return {"alone": alone, "share": share, "seconds": seconds, "seconds_without_users": without_users}
         slices = _FIRST_SLICES if slice_seconds <= 0 else max(1, min(_MAX_SLICES, int(seconds / slice_seconds)))
         between = slices_per_1000_steps(share, step_seconds, slice_seconds)
@@ -168,17 +168,20 @@ class RemoteDevice:
         Whoever has just come is served: the engine gets their request in some milliseconds.
         """
         self.waiting = True
-        deadline = time.monotonic() + _POLL_SECONDS
-        while time.monotonic() < deadline and not self.users_compute_nothing() and not self.link.cancelled:
-            self.link.sleep(_LOOK_SECONDS)
-        self.waiting = False
+        try:
+            deadline = time.monotonic() + _POLL_SECONDS
+            while time.monotonic() < deadline and not self.users_compute_nothing() and not self.link.cancelled:
+                self.link.sleep(_LOOK_SECONDS)
+        finally:
+            self.waiting = False
 
     def users_compute_nothing(self) -> bool:
         """Tell whether no user waits for a step, as far as is known."""
         before, self._users_were_there = self._users_were_there, self._users() > 0
-        if self._users_were_there and not before:
-            self._stepped = time.monotonic()
-        still = time.monotonic() - self._stepped > _STILL_SECONDS
+        looked, self._looked = self._looked, time.monotonic()
+        if self._users_were_there and (not before or self._looked - looked > _STILL_SECONDS):
+            self._stepped = self._looked  # they came, or what they did meanwhile is not known
+        still = self._looked - self._stepped > _STILL_SECONDS
         return self._users_paused or still or not self._users_were_there
 
     def _users(self) -> int:

@@ -51,7 +51,7 @@ UNCUT_SECONDS = 1e9
 _MAX_SLICES_IN_FLIGHT = 2
 _PROMPTS = 2.0
 """Times the usual tokens: a step of more has prompts among them."""
-_MAX_STEPS_UNASKED = 256
+_MAX_STEPS_UNASKED = 64
 """After so many steps without a message, nobody waits for proofs any more: users' steps owe nothing then."""
 
 
@@ -142,19 +142,29 @@ class Session:
         """Take on and cancel jobs as the message says, compute a while, and tell of it."""
         if message.round == self._round:
             self._steps_unasked = 0
-            self._reconcile(message.jobs, message.rows)
-            self._clocked.share = message.share
-            self._counted.slices_per_1000_steps = message.slices_per_1000_steps
-            if message.alone:
-                self._users_left()
-            if not self._busy:
-                self._run_between(message.slices, message.seconds, message.seconds_without_users)
+            try:
+                self._compute(message)
+            except Exception as error:
+                if self.lockstep:  # the others compute on
+                    logger.exception("proofs failed in a call")
+                    self._give_up(error)
+                raise
         return Progress(
             round=self._round,
             jobs=[*self._outcomes, *self._rows],
             outcomes=dict(self._outcomes),
             counters=self.counters.told(),
         )
+
+    def _compute(self, message: Run) -> None:
+        """Take on and cancel jobs as the message says, and compute a while."""
+        self._reconcile(message.jobs, message.rows)
+        self._clocked.share = message.share
+        self._counted.slices_per_1000_steps = message.slices_per_1000_steps
+        if message.alone:
+            self._users_left()
+        if not self._busy:
+            self._run_between(message.slices, message.seconds, message.seconds_without_users)
 
     def close(self) -> None:
         """Cancel everything, and leave the worker as it was. Idempotent."""

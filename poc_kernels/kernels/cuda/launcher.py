@@ -54,13 +54,13 @@ def unavailable(device: torch.device) -> str | None:
     """
     if not is_nvidia(device):
         return "runs on NVIDIA's GPUs only"
-    if classes() is None:
-        return "the native core was built without it"
     try:
+        if classes() is None:
+            return "the native core was built without it"
         _driver(DRIVER)
         capability, _ = plan.hardware(device)
         arithmetic = _package(capability).manifest["arithmetic"]
-    except (PackageError, RuntimeError) as error:
+    except (PackageError, RuntimeError, ImportError) as error:
         return str(error)
     asked_for = plan.choose_arithmetic(capability)
     if asked_for != arithmetic:

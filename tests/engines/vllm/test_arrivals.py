@@ -38,6 +38,13 @@ def is_user(of: Any) -> bool:
     return bool(of["path"] == "/user")
 
 
+def test_the_memory_of_the_byte_is_taken_at_once() -> None:
+    """A store to memory that a full /dev/shm cannot give would end the process."""
+    arrivals = Arrivals()
+    assert os.stat(arrivals.path).st_blocks > 0
+    arrivals.opened()
+
+
 def test_another_process_sees_who_is_there() -> None:
     arrivals = Arrivals()
     command = [sys.executable, "-c", LOOK, arrivals.path]

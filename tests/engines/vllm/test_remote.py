@@ -530,6 +530,34 @@ def test_users_who_never_reach_the_engine_keep_proofs_for_a_moment_alone(monkeyp
     assert clock.waited(device) == 0.0
 
 
+def test_users_who_were_served_while_nothing_was_proven_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    device = RemoteDevice(clock, share=0.1)  # type: ignore[arg-type]
+    clock.in_engine = 1
+    assert not device.budget()["alone"]
+    clock.sleep(5.0)  # nobody looks; whether they had steps is not known
+    assert not device.budget()["alone"]
+    for _ in range(30):
+        clock.waited(device)
+    assert device.budget()["alone"]  # without one, as it told all the time
+
+
+def test_a_call_is_long_only_where_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=0)
+    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
+    assert device.budget()["seconds_without_users"] > device.budget()["seconds"] > 0
+    for arrivals.count, clock.in_engine in ((1, 0), (0, 1)):  # the second: in the engine after its answer
+        assert device.budget()["seconds_without_users"] == 0
+
+
+def test_requests_that_have_not_reached_the_engine_are_drained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=1)
+    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
+    assert not device.drain_users(0.5)
+    arrivals.count = 0
+    assert device.drain_users(0.5)
+
+
 def test_users_are_paused_and_resumed(serve: Callable[..., Server]) -> None:
     server = serve()
     server.workers[0].in_step = lambda: time.sleep(0.001)

@@ -272,10 +272,13 @@ def test_slices_wait_for_steps_without_prompts() -> None:
     clock = Clock()
     rig = Rig(clock=clock)
     rig.worker.in_step = lambda: setattr(clock, "now", clock.now + 5.0)
-    rig.run({str(number): rows(4 * number) for number in range(100)}, share=0.1)
+    jobs = {str(number): rows(4 * number) for number in range(100)}
+    rig.run(jobs, share=0.1)
     counters, request = rig.session.counters, Request(3, PLENTY)
     with_slices = {True: 0, False: 0}
     for step in range(200):
+        if step % 50 == 0:
+            rig.run(jobs, share=0.1)
         before, has_prompt = counters.slices, step % 3 == 2
         rig.worker.execute_model(scheduled([request], prompt_tokens=50 * has_prompt))
         with_slices[has_prompt] += counters.slices > before
@@ -666,7 +669,7 @@ def test_ranks_with_pauses_by_time_would_fail_the_test_above() -> None:
     assert any("ranks meet for" in error for error in errors)
 
 
-@pytest.mark.parametrize("where", ["call", "steps", "context"])
+@pytest.mark.parametrize("where", ["call", "steps", "context", "mark"])
 def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str, ends: None) -> None:
     """Its next step would meet the others' slices: an engine that is dead is better than one that says wrong things."""
     rig = Rig(Worker(world_size=2), lockstep=True)
@@ -680,10 +683,12 @@ def test_a_rank_that_fails_alone_computes_nothing_any_more(where: str, ends: Non
 
     if where == "context":
         rig.worker.engine.context = fail  # type: ignore[method-assign]
+    elif where == "mark":  # where errors of work that was launched come to light
+        rig.session._in_flight.mark = fail  # type: ignore[method-assign]
     else:
         rig.worker.engine.before_layer = fail
     rig.worker.engine.others_fail = False
-    go_on = {"call": lambda: rig.run({"a": [], "b": []}, slices=PLENTY, alone=True)}
+    go_on = dict.fromkeys(("call", "mark"), lambda: rig.run({"a": [], "b": []}, slices=PLENTY, alone=True))
     with pytest.raises(Ended, match="1"):
         go_on.get(where, lambda: rig.steps(Request(3, PLENTY), PLENTY))()
     assert len(steps) < 20
