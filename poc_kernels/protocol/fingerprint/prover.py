@@ -41,6 +41,12 @@ class Fingerprints:
         what = f"in a round of fingerprints with {layers} x {width} signs per row"
         check_rows(config, per_row=layers * width, bound=self.work.max_signs, what=what)
 
+    def release(self) -> None:
+        """Give back the memory of signs; later forwards have other flips, and graphs with these are not replayed."""
+        kept, self._flips, self._spared = self._flips, {}, 0  # first: whatever fails then, none is used without memory
+        for flips in kept.values():
+            flips.release()
+
     @torch.inference_mode()
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
         """Compute the fingerprints of 1 to batch_size rows: texts, None for a row without."""
@@ -73,16 +79,22 @@ class Fingerprints:
 
     def _flips_of(self, rows: int) -> Flips:
         """Return the same flips for every forward of so many rows: the engine measures and captures it with them."""
+        self._count(rows)
         most = max(self._flips, default=0)
-        kept_bytes = self._flips[most].masks.nbytes if most else 0
-        self._spared = self._spared + 1 if rows * _MAX_SPARE <= most and kept_bytes > _KEPT_BYTES else 0
-        if rows > most or self._spared == _SPARE_FORWARDS:
-            for flips in self._flips.values():
-                flips.release()
-            self._flips, self._spared = {rows: Flips(self.engine, rows)}, 0
+        if rows > most:
+            self.release()
+            self._flips[rows] = Flips(self.engine, rows)
         elif rows not in self._flips:
             self._flips[rows] = self._flips[most].narrowed(rows)
         return self._flips[rows]
+
+    def _count(self, rows: int) -> None:
+        """Count a forward that needs signs of so many rows; give back what is kept if many needed little of it."""
+        most = max(self._flips, default=0)
+        kept_bytes = self._flips[most].masks.nbytes if most else 0
+        self._spared = self._spared + 1 if rows * _MAX_SPARE <= most and kept_bytes > _KEPT_BYTES else 0
+        if self._spared == _SPARE_FORWARDS:
+            self.release()
 
     def _mix(self, config: PoCConfig, rows: Sequence[Row], states: Tensor, pause: Pause) -> Tensor:
         """Mix positions, some rows at a time: a row's bits do not depend on the others."""
