@@ -10,6 +10,7 @@ from torch import Tensor
 from ...scheduling.slices import Pause
 from ..artifacts.tensors import texts
 from ..config import PoCConfig
+from ..engine import LayerTransform
 from ..limits import check_length, check_rows
 from ..prover import Outcomes, Row
 from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
@@ -22,8 +23,8 @@ _KEPT_BYTES = 2**26
 """Signs of at most so many bytes are kept, however few rows need them."""
 _MAX_SPARE = 4
 _SPARE_FORWARDS = 32
-"""More are given back after so many forwards in a row that need at most a fourth. Not at once: with other flips, an
-engine measures and captures its forward anew."""
+"""More are given back after so many forwards in a row, of any form, that need at most a fourth. Not at once: with other
+flips, an engine measures and captures its forward anew."""
 
 
 class Fingerprints:
@@ -40,6 +41,14 @@ class Fingerprints:
         check_length(config, self.engine.max_positions)
         what = f"in a round of fingerprints with {layers} x {width} signs per row"
         check_rows(config, per_row=layers * width, bound=self.work.max_signs, what=what)
+
+    def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
+        """Return the flips of a round's forwards, if there are some by now: see `FormProver.transforms`."""
+        return [flips for rows, flips in self._flips.items() if rows == config.batch_size]
+
+    def passed(self) -> None:
+        """Count a forward of another form, which needs no signs."""
+        self._count(0)
 
     def release(self) -> None:
         """Give back the memory of signs; later forwards have other flips, and graphs with these are not replayed."""

@@ -317,6 +317,28 @@ def test_signs_that_many_forwards_did_not_need_are_given_back(monkeypatch):
     assert computed == [computed[0]] * len(computed)
 
 
+def test_forwards_of_other_forms_count_too(monkeypatch):
+    """Else a node kept the signs of one large request for good."""
+    per_row = 2 * 24 * 4
+    monkeypatch.setattr(prover_module, "_KEPT_BYTES", 8 * per_row)
+    engine = SmallEngine()
+    engine.layers = 2
+    prover, rows = EngineProver(engine), [Row("one", 3), Row("two", 5)]
+    fingerprints = config(batch_size=9)
+    others = [config(proof="vectors", batch_size=9, k_dim=12), config(proof="distances", batch_size=9, r_target=1.4)]
+
+    def kept():
+        return sum(flips.masks.nbytes for flips in prover.transforms(fingerprints))
+
+    expected = prover.prove(fingerprints, rows).values
+    for number in range(32):
+        assert kept() == 9 * per_row
+        prover.prove(others[number % 2], rows)
+    assert kept() == 0
+    assert prover.prove(fingerprints, rows).values == expected
+    assert kept() == 9 * per_row
+
+
 class Graphs(IdentityEngine):
     """Captures forwards: a replay reads the masks that lay there in the capture, whatever became of their flips."""
 
