@@ -68,7 +68,10 @@ def test_a_nonce_of_which_the_validator_has_nothing_is_left_out(
     claimed = {"artifacts": artifacts(nonces, proof=proof)}
     claimed["artifacts"][9]["vector_b64"] = ""
     body = asked(nonces, validation=claimed, params=params, url=receiver.url)
+    count = 'poc_nonces_without_artifact_total{phase="validate"}'
+    before = metric(http, count)
     answer = generate(http, body)
+    assert metric(http, count) == before + 1
     assert (answer["n_total"], answer["n_excluded"], answer["excluded_nonces"]) == (31, 1, [7])
     assert (answer["n_mismatch"], answer["mismatch_nonces"]) == (1, [9])
     receiver.wait(1)

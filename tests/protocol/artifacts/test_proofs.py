@@ -349,7 +349,7 @@ class Failing(SmallEngine):
 
 
 @pytest.mark.parametrize("form", [VECTORS, FINGERPRINT])
-def test_a_validator_whose_model_gives_nan_convicts_nobody(form):
+def test_a_validator_whose_model_gives_nan_convicts_nobody(form, caplog):
     config = PoCConfig("block", 7, "key", proof=form.name, seq_len=16, batch_size=32)
     nonces = [*range(32)]
     honest = EngineProver(SmallEngine()).prove(config, [Row("key", nonce) for nonce in nonces]).values
@@ -363,7 +363,11 @@ def test_a_validator_whose_model_gives_nan_convicts_nobody(form):
         return manager.verdict(validation)
 
     assert (judged(0).n_total, judged(0).n_mismatch) == (32, 0)
+    assert caplog.messages == []
     verdict = judged(1)
+    assert caplog.messages == [
+        "1 of 32 nonces gave no finite vector when they were recomputed here, and are left out of the verdict"
+    ]
     assert (verdict.n_total, verdict.n_mismatch, verdict.excluded_nonces) == (31, 0, [0])
     assert not verdict.fraud_detected
     for failing in (10, 32):
