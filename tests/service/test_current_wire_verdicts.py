@@ -12,6 +12,7 @@ import pytest
 from callback_receivers import Receiver
 from current_wire import (
     KEY,
+    MLNODE,
     POW,
     STAT_TEST,
     artifacts,
@@ -101,6 +102,25 @@ def test_a_validator_whose_own_model_fails_convicts_nobody(
     assert generate(http, body)["n_mismatch"] == 0
     receiver.wait(1)
     assert [told["n_total"] for told in receiver.contents(path="/validated")] == [32]
+
+
+@pytest.mark.parametrize("wire", [POW, MLNODE])
+@pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
+def test_a_plain_forgery_is_fraud_though_too_much_cannot_be_recomputed(
+    node: TinyNode, http: httpx2.Client, receiver: Receiver, proof: str, wire: str
+) -> None:
+    """179 forgeries are as plain beside 21 nonces of which the model here gives nothing as beside 20."""
+    nonces = [*range(200)]
+    forged = artifacts([1000] * 200, proof=proof)
+    claimed = {"artifacts": [{**each, "nonce": nonce} for nonce, each in zip(nonces, forged, strict=True)]}
+    body = asked(nonces, validation=claimed, params={"proof": proof}, batch_size=64, url=receiver.url)
+    for failed in (20, 21):
+        node.prover.missing |= set(range(failed))
+        answer = ok(http.post(f"{wire}/generate", json=body))
+        assert (answer["n_total"], answer["n_mismatch"], answer["fraud_detected"]) == (200 - failed,) * 2 + (True,)
+        assert (answer["n_excluded"], answer["excluded_nonces"]) == (failed, nonces[:failed])
+    receiver.wait(2)
+    assert [told["n_excluded"] for told in receiver.contents("/validated")] == [20, 21]
 
 
 @pytest.mark.parametrize(
