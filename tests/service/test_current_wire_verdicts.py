@@ -161,12 +161,12 @@ def test_the_distance_of_the_test_is_what_counts(http: httpx2.Client) -> None:
     [
         (
             {"fraud_threshold": 0.05, "p_value_threshold": 0.01},
-            "fraud_threshold and p_value_threshold must be the same",
+            "stat_test.fraud_threshold and stat_test.p_value_threshold must be the same",
         ),
-        ({"p_mismatch": 1.5}, "p_mismatch must be a probability"),
-        ({"fraud_threshold": -0.1}, "fraud_threshold must be a probability"),
-        ({"p_value_threshold": 2}, "fraud_threshold must be a probability"),
-        ({"dist_threshold": -1}, "dist_threshold must be at least 0, got -1"),
+        ({"p_mismatch": 1.5}, "stat_test.p_mismatch must be a probability"),
+        ({"fraud_threshold": -0.1}, "stat_test.fraud_threshold must be a probability"),
+        ({"p_value_threshold": 2}, "stat_test.p_value_threshold must be a probability"),
+        ({"dist_threshold": -1}, "stat_test.dist_threshold must be at least 0, got -1"),
     ],
 )
 def test_tests_that_are_none(http: httpx2.Client, stat_test: dict[str, float], message: str) -> None:
