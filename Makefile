@@ -166,7 +166,7 @@ bench-interference-vllm: $(VENV)/installed-dev $(VLLM_VENV)/installed
 	$(BIN)/python -m bench.interference.report $(INTERFERENCE_RESULT).json
 
 # How well the proofs of a model can be guessed. MODEL is smollm2, a folder, or an id on the Hugging Face hub;
-# eight minutes of CPU time with smollm2. SOUNDNESS_ARGS takes options of bench/README.md.
+# with smollm2 it took 15.5 minutes beside other work on 2 cores, with one thread. SOUNDNESS_ARGS takes options of bench/README.md.
 SOUNDNESS_RESULT ?= bench/results/soundness-$(notdir $(MODEL))
 .PHONY: bench-soundness
 bench-soundness: $(VENV)/installed-dev $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))

@@ -186,6 +186,7 @@ def checks(device: str, capability: tuple[int, int], sms: int, backends: list[st
     small = device == "cpu"
     calls: list[tuple[str, str, tuple[Any, ...]]] = [
         ("torch", "torch_itself", ()),
+        ("order of the picks of vectors", "picked", ()),
         ("entries", "entries", ()),
         *(
             (f"quantise {dtype} {bits} bits K = {k}", "quantised", (dtype, bits, k))

@@ -23,7 +23,8 @@ from poc_kernels.kernels.triton import product as kernels
 from poc_kernels.kernels.triton import tiles as tile_table
 from poc_kernels.kernels.triton.device import NOT_FINITE
 from poc_kernels.kernels.triton.tiles import Tile
-from poc_kernels.protocol import inputs, triton_inputs
+from poc_kernels.protocol import Row, inputs, triton_inputs
+from poc_kernels.protocol.vectors.vector import picks
 
 SEED = 0x123456789ABCDEF
 REPEATS = 200
@@ -120,6 +121,29 @@ def random_inputs(device: torch.device, dtype: str, by: ModuleType = triton_inpu
         return difference(by.hash32(seeds.to(device), 1000, 999), inputs._plain_hash32(seeds, 1000, 999))
     kind = getattr(torch, dtype)
     return difference(by.normal(seeds.to(device), 999, kind), inputs._plain_normal(seeds, 999, kind))
+
+
+def picked(device: torch.device) -> str | None:
+    """Pick a vector's coordinates, in the order in which torch selects them on a GPU, as the network's nodes do."""
+    rows = [Row("public key", nonce) for nonce in range(16)]
+    for k, dim in itertools.product((2, 12, 64, 256), (256, 576, 1000, 4096, 8192)):
+        seeds = [inputs.seed32(f"block_{row.public_key}_nonce_{row.nonce}_pick_{k}") for row in rows]
+        scores = inputs.hash32(seeds, 0, dim).long() & 0xFFFFFFFF  # of the CPU
+        selected = _selected(-scores.to(device), k)
+        if wrong := difference(picks("block", rows, dim, k, device), selected):
+            return f"{k} of {dim} in another order than torch's: {wrong}"
+    return None
+
+
+def _selected(scores: Tensor, k: int) -> Tensor:
+    """Return where the k largest are, as torch has them on a GPU; on a CPU, as the source of torch's kernel reads."""
+    if scores.device.type != "cpu":
+        return torch.topk(scores, k, largest=True, sorted=False).indices
+    last = scores.topk(k).values[:, -1:]
+    better = [row.nonzero().flatten() for row in scores > last]
+    return torch.stack(
+        [torch.cat([of, (row == end).nonzero()[0]]) for of, row, end in zip(better, scores, last, strict=True)]
+    )
 
 
 def quantised(device: torch.device, dtype: str, bits: int, k: int) -> str | None:

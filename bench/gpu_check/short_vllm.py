@@ -71,14 +71,14 @@ def main(name: str) -> None:
     def texts() -> list[list[int]]:
         return [trial.scores(answer)[0] for answer in answers(PROMPTS, 16)]
 
-    assert (said := lacking_memory(engine)) is None, said
+    prover, rows = EngineProver(engine), [Row("key", nonce) for nonce in range(4)]
+    assert (said := lacking_memory(engine, prover)) is None, said
     asked = answers(trial.tokens(engine.vocab_size, max_positions=512), trial.ANSWER)
     assert (said := trial.compare(engine, *zip(*map(trial.scores, asked), strict=True))) is None, said
     assert (said := trial.independence(engine, transforms=True)) is None, said
     if name == "cuda":
         assert engine.repeated.captured is not None, "not captured"
     before = texts()
-    prover, rows = EngineProver(engine), [Row("key", nonce) for nonce in range(4)]
     settings = PoCConfig("0x00ab", 7, "key", 1.4, batch_size=4, seq_len=64, use_random_projection=True)
     for form in prover.forms:
         settings = dataclasses.replace(settings, proof=form)

@@ -162,7 +162,9 @@ class Artifacts(_Told):
     encoding: Encoding
 
 
-class _Judged(_Told):
+class Judged(_Told):
+    """What a verdict says, wherever it is told."""
+
     n_total: int
     n_mismatch: int
     mismatch_nonces: list[int]
@@ -172,7 +174,7 @@ class _Judged(_Told):
     excluded_nonces: list[int] = []
 
 
-class Verdict(_Judged):
+class Verdict(Judged):
     """Answer of POST /generate with a validation."""
 
     status: Literal["completed"]
@@ -218,7 +220,7 @@ class Generated(_OfRound):
     request_id: str | None = None
 
 
-class Validated(_OfRound, _Judged):
+class Validated(_OfRound, Judged):
     """Body of a POST to {url}/validated."""
 
     request_id: str

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
-from .answers import BeganOnBackends, Generated, Validated, Verdict
+from .answers import BeganOnBackends, Generated, Judged, Validated, Verdict
 from .artifact import decode
 from .check import check
 from .outcome import FailedError, require
@@ -205,11 +205,7 @@ def _validated(session: Session, refuse: int, forges: bool = True) -> str:
     _same_round(told, body)
     session.expect_id(told.request_id, queued.request_id)
     answered = session.result(queued.request_id, Verdict)
-    differs = [
-        name
-        for name in ("n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected", "n_excluded")
-        if getattr(told, name) != getattr(answered, name)
-    ]
+    differs = [name for name in Judged.model_fields if getattr(told, name) != getattr(answered, name)]
     require(not differs, f"{', '.join(differs)} differ between the callback and the answer: {told} and {answered}")
     require(told.mismatch_nonces == list(forged), f"forged nonces {list(forged)}, got {told}")
     return f"{len(mailbox.posts)} callbacks, n_mismatch {told.n_mismatch} of {told.n_total}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..scheduling.slices import Pause, Slices
 from .config import PoCConfig
 from .distances.form import DISTANCES
-from .engine import Engine, never
+from .engine import Engine, LayerTransform, never
 from .form import ProofForm, form_of
 from .forms import FORMS, FormProver
 from .prover import Outcomes, Row
@@ -58,7 +58,19 @@ class EngineProver:
         self, config: PoCConfig, rows: Sequence[Row], pause: Pause = never, then: Sequence[Sequence[Row]] = ()
     ) -> Outcomes:
         """Compute the outcomes of 1 to batch_size rows, and nothing of ``then``: see `Prover.prove`."""
+        for name, prover in self._provers.items():
+            if name != config.proof:
+                prover.passed()
         return self._provers[config.proof].prove(config, rows, pause)
+
+    def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
+        """Return what a round's forwards go through after each layer: see `FormProver.transforms`."""
+        return self._provers[config.proof].transforms(config)
+
+    def release(self) -> None:
+        """Give back the memory that is kept from forward to forward, between two of them. No bit changes."""
+        for prover in self._provers.values():
+            prover.release()
 
     def compile_kernels(self) -> None:
         """Have a GPU's kernels for rounds checked and compiled: see `SharedWork.compile_kernels`."""

@@ -11,6 +11,7 @@ from ..scheduling.slices import Pause
 from .config import PoCConfig
 from .distances.form import DISTANCES
 from .distances.prover import Distances
+from .engine import LayerTransform
 from .fingerprint.form import FINGERPRINT
 from .fingerprint.prover import Fingerprints
 from .form import ProofForm
@@ -25,6 +26,18 @@ class FormProver(Protocol):
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the engine cannot prove a round of this configuration."""
+
+    def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
+        """Return what a round's forwards go through after each layer, None for nothing; empty if it is yet to be made.
+
+        An engine knows by it, and by the shape, whether it has captured such a forward.
+        """
+
+    def passed(self) -> None:
+        """Count a forward of another form: what is kept for this one from forward to forward may be given back."""
+
+    def release(self) -> None:
+        """Give back the memory that is kept from forward to forward. No bit changes."""
 
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
         """Compute the outcomes of one forward: see `Prover.prove`."""

@@ -98,9 +98,9 @@ class RepeatedForward:
         """The slices of the latest kind of forward; None until they are measured."""
         return next(reversed(self._kinds.values())).sliced.slices if self._kinds else None
 
-    def holds(self, shape: tuple[int, ...]) -> bool:
-        """Whether forwards of that shape are captured: the memory that they take is taken already."""
-        return self._captured_kind is not None and self._captured_kind[0] == shape
+    def holds(self, shape: tuple[int, ...], option: Hashable = None) -> bool:
+        """Whether forwards of that shape and option are captured: the memory that they take is taken already."""
+        return self._captured_kind == (shape, option)
 
     def forget(self) -> None:
         """Measure and capture anew, because the forwards that follow compute something else."""

@@ -33,6 +33,9 @@ class Metrics:
         self.state = Enum("poc_state", "State of the node", states=states, registry=self.registry)
         self._checked = counter("poc_nonces_checked", "Nonces computed, by phase", ["phase"])
         self._valid = counter("poc_nonces_valid", "Nonces below r_target, or with an artifact, by phase", ["phase"])
+        self._without = counter(
+            "poc_nonces_without_artifact", "Nonces whose row was not finite in the model here, by phase", ["phase"]
+        )
         self.rate = Gauge("poc_nonces_per_second", "Nonces checked per second of the round", registry=self.registry)
         self._outcomes = {
             of.name: histogram(of.name, of.description, buckets=of.buckets)
@@ -63,6 +66,7 @@ class Metrics:
         for phase in ("generate", "validate"):
             self._checked.labels(phase)
             self._valid.labels(phase)
+            self._without.labels(phase)
         for outcome in (JobState.DONE, JobState.FAILED, JobState.CANCELLED):
             self._validations.labels(outcome.value.lower())
         for kind in ("generated", "validated"):
@@ -80,6 +84,7 @@ class Metrics:
         """Count a forward: the observer of a `PoCManager`."""
         self._checked.labels(report.phase).inc(len(report.outcomes))
         self._valid.labels(report.phase).inc(report.valid)
+        self._without.labels(report.phase).inc(report.outcomes.count(None))
         self._batch_seconds.labels(report.phase).observe(report.seconds)
         for part, seconds in report.part_seconds.items():
             self._part_seconds.labels(part).inc(seconds)

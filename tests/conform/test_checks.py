@@ -90,6 +90,7 @@ FAULTS = [
     ("generated.of_request", "posts_nothing"),
     ("validated.body", "own_key"),
     ("validated.body", "no_request_id"),
+    ("validated.body", "excludes_another"),
     ("validated.honest", "posts_frauds_alone"),
     ("validated.again", "posts_once"),
 ]

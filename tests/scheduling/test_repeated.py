@@ -65,8 +65,10 @@ def test_a_new_kind_takes_the_place_of_the_one_before():
     repeated = Repeated()
     run(repeated, [(5, 1), (5, 1), (5, 3), (5, 3), (7, 3)])
     assert repeated.captures == [(5, 1), (5, 3), (7, 3)]
-    assert repeated.holds((7,))
-    assert not repeated.holds((5,))
+    assert repeated.holds((7,), 3)
+    assert not repeated.holds((5,), 3)
+    assert not repeated.holds((7,), 1)
+    assert not repeated.holds((7,))
 
 
 def test_two_kinds_that_alternate_are_not_captured_again_and_again():
@@ -101,10 +103,10 @@ def test_few_kinds_are_remembered():
     repeated = Repeated()
     run(repeated, [(length, 1) for length in range(1, 20)])
     assert len(repeated._kinds) == 8
-    assert repeated.holds((19,))
+    assert repeated.holds((19,), 1)
     repeated.forget()
     assert repeated.slices is None
-    assert not repeated.holds((19,))
+    assert not repeated.holds((19,), 1)
     run(repeated, [(19, 1)])
     assert repeated.captures[-2:] == [(19, 1), (19, 1)]
 

@@ -12,6 +12,7 @@ import pytest
 from callback_receivers import Receiver
 from current_wire import (
     KEY,
+    MLNODE,
     POW,
     STAT_TEST,
     artifacts,
@@ -68,7 +69,10 @@ def test_a_nonce_of_which_the_validator_has_nothing_is_left_out(
     claimed = {"artifacts": artifacts(nonces, proof=proof)}
     claimed["artifacts"][9]["vector_b64"] = ""
     body = asked(nonces, validation=claimed, params=params, url=receiver.url)
+    count = 'poc_nonces_without_artifact_total{phase="validate"}'
+    before = metric(http, count)
     answer = generate(http, body)
+    assert metric(http, count) == before + 1
     assert (answer["n_total"], answer["n_excluded"], answer["excluded_nonces"]) == (31, 1, [7])
     assert (answer["n_mismatch"], answer["mismatch_nonces"]) == (1, [9])
     receiver.wait(1)
@@ -98,6 +102,25 @@ def test_a_validator_whose_own_model_fails_convicts_nobody(
     assert generate(http, body)["n_mismatch"] == 0
     receiver.wait(1)
     assert [told["n_total"] for told in receiver.contents(path="/validated")] == [32]
+
+
+@pytest.mark.parametrize("wire", [POW, MLNODE])
+@pytest.mark.parametrize("proof", ["vectors", "fingerprint"])
+def test_a_plain_forgery_is_fraud_though_too_much_cannot_be_recomputed(
+    node: TinyNode, http: httpx2.Client, receiver: Receiver, proof: str, wire: str
+) -> None:
+    """179 forgeries are as plain beside 21 nonces of which the model here gives nothing as beside 20."""
+    nonces = [*range(200)]
+    forged = artifacts([1000] * 200, proof=proof)
+    claimed = {"artifacts": [{**each, "nonce": nonce} for nonce, each in zip(nonces, forged, strict=True)]}
+    body = asked(nonces, validation=claimed, params={"proof": proof}, batch_size=64, url=receiver.url)
+    for failed in (20, 21):
+        node.prover.missing |= set(range(failed))
+        answer = ok(http.post(f"{wire}/generate", json=body))
+        assert (answer["n_total"], answer["n_mismatch"], answer["fraud_detected"]) == (200 - failed,) * 2 + (True,)
+        assert (answer["n_excluded"], answer["excluded_nonces"]) == (failed, nonces[:failed])
+    receiver.wait(2)
+    assert [told["n_excluded"] for told in receiver.contents("/validated")] == [20, 21]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +161,12 @@ def test_the_distance_of_the_test_is_what_counts(http: httpx2.Client) -> None:
     [
         (
             {"fraud_threshold": 0.05, "p_value_threshold": 0.01},
-            "fraud_threshold and p_value_threshold must be the same",
+            "stat_test.fraud_threshold and stat_test.p_value_threshold must be the same",
         ),
-        ({"p_mismatch": 1.5}, "p_mismatch must be a probability"),
-        ({"fraud_threshold": -0.1}, "fraud_threshold must be a probability"),
-        ({"p_value_threshold": 2}, "fraud_threshold must be a probability"),
-        ({"dist_threshold": -1}, "dist_threshold must be at least 0, got -1"),
+        ({"p_mismatch": 1.5}, "stat_test.p_mismatch must be a probability"),
+        ({"fraud_threshold": -0.1}, "stat_test.fraud_threshold must be a probability"),
+        ({"p_value_threshold": 2}, "stat_test.p_value_threshold must be a probability"),
+        ({"dist_threshold": -1}, "stat_test.dist_threshold must be at least 0, got -1"),
     ],
 )
 def test_tests_that_are_none(http: httpx2.Client, stat_test: dict[str, float], message: str) -> None:

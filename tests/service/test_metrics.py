@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from poc_kernels.protocol import BatchReport, PoCState
 from poc_kernels.protocol.distances.form import DISTANCES
+from poc_kernels.protocol.vectors.form import VECTORS
 from poc_kernels.service.metrics import Metrics
 from poc_kernels.service.queue import JobState
 
@@ -35,7 +36,7 @@ def test_all_is_there_from_the_start() -> None:
     states = {f"poc_state poc_state={state.value}" for state in PoCState}
     assert set(zeros) >= states
     assert {name for name, value in zeros.items() if value != 0} == {"poc_state poc_state=IDLE"}
-    for name in ("poc_nonces_checked_total", "poc_nonces_valid_total"):
+    for name in ("poc_nonces_checked_total", "poc_nonces_valid_total", "poc_nonces_without_artifact_total"):
         assert {f"{name} phase=generate", f"{name} phase=validate"} <= set(zeros)
     for outcome in ("done", "failed", "cancelled"):
         assert f"poc_validations_total outcome={outcome}" in zeros
@@ -58,6 +59,18 @@ def test_batches() -> None:
     assert told["poc_batch_seconds_count phase=generate"] == told["poc_batch_seconds_sum phase=generate"] == 2
     assert told["poc_part_seconds_total part=forward"] == 1.5
     assert told["poc_part_seconds_total part=projection"] == 0
+
+
+def test_nonces_of_which_the_model_here_gives_nothing() -> None:
+    """A validator whose own model is broken abstains: this is where it shows."""
+    metrics = Metrics([DISTANCES, VECTORS])
+    parts = dict.fromkeys(VECTORS.parts, 0.25)
+    metrics.batch(BatchReport(VECTORS, "validate", ["a", None, None], 1, 1.0, parts))
+    metrics.batch(BatchReport(VECTORS, "generate", [None], 0, 1.0, parts))
+    metrics.batch(report("validate", math.nan, 0.0))
+    told = samples(metrics)
+    assert told["poc_nonces_without_artifact_total phase=validate"] == 2
+    assert told["poc_nonces_without_artifact_total phase=generate"] == 1
 
 
 def test_events() -> None:

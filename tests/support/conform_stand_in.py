@@ -203,6 +203,8 @@ class StandIn:
         self.results[request_id] = answer
         if body.url and (answer.get("n_mismatch") != 0 or not self.has("posts_frauds_alone")):
             told = self._generated(body, artifacts) if claimed is None else {**self._of_round(body), **answer}
+            if self.has("excludes_another"):
+                told["excluded_nonces"] = body.nonces[-1:]
             told = {**told, "request_id": None if self.has("no_request_id") else request_id}
             name = "generated" if claimed is None else "validated"
             threading.Thread(target=self._post, args=(body, name, told), daemon=True).start()
@@ -284,7 +286,7 @@ class StandIn:
         if wrong and self.has("one_for_all_forged"):
             wrong = list(artifacts)
         n, k, p = len(artifacts), len(wrong) + self.has("p_of_more"), test["p_mismatch"]
-        excluded = list(artifacts)[:1] if self.has("leaves_one_out") else []
+        excluded = list(artifacts)[:1] if self.has("leaves_one_out", "excludes_another") else []
         p_value = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
         return {
             "n_total": n,

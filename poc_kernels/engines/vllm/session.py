@@ -125,9 +125,7 @@ class Session:
             config = PoCConfig(**message.config)
             self.prover.check(config)
             refreshed = self.engine.refresh()
-            lacking = lacking_memory(
-                cast(VllmEngine, self.engine), batch_size=config.batch_size, seq_len=config.seq_len
-            )
+            lacking = lacking_memory(cast(VllmEngine, self.engine), cast(EngineProver, self.prover), config)
         except Exception as error:
             logger.exception("a round cannot be computed in this worker")
             if self.engine.device.type == "cuda":  # the other ranks may be in the forwards that measure memory
@@ -426,7 +424,7 @@ def _open(worker: Any, message: Open) -> Opened:
         if lockstep:  # where it is a failure of this rank alone, the others are in the next forward of their search
             _stay_in_step(engine)
     with _in_step(engine, lockstep):
-        if (lacking := lacking_memory(engine)) is not None:
+        if (lacking := lacking_memory(engine, prover)) is not None:
             return Opened(refusal=lacking)
         with engine.context():
             prover.compile_kernels()

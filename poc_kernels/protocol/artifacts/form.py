@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ..config import PoCConfig
 from ..form import GeneratedBody, ProofForm
 from .proofs import ArtifactBatch, ArtifactVerdict, StatTest, judge
+
+logger = logging.getLogger("poc_kernels")
 
 _MAX_NONCE = 2**31 - 1
 """The network stores nonces of artifacts as int32."""
@@ -54,9 +57,16 @@ def artifact_form(
 ) -> ArtifactForm:
     """Make a form: see `ArtifactForm`, `ProofForm` and, for norm_tolerance, `judge`."""
 
-    def verdict(config: PoCConfig, proof: ArtifactBatch, artifacts: Sequence[str | None]) -> ArtifactVerdict:
+    def judged(config: PoCConfig, proof: ArtifactBatch, artifacts: Sequence[str | None]) -> ArtifactVerdict:
         test = proof.stat_test or dataclasses.replace(stat_test, fraud_threshold=config.fraud_threshold)
-        return judge(proof, artifacts, test, k_dim=form.k_dim_of(config), norm_tolerance=norm_tolerance)
+        verdict = judge(proof, artifacts, test, k_dim=form.k_dim_of(config), norm_tolerance=norm_tolerance)
+        if verdict.excluded_nonces:
+            logger.warning(
+                "%d of %d nonces gave no finite vector when they were recomputed here, and are left out of the verdict",
+                verdict.n_excluded,
+                len(proof),
+            )
+        return verdict
 
     def generated_body(config: PoCConfig, proof: ArtifactBatch) -> GeneratedBody:
         artifacts = [
@@ -74,7 +84,7 @@ def artifact_form(
         histogram=None,
         count_valid=lambda config, artifacts: sum(artifact is not None for artifact in artifacts),
         valid=lambda config, proof: proof.found(),
-        verdict=verdict,
+        verdict=judged,
         check=check,
         generated_body=generated_body,
         validated_body=_validated_body,

@@ -93,7 +93,7 @@ class ArtifactBatch:
 
 
 class NoVerdictError(RuntimeError):
-    """Too much of a batch could not be recomputed here to judge who sent it."""
+    """Too much of a batch could not be recomputed here to judge who sent it, and the rest does not convict."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,14 @@ def judge(
     A nonce mismatches if its received artifact is not a vector of k_dim finite float16 numbers, if that has a norm
     farther from 1 than norm_tolerance (where that is given), or if it is farther from the recomputed one than the
     test's dist_threshold. Norms and distances are float32. Any other nonce whose recomputed artifact is no vector is
-    excluded: that is a failure of the model here, and no evidence against the node.
+    excluded: nothing tells whether the model is at fault here or everywhere, so it is no evidence against the node.
+
+    Where more than one nonce and more than a tenth of them are excluded, or all, the verdict is fraud or none: fraud if
+    the mismatches convicted also if every excluded nonce agreed.
 
     Raises:
         ValueError: recomputed does not have an artifact for each nonce.
-        NoVerdictError: more than one nonce, and more than a tenth of them, are excluded; or all are.
+        NoVerdictError: too many nonces are excluded, and the mismatches alone do not convict.
     """
     if len(recomputed) != len(batch):
         raise ValueError(f"recomputed must have {len(batch)} artifacts, one per nonce, got {len(recomputed)}")
@@ -173,7 +176,8 @@ def judge(
         near = np.linalg.norm(received - expected, axis=1).astype(np.float64) <= test.dist_threshold
         mismatched = [batch.nonces[place] for place in np.flatnonzero(~good | (known & ~near))]
         excluded = [batch.nonces[place] for place in np.flatnonzero(good & ~known)]
-    if len(excluded) > max(1, _MAX_EXCLUDED * len(batch)) or 0 < len(excluded) == len(batch):
+    too_many = len(excluded) > max(1, _MAX_EXCLUDED * len(batch)) or 0 < len(excluded) == len(batch)
+    if too_many and not test.p_value(len(mismatched), len(batch)) < test.fraud_threshold:
         raise NoVerdictError(
             f"there is no verdict: {len(excluded)} of {len(batch)} nonces gave no finite vector when they were "
             "recomputed here, which says nothing of the node"

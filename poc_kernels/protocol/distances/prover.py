@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...scheduling.slices import Pause
 from ..config import PoCConfig
+from ..engine import LayerTransform
 from ..prover import Outcomes, Row
 from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
 from .distance import distances, permutation_seed, permutations_of, target
@@ -29,6 +30,16 @@ class Distances:
         """Raise a ValueError if the round does not fit the engine."""
         engine, max_logits = self.engine, self.work.max_logits
         check_fits(config, max_positions=engine.max_positions, vocab_size=engine.vocab_size, max_logits=max_logits)
+
+    def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
+        """Return that forwards have no transform: see `FormProver.transforms`."""
+        return [None]
+
+    def passed(self) -> None:
+        """Keep what there is while other forms are computed: it is small."""
+
+    def release(self) -> None:
+        """Keep what there is: it is small."""
 
     @torch.inference_mode()
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...scheduling.slices import Pause
 from ..artifacts.tensors import texts
 from ..config import PoCConfig
+from ..engine import LayerTransform
 from ..limits import check_length, check_rows
 from ..prover import Outcomes, Row
 from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
@@ -22,8 +23,8 @@ _KEPT_BYTES = 2**26
 """Signs of at most so many bytes are kept, however few rows need them."""
 _MAX_SPARE = 4
 _SPARE_FORWARDS = 32
-"""More are given back after so many forwards in a row that need at most a fourth. Not at once: with other flips, an
-engine measures and captures its forward anew."""
+"""More are given back after so many forwards in a row, of any form, that need at most a fourth. Not at once: with other
+flips, an engine measures and captures its forward anew."""
 
 
 class Fingerprints:
@@ -40,6 +41,20 @@ class Fingerprints:
         check_length(config, self.engine.max_positions)
         what = f"in a round of fingerprints with {layers} x {width} signs per row"
         check_rows(config, per_row=layers * width, bound=self.work.max_signs, what=what)
+
+    def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
+        """Return the flips of a round's forwards, if there are some by now: see `FormProver.transforms`."""
+        return [flips for rows, flips in self._flips.items() if rows == config.batch_size]
+
+    def passed(self) -> None:
+        """Count a forward of another form, which needs no signs."""
+        self._count(0)
+
+    def release(self) -> None:
+        """Give back the memory of signs; later forwards have other flips, and graphs with these are not replayed."""
+        kept, self._flips, self._spared = self._flips, {}, 0  # first: whatever fails then, none is used without memory
+        for flips in kept.values():
+            flips.release()
 
     @torch.inference_mode()
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:
@@ -73,16 +88,22 @@ class Fingerprints:
 
     def _flips_of(self, rows: int) -> Flips:
         """Return the same flips for every forward of so many rows: the engine measures and captures it with them."""
+        self._count(rows)
         most = max(self._flips, default=0)
-        kept_bytes = self._flips[most].masks.nbytes if most else 0
-        self._spared = self._spared + 1 if rows * _MAX_SPARE <= most and kept_bytes > _KEPT_BYTES else 0
-        if rows > most or self._spared == _SPARE_FORWARDS:
-            for flips in self._flips.values():
-                flips.release()
-            self._flips, self._spared = {rows: Flips(self.engine, rows)}, 0
+        if rows > most:
+            self.release()
+            self._flips[rows] = Flips(self.engine, rows)
         elif rows not in self._flips:
             self._flips[rows] = self._flips[most].narrowed(rows)
         return self._flips[rows]
+
+    def _count(self, rows: int) -> None:
+        """Count a forward that needs signs of so many rows; give back what is kept if many needed little of it."""
+        most = max(self._flips, default=0)
+        kept_bytes = self._flips[most].masks.nbytes if most else 0
+        self._spared = self._spared + 1 if rows * _MAX_SPARE <= most and kept_bytes > _KEPT_BYTES else 0
+        if self._spared == _SPARE_FORWARDS:
+            self.release()
 
     def _mix(self, config: PoCConfig, rows: Sequence[Row], states: Tensor, pause: Pause) -> Tensor:
         """Mix positions, some rows at a time: a row's bits do not depend on the others."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...scheduling.slices import Pause
 from ..artifacts.tensors import texts
 from ..config import PoCConfig
+from ..engine import LayerTransform
 from ..limits import check_length
 from ..prover import Outcomes, Row
 from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
@@ -41,6 +42,16 @@ class Vectors:
         k = VECTORS.k_dim_of(config)
         if k > engine.hidden_size:
             raise ValueError(f"k_dim must be at most the hidden size {engine.hidden_size} of the model, got {k}")
+
+    def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
+        """Return the reflections of a round's forwards, if there are some by now: see `FormProver.transforms`."""
+        return [] if self._reflections is None else [self._reflections]
+
+    def passed(self) -> None:
+        """Keep what there is while other forms are computed: it is small."""
+
+    def release(self) -> None:
+        """Keep what there is: it is small."""
 
     @torch.inference_mode()
     def prove(self, config: PoCConfig, rows: Sequence[Row], pause: Pause) -> Outcomes:

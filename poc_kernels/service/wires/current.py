@@ -18,6 +18,7 @@ from ..round_service import RoundService, told_of
 from .answers import BODY_ERRORS, TOO_MANY, bad_value, refusal, shutting_down, submitter_of, written
 from .bodies import Bodies, always, takes
 from .current_bodies import GenerateBody, GenerationBody, Params
+from .names import named
 
 _STATES = {
     JobState.QUEUED: "queued",
@@ -55,9 +56,9 @@ class CurrentWire:
             IllegalTransitionError, TypeError, ValueError: as `RoundService.begin`.
         """
         self._check_model(body.params)
-        values = body.config()
-        self._form_of(self.service.config(values))
-        self.service.begin(values, PoCState.GENERATING, body.ignored(), replace=False)
+        self._check_form(body.params)
+        with named(body.keys()):
+            self.service.begin(body.config(), PoCState.GENERATING, body.ignored(), replace=False)
 
     def status(self) -> dict[str, Any] | None:
         """Return the state, what the round runs with and how far it is; and, beside it, what the node does else.
@@ -111,10 +112,12 @@ class CurrentWire:
             raise shutting_down()
         try:
             self._check_model(body.params)
-            config = self.service.config(body.config())
-            proof = body.proof(self._form_of(config), config)
-            self._check_room(len(proof))
-            return self.service.enqueue(proof, submitter, keep=not body.wait, config=config)
+            self._check_form(body.params)
+            with named(body.keys()):
+                config = self.service.config(body.config())
+                proof = body.proof(self._form_of(config), config)
+                self._check_room(len(proof))
+                return self.service.enqueue(proof, submitter, keep=not body.wait, config=config)
         except (ValueError, TypeError) as error:
             raise bad_value(error) from error
         except QueueFullError as error:
@@ -156,10 +159,16 @@ class CurrentWire:
             deployed = {"model": models[0], "served_names": list(models)}
             raise HTTPException(409, {"error": "params mismatch", "requested": requested, "deployed": deployed})
 
+    def _check_form(self, params: Params) -> None:
+        forms = self._manager.prover.forms
+        names = [name for name, form in forms.items() if isinstance(form, ArtifactForm)]
+        if params.proof not in names:
+            takes = f"one of {', '.join(names)}" if names else "a form that has artifacts, none of which is proved here"
+            raise ValueError(f"params.proof must be {takes}, got {params.proof[:_MAX_SHOWN]!r}")
+
     def _form_of(self, config: PoCConfig) -> ArtifactForm:
         form = self._manager.check(config)
-        if not isinstance(form, ArtifactForm):
-            raise ValueError(f"params.proof must be a form that has artifacts, got {config.proof!r}")
+        assert isinstance(form, ArtifactForm)  # its name was checked
         return form
 
     def _check_room(self, nonces: int) -> None:

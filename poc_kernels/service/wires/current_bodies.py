@@ -15,6 +15,7 @@ from ...protocol.checks import check_ints
 from .ignored import ignored_keys
 
 _MAX_SHOWN = 64
+_OF_PARAMS = ("seq_len", "k_dim", "proof", "use_random_projection")
 
 
 class Params(BaseModel):
@@ -61,6 +62,11 @@ class _Body(BaseModel):
     url: str | None = None
     poc_stronger_rng: bool = False
 
+    def keys(self) -> dict[str, str]:
+        """Return what the fields of a `PoCConfig` and of a `StatTest` are called here, where that is another name."""
+        of_params = {name: f"params.{name}" for name in _OF_PARAMS}
+        return {**of_params, "callback_url": "url", "stronger_rng": "poc_stronger_rng"}
+
     def config(self) -> dict[str, Any]:
         """Return the fields of a `PoCConfig`.
 
@@ -71,7 +77,7 @@ class _Body(BaseModel):
         same = ("block_hash", "block_height", "public_key", "node_id", "node_count")
         return {
             **{name: getattr(self, name) for name in same},
-            **self.params.model_dump(include={"seq_len", "k_dim", "proof", "use_random_projection"}),
+            **{name: getattr(self.params, name) for name in _OF_PARAMS},
             "batch_size": self.batch_size or PoCConfig.batch_size,  # 0: whatever the node has
             "callback_url": self.url or None,
             "stronger_rng": self.poc_stronger_rng,
@@ -122,6 +128,15 @@ class StatTestBody(BaseModel):
     fraud_threshold: float | None = None
     p_value_threshold: float | None = None
 
+    def keys(self) -> dict[str, str]:
+        """Return the keys of a body that give the fields of a `StatTest`."""
+        other_name = self.fraud_threshold is None and self.p_value_threshold is not None
+        return {
+            "dist_threshold": "stat_test.dist_threshold",
+            "p_mismatch": "stat_test.p_mismatch",
+            "fraud_threshold": "stat_test.p_value_threshold" if other_name else "stat_test.fraud_threshold",
+        }
+
     def given(self) -> dict[str, float]:
         """Return the fields of a `StatTest` that are given.
 
@@ -131,7 +146,7 @@ class StatTestBody(BaseModel):
         fraud_threshold = self.p_value_threshold if self.fraud_threshold is None else self.fraud_threshold
         if self.p_value_threshold not in (None, fraud_threshold):
             raise ValueError(
-                "fraud_threshold and p_value_threshold must be the same where both are given, "
+                "stat_test.fraud_threshold and stat_test.p_value_threshold must be the same where both are given, "
                 f"got {self.fraud_threshold} and {self.p_value_threshold}"
             )
         fields = {"dist_threshold": self.dist_threshold, "p_mismatch": self.p_mismatch}
@@ -148,6 +163,10 @@ class GenerateBody(_Body):
     wait: bool = False
     validation: Claims | None = None
     stat_test: StatTestBody | None = None
+
+    def keys(self) -> dict[str, str]:
+        """Return what fields are called here: see `_Body.keys`."""
+        return {**super().keys(), **({} if self.stat_test is None else self.stat_test.keys())}
 
     def proof(self, form: ArtifactForm, config: PoCConfig) -> ArtifactBatch:
         """Return what is to be computed, and what was claimed of it.

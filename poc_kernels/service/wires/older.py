@@ -16,6 +16,7 @@ from ..gate import POC_PREFIX
 from ..queue import QueueFullError, ValidationJob
 from .answers import BODY_ERRORS, ERRORS, TOO_MANY, bad_value, refusal, shutting_down, submitter_of, written
 from .bodies import Bodies, always, takes
+from .names import named
 from .older_body import RoundBody
 from .state import State
 
@@ -46,7 +47,12 @@ PHASE: dict[str, Any] = {"response_model": PhaseAnswer, "responses": ERRORS}
 
 def begin(state: State, body: RoundBody, first: PoCState) -> dict[str, Any]:
     """Begin a round in a state, in place of the one that runs; return the answer."""
-    return state.changed(lambda: state.service.begin(body.config(), first, body.ignored()))
+
+    def change() -> None:
+        with named(body.keys()):
+            state.service.begin(body.config(), first, body.ignored())
+
+    return state.changed(change)
 
 
 def add_routes(router: APIRouter, state: State, bodies: Bodies) -> None:

@@ -44,6 +44,18 @@ class RoundBody(BaseModel):
     group_id: int = 0
     n_groups: int = 1
 
+    def keys(self) -> dict[str, str]:
+        """Return what the fields of a `PoCConfig` are called in this body, where that is another name."""
+        keys = {}
+        if self.url and not self.callback_url:
+            keys["callback_url"] = "url"
+        if self._in_params() is not None and "seq_len" not in self.model_fields_set:
+            keys["seq_len"] = "params.seq_len"
+        return keys
+
+    def _in_params(self) -> int | None:
+        return None if self.params is None else self.params.seq_len
+
     def config(self) -> dict[str, Any]:
         """Return the fields of a `PoCConfig`; use_random_projection is None where the body does not say it.
 
@@ -52,7 +64,7 @@ class RoundBody(BaseModel):
         """
         names = [field.name for field in dataclasses.fields(PoCConfig) if field.name in RoundBody.model_fields]
         fields = {name: getattr(self, name) for name in names}
-        in_params = None if self.params is None else self.params.seq_len
+        in_params = self._in_params()
         seq_len = self.seq_len if in_params is None or "seq_len" in self.model_fields_set else in_params
         return {
             **fields,

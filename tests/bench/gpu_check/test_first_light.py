@@ -29,6 +29,22 @@ def test_wrong_rows_and_columns_are_named():
     assert light_checks.ranges(list(range(0, 40, 2)), most=3) == "0, 2, 4 and 17 more"
 
 
+def test_picks_in_another_order_are_found(monkeypatch):
+    assert light_checks.picked(torch.device("cpu")) is None
+    as_here = light_checks.picks
+    monkeypatch.setattr(light_checks, "picks", lambda *arguments: as_here(*arguments).flip(1))
+    assert light_checks.picked(torch.device("cpu")).startswith("2 of 256 in another order than torch's: WRONG: ")
+    monkeypatch.setattr(light_checks, "picks", lambda *arguments: as_here(*arguments).sort(dim=1).values)
+    assert "in another order" in light_checks.picked(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_order_of_picks_is_checked_first_of_all(device):
+    """It rests on torch alone, and the network's wire on it."""
+    names = [task.name for task in first_light.checks(device, (9, 0), 132, [])]
+    assert names[:2] == ["torch", "order of the picks of vectors"]
+
+
 @pytest.mark.parametrize("rows", sorted({rows for _, rows in light_times.GROUPS}))
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 3)])
 def test_every_form_that_is_timed_is_checked_before(capability, rows):

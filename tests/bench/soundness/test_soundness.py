@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import nodes
 import pytest
 import torch
+from bench_processes import ROOT
 
 from bench.soundness import __main__ as command
 from bench.soundness import forwards, report, study
@@ -200,6 +203,32 @@ def test_the_command_writes_results_and_report(tmp_path, monkeypatch, results):
     assert json.loads(path.read_text()) == json.loads(json.dumps(results))
     assert path.with_suffix(".md").exists()
     assert seen[0].model == "somewhere"
+
+
+@pytest.mark.parametrize("model", ["somewhere", "owner/somewhere", "build/somewhere"])
+def test_the_results_have_a_default_name_which_is_that_of_make(tmp_path, monkeypatch, results, model):
+    monkeypatch.chdir(tmp_path)
+    if model.startswith("build"):
+        Path(model).mkdir(parents=True)
+    folder = tmp_path / "bench" / "results"
+
+    def measured(options):
+        assert folder.is_dir(), "there before minutes are spent"
+        return results
+
+    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(report, "plot", lambda results, path: None)
+    monkeypatch.setattr("sys.argv", ["soundness", "--model", model])
+    command.main()
+    assert sorted(path.name for path in folder.iterdir()) == ["soundness-somewhere.json", "soundness-somewhere.md"]
+    made = subprocess.run(
+        ["make", "-n", "--no-print-directory", "bench-soundness", f"MODEL={model}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "python -m bench.soundness bench/results/soundness-somewhere.json " in made
 
 
 # ---- forwards ----------------------------------------------------------------------------------------------------

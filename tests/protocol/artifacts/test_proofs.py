@@ -147,6 +147,27 @@ def test_one_nonce_of_few_may_be_left_out_and_never_all():
         judge(batch([3, 4, 5], [GOOD] * 3), [GOOD, None, None], TEST, k_dim=3)
 
 
+@pytest.mark.parametrize("form", [VECTORS, FINGERPRINT])
+def test_what_convicts_anyhow_convicts_however_much_cannot_be_recomputed(form):
+    """Else 21 nonces that fail here would acquit 179 forgeries, which 20 do not."""
+
+    def judged(mismatches, failed, n=200):
+        claimed, agreeing = batch([*range(n)], [GOOD] * n), n - mismatches - failed
+        recomputed = [text(-0.6, -0.8, 0.0)] * mismatches + [None] * failed + [GOOD] * agreeing
+        return judge(claimed, recomputed, form.stat_test, k_dim=3)
+
+    for failed in (0, 20, 21, 100):
+        verdict = judged(200 - failed, failed)
+        assert (verdict.fraud_detected, verdict.n_excluded) == (True, failed)
+        assert (verdict.n_total, verdict.n_mismatch) == (200 - failed, 200 - failed)
+        assert verdict.p_value == form.stat_test.p_value(200 - failed, 200 - failed)
+    least = next(k for k in range(200) if form.stat_test.p_value(k, 200) < form.stat_test.fraud_threshold)
+    for failed in (21, 100, 200 - least):
+        assert judged(least, failed).fraud_detected
+        with pytest.raises(NoVerdictError, match=f"{failed} of 200"):
+            judged(least - 1, failed)  # also where it is fraud among those that are judged: the others may all agree
+
+
 @pytest.mark.parametrize("recomputed", NOTHING)
 def test_what_is_no_artifact_mismatches_whatever_is_recomputed(recomputed):
     assert mismatches(recomputed, recomputed)
@@ -349,7 +370,7 @@ class Failing(SmallEngine):
 
 
 @pytest.mark.parametrize("form", [VECTORS, FINGERPRINT])
-def test_a_validator_whose_model_gives_nan_convicts_nobody(form):
+def test_a_validator_whose_model_gives_nan_convicts_nobody(form, caplog):
     config = PoCConfig("block", 7, "key", proof=form.name, seq_len=16, batch_size=32)
     nonces = [*range(32)]
     honest = EngineProver(SmallEngine()).prove(config, [Row("key", nonce) for nonce in nonces]).values
@@ -363,7 +384,11 @@ def test_a_validator_whose_model_gives_nan_convicts_nobody(form):
         return manager.verdict(validation)
 
     assert (judged(0).n_total, judged(0).n_mismatch) == (32, 0)
+    assert caplog.messages == []
     verdict = judged(1)
+    assert caplog.messages == [
+        "1 of 32 nonces gave no finite vector when they were recomputed here, and are left out of the verdict"
+    ]
     assert (verdict.n_total, verdict.n_mismatch, verdict.excluded_nonces) == (31, 0, [0])
     assert not verdict.fraud_detected
     for failing in (10, 32):

@@ -16,6 +16,7 @@ from small_engine import SmallEngine
 
 from poc_kernels import RandomProjection, random_projection
 from poc_kernels.protocol import EngineProver, PoCConfig, PoCManager, Row
+from poc_kernels.protocol.engine import never
 from poc_kernels.protocol.fingerprint import prover as prover_module
 from poc_kernels.protocol.fingerprint.flips import Flips
 from poc_kernels.protocol.fingerprint.mix import mixed, pairs_of, read
@@ -314,3 +315,60 @@ def test_signs_that_many_forwards_did_not_need_are_given_back(monkeypatch):
     prove(9)
     assert kept_bytes(engine) == 9 * per_row
     assert computed == [computed[0]] * len(computed)
+
+
+def test_forwards_of_other_forms_count_too(monkeypatch):
+    """Else a node kept the signs of one large request for good."""
+    per_row = 2 * 24 * 4
+    monkeypatch.setattr(prover_module, "_KEPT_BYTES", 8 * per_row)
+    engine = SmallEngine()
+    engine.layers = 2
+    prover, rows = EngineProver(engine), [Row("one", 3), Row("two", 5)]
+    fingerprints = config(batch_size=9)
+    others = [config(proof="vectors", batch_size=9, k_dim=12), config(proof="distances", batch_size=9, r_target=1.4)]
+
+    def kept():
+        return sum(flips.masks.nbytes for flips in prover.transforms(fingerprints))
+
+    expected = prover.prove(fingerprints, rows).values
+    for number in range(32):
+        assert kept() == 9 * per_row
+        prover.prove(others[number % 2], rows)
+    assert kept() == 0
+    assert prover.prove(fingerprints, rows).values == expected
+    assert kept() == 9 * per_row
+
+
+class Graphs(IdentityEngine):
+    """Captures forwards: a replay reads the masks that lay there in the capture, whatever became of their flips."""
+
+    def __init__(self):
+        super().__init__(40, 2)
+        self.captured = {}
+
+    def forward(self, inputs_embeds, pause=never, after_layer=None):
+        masks = self.captured.setdefault((inputs_embeds.shape, after_layer), after_layer.masks)
+        assert after_layer.masks.data_ptr() == masks.data_ptr() != 0, "a replay of signs that were given back"
+        return super().forward(inputs_embeds, pause, after_layer)
+
+
+@pytest.mark.parametrize("before", [(), (4,), (2, 4), (4, 2)], ids=str)
+def test_signs_without_room_cost_that_forward_alone(monkeypatch, before):
+    """One request may ask for them: the node's other forwards go on, with no bit changed."""
+
+    def flips(engine, rows):
+        if rows >= 64:
+            raise torch.OutOfMemoryError("no room for signs")
+        return Flips(engine, rows)
+
+    monkeypatch.setattr(prover_module, "Flips", flips)
+    rows = [Row("one", 3), Row("two", 5)]
+    expected = EngineProver(Graphs()).prove(config(), rows).values
+    prover = EngineProver(Graphs())
+    for size in before:
+        prover.prove(config(batch_size=size), rows)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            prover.prove(config(batch_size=64), rows)
+        computed = [prover.prove(config(batch_size=size), rows).values for size in (2, 4, 2, 9)]
+        assert computed == [expected] * 4
