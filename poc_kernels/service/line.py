@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import collections
+import bisect
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..protocol import PoCConfig
 
@@ -29,73 +30,74 @@ def still_owed(owed: int, had: int, worth: int) -> int:
     return max(0, owed + had - worth)
 
 
+class _Turn(NamedTuple):
+    """When somebody who waits is next: whose turn is due earlier, and of those due at once, who got it earlier."""
+
+    due: int
+    number: int
+    name: str
+    cost: int
+    """Of the forward, in positions."""
+
+
 class Line:
     """Those who wait for turns, the next first. Everybody gets the same in positions, however large the turns are.
 
-    Whenever the line goes round, each has a turn, which is worth as much as the smallest forward that waits. Who is
-    given a larger one owes the rest, and passes turns until that is made up for (`still_owed`). Where all forwards cost
-    the same, they go round. Who is alone is always next, and owes nothing for it.
+    A turn is due as many positions after the time at which it is asked for as its forward has, and the earliest is
+    next. Time is that of the latest turn: when it was due. Thus a forward is waited for until others have had as many
+    positions each, before it is given, not afterwards: a large one gains nothing by a new name. (This is self-clocked
+    fair queueing, Golestani 1994.) Where all forwards cost the same, they go round. Who is alone is always next.
 
-    Who comes is the last, and is owed nothing for the time before. Who leaves and owes something is remembered, and
-    goes on passing turns: large forwards that are asked for one by one gain nothing.
-
-    Args:
-        max_gone: maximum number of those who are remembered; more are forgotten, who left first of all.
+    Who comes is the last of those whose forwards cost the same, and is owed nothing for the time before. Nothing is
+    remembered of who leaves, who has had no more than it waited for.
     """
 
-    def __init__(self, max_gone: int) -> None:
-        self._max_gone = max_gone
-        self._owed: collections.OrderedDict[str, int] = collections.OrderedDict()
-        self._gone: dict[str, None] = {}  # in the order in which they left
+    def __init__(self) -> None:
+        self._now = self._numbers = 0
+        self._turns: dict[str, _Turn] = {}
+        self._order: list[_Turn] = []  # sorted
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over those who wait, the next first."""
-        return (name for name in self._owed if name not in self._gone)
+        return (turn.name for turn in self._order)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether somebody waits."""
+        return name in self._turns
 
     def copy(self) -> Line:
         """Return a line that is as this one, and does not change with it."""
         copied = copy.copy(self)
-        copied._owed, copied._gone = self._owed.copy(), self._gone.copy()
+        copied._turns, copied._order = self._turns.copy(), self._order.copy()
         return copied
 
-    def enter(self, name: str) -> None:
-        """Have somebody wait who does not, as the last."""
-        self._gone.pop(name, None)
-        self._owed.setdefault(name, 0)
-        self._owed.move_to_end(name)
+    def enter(self, name: str, cost: int) -> None:
+        """Have somebody wait who does not, for a forward of so many positions."""
+        self._numbers += 1
+        self._put(_Turn(self._now + cost, self._numbers, name, cost))
+
+    def change(self, name: str, cost: int) -> None:
+        """Have somebody who waits wait for another forward, from the same time on."""
+        turn = self._turns[name]
+        if turn.cost != cost:
+            self.leave(name)
+            self._put(turn._replace(due=turn.due - turn.cost + cost, cost=cost))
 
     def leave(self, name: str) -> None:
         """Have somebody wait no more."""
-        if self._owed[name] == 0:
-            del self._owed[name]
-            return
-        self._gone[name] = None
-        if len(self._gone) > self._max_gone:
-            self._forget(next(iter(self._gone)))
+        del self._order[bisect.bisect_left(self._order, self._turns.pop(name))]
 
-    def begin_turn(self, costs: Mapping[str, int]) -> None:
-        """Have turns passed until somebody waits who owes less than one is worth: that one is first then, and charged.
-
-        Args:
-            costs: of the next forward of each who waits, in positions.
-        """
-        worth = min(costs.values())
-        chosen = min(self, key=lambda name: self._owed[name] // worth)  # the first of several
-        passed = self._owed[chosen] // worth
-        before = True
-        for name, owed in [*self._owed.items()]:
-            before = before and name != chosen
-            self._owed[name] = still_owed(owed, 0, (passed + before) * worth)
-            if before:
-                self._owed.move_to_end(name)
-            if name in self._gone and self._owed[name] == 0:
-                self._forget(name)
-        self._owed[chosen] = still_owed(self._owed[chosen], costs[chosen], worth)
+    def begin_turn(self) -> None:
+        """Give a turn to the first of those who wait, who stays the first until it ends."""
+        self._now = max(self._now, self._order[0].due)
 
     def end_turn(self, name: str) -> None:
-        """Have somebody who had a turn be the last, unless it waits for nothing any more."""
-        if name in self._owed and name not in self._gone:
-            self._owed.move_to_end(name)
+        """Have somebody who had a turn wait for the next one, of the same cost, unless it has left."""
+        if name in self._turns:
+            cost = self._turns[name].cost
+            self.leave(name)
+            self.enter(name, cost)
 
-    def _forget(self, name: str) -> None:
-        del self._owed[name], self._gone[name]
+    def _put(self, turn: _Turn) -> None:
+        self._turns[turn.name] = turn
+        bisect.insort(self._order, turn)

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -118,35 +118,32 @@ Forward = list[tuple[ValidationJob, int]]
 """The jobs that share a forward, each with how many of its next nonces; never empty."""
 
 
-def _first_forward(waiting: Iterable[tuple[ValidationJob, int]]) -> Forward:
-    """Return the forward of the first of the jobs, each with its nonces left, and of those that fit into it."""
-    jobs = iter(waiting)
+def _cost(job: ValidationJob) -> int:
+    """Return what a forward of a job costs, in positions."""
+    return cost(job.round.config)
+
+
+def _first_forward(waiting: Iterable[tuple[ValidationJob, int]], jobs_of: Mapping[Round, int]) -> Forward:
+    """Return the forward of the first of the jobs, and of those that fit into it; empty if there are none.
+
+    Args:
+        waiting: jobs in the order of their turns, each with its nonces left, at least one.
+        jobs_of: how many jobs of each round there are: the last one is known as such.
+    """
     forward: Forward = []
-    room = 1
-    for job, left in jobs:
+    room = unseen = 1
+    for job, left in waiting:
         if not forward:
-            room = job.round.config.batch_size
-        elif job.round is not forward[0][0].round or job.alone != forward[0][0].alone:
+            room, unseen = job.round.config.batch_size, jobs_of[job.round]
+        elif job.round is not forward[0][0].round:
             continue
-        forward.append((job, min(room, left)))
-        room -= forward[-1][1]
-        if room == 0 or job.alone:
+        unseen -= 1
+        if not forward or job.alone == forward[0][0].alone:
+            forward.append((job, min(room, left)))
+            room -= forward[-1][1]
+        if room == 0 or unseen == 0 or forward[0][0].alone:
             break
     return forward
-
-
-def _take_away(forward: Forward, left: dict[str, dict[ValidationJob, int]], line: Line) -> None:
-    """Have a forward be computed: ``left`` has the nonces that wait, by submitters, and ``line`` their order."""
-    line.end_turn(forward[0][0].submitter)
-    for job, nonces in forward:
-        jobs = left.get(job.submitter, {})
-        if job in jobs:  # else it was cancelled meanwhile
-            jobs[job] -= nonces
-            if jobs[job] == 0:
-                del jobs[job]
-            if not jobs:
-                del left[job.submitter]
-                line.leave(job.submitter)
 
 
 @dataclasses.dataclass
@@ -195,7 +192,9 @@ class ValidationQueue:
         self._ended = ended
         self._lock = threading.Lock()
         self._waiting: dict[str, _Share] = {}
-        self._line = Line(max_batches)
+        self._line = Line()
+        self._jobs_of: collections.Counter[Round] = collections.Counter()
+        """Jobs that wait, by their rounds."""
         self.batches = 0
         """Batches waiting to be validated, including those in work."""
         self.nonces = 0
@@ -259,9 +258,10 @@ class ValidationQueue:
             job = ValidationJob(validation=validation, submitter=submitter, keep=keep, submitted=now)
             if submitter not in self._waiting:
                 self._waiting[submitter] = share
-                self._line.enter(submitter)
+                self._line.enter(submitter, _cost(job))
             share.jobs.append(job)
             share.nonces += nonces
+            self._jobs_of[job.round] += 1
             self.nonces += nonces
             self.batches += 1
             if keep:
@@ -294,8 +294,8 @@ class ValidationQueue:
             self._latest = None
             if not self._waiting:
                 return None
-            self._line.begin_turn({name: cost(share.jobs[0].round.config) for name, share in self._waiting.items()})
-            forward = _first_forward((job, job.left) for name in self._line for job in self._waiting[name].jobs)
+            self._line.begin_turn()
+            forward = _first_forward((pair for name in self._line for pair in self._left(name, {})), self._jobs_of)
             self._latest = forward[0][0]
             now = time.monotonic()
             for job, _ in forward:
@@ -313,22 +313,23 @@ class ValidationQueue:
         Returns:
             For each forward its jobs, each with how many nonces, and how many others of the job come before these.
         """
-        with self._lock:
-            line = self._line.copy()
-            left = {name: {job: job.left for job in self._waiting[name].jobs} for name in line}
-        before, forward = None, after
         found: list[list[tuple[ValidationJob, int, int]]] = []
-        while len(found) < count:
-            if forward is not None:
+        taken: dict[ValidationJob, int] = {}
+        with self._lock:
+            line, jobs_of, forward = self._line.copy(), self._jobs_of.copy(), after
+            before = None if after is None else after[0][0].round
+            while len(found) < count:
+                if forward is not None:
+                    self._take(forward, line, taken, jobs_of)
+                if not (
+                    forward := _first_forward((pair for name in line for pair in self._left(name, taken)), jobs_of)
+                ):
+                    break
+                if before not in (None, forward[0][0].round):
+                    break
                 before = forward[0][0].round
-                _take_away(forward, left, line)
-            if not left:
-                break
-            line.begin_turn({name: cost(next(iter(jobs)).round.config) for name, jobs in left.items()})
-            forward = _first_forward(pair for name in line for pair in left[name].items())
-            if before not in (None, forward[0][0].round):
-                break
-            found.append([(job, nonces, job.left - left[job.submitter][job]) for job, nonces in forward])
+                line.begin_turn()
+                found.append([(job, nonces, taken.get(job, 0)) for job, nonces in forward])
         return found
 
     def computed(self, forward: Forward) -> list[ValidationJob]:
@@ -392,13 +393,40 @@ class ValidationQueue:
 
     # ---- under the lock ----
 
+    def _left(self, name: str, taken: Mapping[ValidationJob, int]) -> Iterator[tuple[ValidationJob, int]]:
+        """Iterate over a submitter's jobs that have nonces left beside those taken, each with how many."""
+        if name in self._waiting:
+            for job in self._waiting[name].jobs:
+                if (left := job.left - taken.get(job, 0)) > 0:
+                    yield job, left
+
+    def _take(
+        self, forward: Forward, line: Line, taken: dict[ValidationJob, int], jobs_of: collections.Counter[Round]
+    ) -> None:
+        """Have a forward be computed in copies of the queue's state, as `computed` and `finish` would have it."""
+        line.end_turn(forward[0][0].submitter)
+        for job, nonces in forward:
+            taken[job] = taken.get(job, 0) + nonces
+            jobs_of[job.round] -= taken[job] == job.left and job.state in _WAITING
+        for name in {job.submitter for job, _ in forward if job.submitter in line}:
+            head, _ = next(self._left(name, taken), (None, 0))
+            if head is None:
+                line.leave(name)
+            else:
+                line.change(name, _cost(head))
+
     def _end(self, job: ValidationJob, outcome: Any) -> None:
         share = self._waiting[job.submitter]
         share.jobs.remove(job)
         share.nonces -= job.left
+        self._jobs_of[job.round] -= 1
+        if self._jobs_of[job.round] == 0:
+            del self._jobs_of[job.round]
         if not share.jobs:
             del self._waiting[job.submitter]
             self._line.leave(job.submitter)
+        else:
+            self._line.change(job.submitter, _cost(share.jobs[0]))
         self.nonces -= job.left
         self.batches -= 1
         if self._latest is job:

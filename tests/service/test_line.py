@@ -17,29 +17,29 @@ from poc_kernels.service.line import MIN_COST, Line, cost, still_owed
 COSTS = st.sampled_from([1, 2, 3, 7, 32, 100])
 
 
-def line_of(names: str, max_gone: int = 100) -> Line:
-    line = Line(max_gone)
-    for name in names:
-        line.enter(name)
+def line_of(costs: dict[str, int]) -> Line:
+    line = Line()
+    for name, each in costs.items():
+        line.enter(name, each)
     return line
 
 
-def turns(line: Line, costs: dict[str, int]) -> Iterator[str]:
+def turns(line: Line) -> Iterator[str]:
     """Whose turns follow, where all of them go on waiting."""
     while True:
-        line.begin_turn({name: costs[name] for name in line})
+        line.begin_turn()
         chosen = next(iter(line))
         line.end_turn(chosen)
         yield chosen
 
 
-def order(line: Line, costs: dict[str, int], count: int) -> str:
-    return "".join(itertools.islice(turns(line, costs), count))
+def order(line: Line, count: int) -> str:
+    return "".join(itertools.islice(turns(line), count))
 
 
 def positions(line: Line, costs: dict[str, int], count: int) -> collections.Counter[str]:
     had: collections.Counter[str] = collections.Counter()
-    for name in itertools.islice(turns(line, costs), count):
+    for name in itertools.islice(turns(line), count):
         had[name] += costs[name]
     return had
 
@@ -58,197 +58,227 @@ def test_what_is_owed_after_a_turn(owed: int, had: int, worth: int, expected: in
 
 
 def test_turns_of_equal_costs_go_round() -> None:
-    assert order(line_of("abc"), dict.fromkeys("abc", 5), 7) == "abcabca"
+    assert order(line_of(dict.fromkeys("abc", 5)), 7) == "abcabca"
 
 
-def test_small_turns_come_between_large_ones_until_they_have_as_much() -> None:
-    costs = {"a": 8, "b": 1}
-    assert order(line_of("ab"), costs, 19) == "a" + "b" * 8 + "a" + "b" * 8 + "a"
-    assert order(line_of("ba"), costs, 19) == "ba" + "b" * 8 + "a" + "b" * 8
+def test_a_large_turn_comes_when_others_have_had_as_much() -> None:
+    assert order(line_of({"a": 8, "b": 1}), 18) == "b" * 7 + "a" + "b" * 8 + "a" + "b"
+    assert order(line_of({"b": 1, "a": 8}), 18) == "b" * 7 + "a" + "b" * 8 + "a" + "b"
 
 
 def test_three_of_different_costs_get_the_same() -> None:
     costs = {"a": 1024, "b": 32, "c": 96}
-    had = positions(line_of("abc"), costs, 4400)
-    assert max(had.values()) - min(had.values()) <= 1024 + 32
+    had = positions(line_of(costs), costs, 4400)
+    assert max(had.values()) - min(had.values()) <= 1024
     assert min(had.values()) > 90 * 1024
 
 
 @given(costs=st.lists(COSTS, min_size=2, max_size=5), count=st.integers(1, 400))
-def test_nobody_is_ahead_by_more_than_a_forward_and_a_turn(costs: list[int], count: int) -> None:
+def test_nobody_is_ahead_by_more_than_a_forward(costs: list[int], count: int) -> None:
     of = dict(zip("abcde", costs, strict=False))
-    had = positions(line_of("".join(of)), of, count)
-    assert max(had.values()) - min(had[name] for name in of) <= max(costs) + min(costs)
+    had = positions(line_of(of), of, count)
+    assert max(had.values()) - min(had[name] for name in of) <= max(costs)
 
 
 @given(costs=st.lists(COSTS, min_size=2, max_size=4), alone=st.integers(1, 500), count=st.integers(1, 300))
 def test_who_joins_late_is_owed_nothing_and_owes_nothing(costs: list[int], alone: int, count: int) -> None:
     of = dict(zip("abcd", costs, strict=False))
-    first, late = "".join(of)[:-1], "".join(of)[-1]
-    line = line_of(first)
+    *first, late = of
+    line = line_of({name: of[name] for name in first})
     before = positions(line, of, alone)
-    line.enter(late)
+    line.enter(late, of[late])
     had = positions(line, of, count)
-    assert had[late] - min(had[name] for name in first) <= max(costs) + min(costs)
-    assert max(had[name] for name in first) - had[late] <= max(costs) + min(costs)
+    for name in first:
+        assert abs(had[late] - had[name]) <= of[late] + of[name]
     assert sum(before.values()) > 0 == before[late]
 
 
 def test_who_is_alone_is_always_next_and_owes_nothing_for_it() -> None:
-    line = line_of("a")
-    assert order(line, {"a": 1000}, 50) == "a" * 50
-    line.enter("b")
-    assert order(line, {"a": 1000, "b": 10}, 103) == "a" + "b" * 100 + "ab"
+    line = line_of({"a": 1000})
+    assert order(line, 50) == "a" * 50
+    line.enter("b", 10)
+    assert order(line, 203) == "b" * 99 + "a" + "b" * 100 + "ab" + "b"
 
 
-def test_who_owes_and_is_alone_then_is_next_all_the_same() -> None:
-    line = line_of("ab")
-    assert order(line, {"a": 1000, "b": 10}, 2) == "ab"
+def test_who_waits_for_a_large_turn_and_is_alone_then_is_next_all_the_same() -> None:
+    line = line_of({"a": 1000, "b": 10})
+    assert order(line, 2) == "bb"
     line.leave("b")
-    assert order(line, {"a": 1000}, 3) == "aaa"
+    assert order(line, 3) == "aaa"
+
+
+def fresh_names(costs: dict[str, int], fresh: int, comers: int, count: int) -> list[str]:
+    """Whose turns follow, where others come under a new name for each forward of so many positions: "new" are they."""
+    line, numbers = line_of(costs), itertools.count()
+
+    def come() -> None:
+        line.enter(f"new {next(numbers)}", fresh)
+
+    for _ in range(comers):
+        come()
+    had = []
+    for _ in range(count):
+        line.begin_turn()
+        chosen = next(iter(line))
+        line.end_turn(chosen)
+        if chosen not in costs:
+            line.leave(chosen)
+            come()
+        had.append(chosen.split()[0])
+    assert len([*line]) == len(costs) + comers
+    return had
+
+
+@pytest.mark.parametrize("fresh", [256, 8192, 65536])
+@pytest.mark.parametrize("comers", [1, 2, 5])
+@pytest.mark.parametrize("honest", [256, 8192, 65536])
+def test_new_names_gain_nothing(fresh: int, comers: int, honest: int) -> None:
+    """Each that waits gets as much as any other, whatever the size of its forward, and nobody starves."""
+    had = collections.Counter(fresh_names({"one": honest, "two": honest}, fresh, comers, 4000))
+    each = honest * had["one"], honest * had["two"], fresh * had["new"] / comers
+    assert min(each) > 0
+    assert max(each) - min(each) <= max(honest, fresh)
 
 
 @pytest.mark.parametrize("comers", [1, 3])
 def test_whoever_comes_again_and_again_starves_nobody(comers: int) -> None:
-    """New names have no turns behind, but those who owe pass turns of theirs as the line goes round."""
-    costs = {"large": 64, **{f"new {number}": 1 for number in range(1000)}}
-    line = line_of("")
-    line.enter("large")
-    numbers = itertools.count()
-    since, longest = 0, 0
-    for name in [f"new {next(numbers)}" for _ in range(comers)]:
-        line.enter(name)
-    for _ in range(900):
-        line.begin_turn({name: costs[name] for name in line})
-        chosen = next(iter(line))
-        line.end_turn(chosen)
-        since = 0 if chosen == "large" else since + 1
-        longest = max(longest, since)
-        if chosen != "large":
-            line.leave(chosen)
-            line.enter(f"new {next(numbers)}")
-    assert longest == 64 * comers
+    had = "".join(name[0] for name in fresh_names({"large": 64}, 1, comers, 900))
+    assert max(len(between) for between in had.split("l")) == 64 * comers
 
 
-def test_who_leaves_and_comes_again_still_owes() -> None:
+def test_who_leaves_and_comes_again_has_no_more_than_who_stays() -> None:
     """Else one large forward at a time would be given in turn with each small one."""
-    line = line_of("ab")
     costs = {"a": 100, "b": 1}
+    line = line_of(costs)
     had: collections.Counter[str] = collections.Counter()
     for _ in range(2000):
-        line.begin_turn({name: costs[name] for name in line})
+        line.begin_turn()
         chosen = next(iter(line))
         had[chosen] += costs[chosen]
         line.end_turn(chosen)
         if chosen == "a":
             line.leave("a")
         elif "a" not in line:
-            line.enter("a")
+            line.enter("a", 100)
     assert had["a"] > 0
     assert abs(had["a"] - had["b"]) <= 101
 
 
-def test_those_who_left_are_forgotten_when_they_owe_nothing() -> None:
-    line = line_of("ab")
-    costs = {"a": 3, "b": 1}
-    assert order(line, costs, 1) == "a"
+def test_nothing_is_remembered_of_those_who_left() -> None:
+    line = line_of({"a": 3, "b": 1})
+    assert order(line, 3) == "bba"
     line.leave("a")
-    assert order(line, {"b": 1}, 4) == "bbbb"
-    assert [*line._owed] == ["b"]
-    assert not line._gone
+    assert [*line] == [*line._turns] == ["b"]
     line.leave("b")
-    assert not line._owed
+    assert "a" not in line
+    assert not line._turns
+    assert not line._order
 
 
-def test_no_more_are_remembered_than_the_bound() -> None:
-    line = line_of("x", max_gone=3)
-    for number in range(50):
-        name = f"large {number}"
-        line.enter(name)
-        costs = {"x": 1, name: 1000}
-        while next(iter(line)) != name:
-            line.begin_turn(costs)
-            line.end_turn(next(iter(line)))
-        line.begin_turn(costs)
-        line.end_turn(name)
-        line.leave(name)
-        assert len(line._owed) <= 1 + 3
-    assert [*line._gone] == ["large 47", "large 48", "large 49"]
+def test_another_forward_is_waited_for_from_the_same_time_on() -> None:
+    line = line_of({"a": 9, "b": 2, "c": 2})
+    assert order(line, 3) == "bcb"
+    line.change("a", 5)  # as b and c would have it: 5 positions of each after its coming
+    assert order(line, 3) == "cab"
+    line.change("c", 100)
+    line.change("b", 2)
+    assert order(line, 3) == "bab"
+
+
+def test_who_waited_for_more_than_it_is_given_has_no_advantage_after_that() -> None:
+    line = line_of({"a": 1000, "b": 10})
+    order(line, 90)
+    line.change("a", 10)
+    assert order(line, 5) == "ababa"
+
+
+def test_whoever_has_a_turn_stays_the_first_until_it_ends() -> None:
+    line = line_of({"a": 5})
+    line.begin_turn()
+    line.enter("b", 1)
+    line.enter("c", 1)
+    assert [*line] == ["a", "b", "c"]
+    line.end_turn("a")
+    assert [*line] == ["b", "c", "a"]
+
+
+def test_who_left_during_its_turn_and_came_again_waits_as_any_other() -> None:
+    line = line_of({"a": 5, "b": 5})
+    line.begin_turn()
+    line.leave("a")
+    line.end_turn("a")
+    assert [*line] == ["b"]
+    line.enter("a", 5)
+    line.end_turn("a")
+    assert [*line] == ["b", "a"]
 
 
 def test_a_copy_is_of_its_own() -> None:
-    line = line_of("ab")
-    costs = {"a": 4, "b": 1}
+    line = line_of({"a": 4, "b": 1})
     copied = line.copy()
-    ahead = order(copied, costs, 12)
+    ahead = order(copied, 12)
     copied.leave("b")
-    assert order(line, costs, 12) == ahead
+    assert order(line, 12) == ahead
 
 
 class Visits:
-    """The same turn by turn, as it is said: whoever is first takes a turn or passes it, and is the last then."""
+    """The same by looking at all who wait: since when, for what, and in which order they came to it."""
 
     def __init__(self) -> None:
-        self.line: list[str] = []
-        self.owed: dict[str, int] = {}
-        self.gone: set[str] = set()
+        self.now = 0
+        self.since: dict[str, int] = {}
+        self.costs: dict[str, int] = {}
 
-    def enter(self, name: str) -> None:
-        if name in self.line:
-            self.line.remove(name)
-        self.gone.discard(name)
-        self.line.append(name)
-        self.owed.setdefault(name, 0)
+    def enter(self, name: str, cost: int) -> None:
+        self.since[name], self.costs[name] = self.now, cost
 
     def leave(self, name: str) -> None:
-        self.gone.add(name)
-        self.drop()
+        del self.since[name], self.costs[name]
 
-    def drop(self) -> None:
-        for name in [name for name in self.gone if self.owed[name] == 0]:
-            self.gone.remove(name)
-            self.line.remove(name)
-            del self.owed[name]
+    def due(self, name: str) -> int:
+        return self.since[name] + self.costs[name]
 
-    def begin_turn(self, costs: dict[str, int]) -> None:
-        worth = min(costs.values())
-        while (first := self.line[0]) in self.gone or self.owed[first] >= worth:
-            self.owed[first] = max(0, self.owed[first] - worth)
-            self.line.append(self.line.pop(0))
-            self.drop()
-        self.owed[first] += costs[first] - worth
+    def names(self) -> list[str]:
+        return sorted(self.since, key=self.due)  # stable: who came first
 
-    def end_turn(self, name: str) -> None:
-        if name in self.line and name not in self.gone:
-            self.line.remove(name)
-            self.line.append(name)
+    def take_turn(self) -> str:
+        first = min(self.since, key=self.due)
+        self.now = max(self.now, self.due(first))
+        cost = self.costs[first]
+        self.leave(first)
+        self.enter(first, cost)
+        return first
 
 
 @settings(max_examples=300)
 @given(
     acts=st.lists(
-        st.one_of(st.tuples(st.just("turn"), st.lists(COSTS, min_size=4, max_size=4)), st.sampled_from("abcd")),
-        max_size=60,
+        st.one_of(
+            st.just("turn"),
+            st.tuples(st.sampled_from("abcd"), COSTS),
+            st.sampled_from("abcd"),
+        ),
+        max_size=80,
     )
 )
-def test_passed_turns_are_those_of_one_visit_after_the_other(acts: list[Any]) -> None:
-    line, visits = Line(100), Visits()
+def test_any_order_of_coming_and_going(acts: list[Any]) -> None:
+    line, visits = Line(), Visits()
     for act in acts:
-        waiting = [*line]
-        if isinstance(act, tuple):
-            costs = {name: each for name, each in zip("abcd", act[1], strict=True) if name in waiting}
-            if costs:
-                line.begin_turn(costs)
-                visits.begin_turn(costs)
+        if act == "turn":
+            if visits.since:
+                line.begin_turn()
                 chosen = next(iter(line))
                 line.end_turn(chosen)
-                visits.end_turn(chosen)
-        elif act in waiting:
+                assert chosen == visits.take_turn()
+        elif isinstance(act, tuple):
+            name, each = act
+            if name in line:
+                line.change(name, each)
+                visits.costs[name] = each
+            else:
+                line.enter(name, each)
+                visits.enter(name, each)
+        elif act in line:
             line.leave(act)
             visits.leave(act)
-        else:
-            line.enter(act)
-            visits.enter(act)
-        assert [*line] == [name for name in visits.line if name not in visits.gone]
-        assert line._owed == visits.owed
-        assert set(line._gone) == visits.gone
+        assert [*line] == visits.names()

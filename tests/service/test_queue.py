@@ -106,7 +106,7 @@ def test_jobs_of_two_rounds_share_no_forward() -> None:
     queue = ValidationQueue(1000)
     another = Round(dataclasses.replace(ROUND.config, batch_size=2))
     first, second, third = put(queue, 1), put(queue, 3, "b", of=another), put(queue, 2, "c")
-    assert list(served(queue)) == [[(first, 1), (third, 2)], [(second, 2)], [(second, 1)]]
+    assert list(served(queue)) == [[(second, 2)], [(first, 1), (third, 2)], [(second, 1)]]
 
 
 def test_a_forward_that_fails_is_tried_with_each_of_its_jobs_alone() -> None:
@@ -192,8 +192,75 @@ def test_a_small_batch_does_not_wait_for_large_forwards() -> None:
     put(queue, 10 * 1024, "large", of=of(1024, 16))
     compute(queue)
     small = put(queue, 200, "small", of=of(32, 16))
-    assert "".join(turn[0] for turn in turns(queue, 8)) == "lsssssss"
+    assert "".join(turn[0] for turn in turns(queue, 8)) == "sssssssl"
     assert small.state == JobState.DONE
+
+
+def test_new_addresses_with_large_forwards_have_no_more_than_one_that_stays() -> None:
+    """Each asks for one forward of 65,536 positions, and another address comes after it."""
+    queue = ValidationQueue(1_000_000)
+    put(queue, 100_000, "stays", of=of(32))
+    forwards: list[Forward] = []
+    for number in range(20):
+        last = put(queue, 1, f"new {number}", of=of(256))
+        while last.state != JobState.DONE:
+            forward = compute(queue)
+            assert forward is not None
+            forwards.append(forward)
+    positions = had(forwards)
+    new = sum(count for name, count in positions.items() if name.startswith("new"))
+    assert new == 20 * 65_536
+    assert new - positions["stays"] <= 65_536
+
+
+def test_a_turn_costs_what_its_own_forward_does() -> None:
+    """A submitter's small batches and large ones come in their order, each when it is due."""
+    queue = ValidationQueue(100_000)
+    put(queue, 10_000, "other", of=of(32, 16))
+    for rows in (32, 1024, 32):
+        put(queue, rows, "mixed", of=of(rows, 16))
+    order = "".join(turn[0] for turn in turns(queue, 70))
+    assert order == "om" + "o" * 31 + "mom" + "o" * 34
+
+
+def test_the_forward_of_a_batch_that_is_over_is_no_longer_waited_for() -> None:
+    queue = ValidationQueue(100_000)
+    large, small = of(1024, 16), of(32, 16)
+    put(queue, 10_000, "other", of=small)
+    put(queue, 1024, "mixed", of=large)
+    put(queue, 1024, "mixed", of=small)
+    compute(queue)
+    queue.cancel(lambda job: job.round is large, "over")
+    assert "".join(turn[0] for turn in turns(queue, 4)) == "momo"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_few_of_thousands_of_submitters_are_looked_at(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """Those of the forwards, whether all can share one or nobody can."""
+    queue = ValidationQueue(100_000)
+    for number in range(4000):
+        put(queue, 1, f"submitter {number}", of=ROUND if shared else of(4))
+    looked: list[str] = []
+    left = queue._left
+
+    def counted(name: str, taken: Any) -> Iterator[tuple[ValidationJob, int]]:
+        looked.append(name)
+        return left(name, taken)
+
+    monkeypatch.setattr(queue, "_left", counted)
+    for _ in range(5):
+        forward = queue.next()
+        assert forward is not None
+        assert len(forward) == (4 if shared else 1)
+        queue.upcoming(2, forward)
+        assert len(looked) <= 6 * 4
+        looked.clear()
+        for job in queue.computed(forward):
+            queue.finish(job, VERDICT)
+    assert len(queue._jobs_of) == (1 if shared else 3995)
+    assert sum(queue._jobs_of.values()) == 4000 - 5 * (4 if shared else 1)
+    queue.close("over")
+    assert not queue._jobs_of
 
 
 def test_a_large_forward_does_not_wait_for_small_batches() -> None:
@@ -202,7 +269,7 @@ def test_a_large_forward_does_not_wait_for_small_batches() -> None:
     put(queue, 10_000, "small", of=of(32, 16))
     large = put(queue, 2 * 1024, "large", of=of(1024, 16))
     order = "".join(turn[0] for turn in turns(queue, 70))
-    assert order == "sl" + "s" * 32 + "l" + "s" * 35
+    assert order == "s" * 31 + "l" + "s" * 32 + "l" + "s" * 5
     assert large.state == JobState.DONE
 
 
