@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # what they need, a process without a server may lack
 logger = logging.getLogger("poc_kernels")
 
 _RETRY_SECONDS = 1.0
+_MAX_FAILURES_AT_ONCE = 2
+"""After more failed forwards in a row, even one that is another's waits: the device may be dead. One request can cause
+two, a forward that it shares and its own, and delays nobody."""
 _SHUTTING_DOWN = "the node is shutting down"
 
 
@@ -71,6 +74,8 @@ class ProofWorker:
         self._clock = clock
         self._progressed = clock()
         self._failure: str | None = None
+        self._failures = 0
+        """Failures since the last forward that succeeded."""
         self._thread = threading.Thread(target=self._run, name="poc-proofs", daemon=True)
         manager.on_change(self._round_changed)
 
@@ -153,7 +158,7 @@ class ProofWorker:
             with self._device.lane():
                 while self._wait():
                     if self._step():
-                        self._wait_to_retry()
+                        self._before_retry()
         except TurnsClosed:
             logger.info("the proof thread ends: the device is closed")
         finally:
@@ -169,7 +174,7 @@ class ProofWorker:
     def _wait(self) -> bool:
         with self._condition:
             while not (self._closing or self._has_work() or self._users_paused):
-                self._idle, self._failure = True, None
+                self._idle, self._failure, self._failures = True, None, 0
                 self._condition.wait()
             self._idle = False
             return not self._closing
@@ -178,7 +183,8 @@ class ProofWorker:
         """Compute a forward to validate, and one of the round; return whether something failed.
 
         While a round generates, a turn to validate is worth a batch of it: the round gets at least half of the
-        positions that are computed, however large the forwards to validate are.
+        positions that are computed, however large the forwards to validate are. A batch of the round that fails takes
+        no turns from them.
         """
         try:
             generating = self._manager.state == PoCState.GENERATING
@@ -192,17 +198,20 @@ class ProofWorker:
             worth = cost(config)
             had, failed = self._validate_some() if self._owed < worth else (0, False)
             self._owed = still_owed(self._owed, had, worth)
-            return self._generate() or failed
+            if self._generate():
+                failed, self._owed = True, 0
+            return failed
         except TurnsClosed:
             raise
         except Exception as error:  # of the device: a proof's own are caught where it is computed
             self._failed(error)
             return True
 
-    def _wait_to_retry(self) -> None:
-        """Wait a while, or until something changes."""
+    def _before_retry(self) -> None:
+        """After a failure, wait a while or until something changes, unless another forward can run meanwhile."""
         with self._condition:
-            if not self._closing:
+            others = self.queue.batches > 0 or self._failures == 0  # of a round, whose batch did not fail
+            if not self._closing and (self._failures > _MAX_FAILURES_AT_ONCE or not others):
                 self._condition.wait(_RETRY_SECONDS)
 
     def _drain_left(self) -> float | None:
@@ -382,10 +391,11 @@ class ProofWorker:
 
     def _succeeded(self) -> None:
         self._progressed = self._clock()
-        self._failure = None
+        self._failure, self._failures = None, 0
 
     def _failed(self, error: Exception) -> None:
         self._failure = type(error).__name__  # whoever asks for the health may not learn more
+        self._failures += 1
         self._metrics.batch_failed()
         logger.error("a proof batch failed, the next try follows", exc_info=error)
 

@@ -68,14 +68,7 @@ def test_a_forward_that_fails_costs_none_of_those_who_share_it(make: Callable[..
     """Each is tried alone; one that fails again fails alone."""
     parts = make()
     parts.begin(PoCState.VALIDATING)
-    prove = parts.manager.prover.prove
-
-    def poisoned(config: Any, rows: Any, pause: Any, then: Any) -> Any:
-        if any(row.public_key == "poison" for row in rows):
-            raise RuntimeError("it cannot be computed")
-        return prove(config, rows, pause)
-
-    parts.manager.prover.prove = poisoned  # type: ignore[method-assign]
+    poison(parts)
     with blocked(parts.engine) as entered:
         parts.submit(proof(1))
         assert entered.wait(TIMEOUT)
@@ -87,6 +80,107 @@ def test_a_forward_that_fails_costs_none_of_those_who_share_it(make: Callable[..
     assert b"poc_batch_failures_total 2.0" in parts.metrics.text()
     eventually(lambda: parts.worker._idle)
     assert parts.worker.trouble() is None
+
+
+def poison(parts: Parts, key: str = "poison") -> list[int]:
+    """Have forwards fail that have a row of this key; count them in what is returned."""
+    prove, failed = parts.manager.prover.prove, [0]
+
+    def poisoned(config: Any, rows: Any, pause: Any, then: Any) -> Any:
+        if any(row.public_key == key for row in rows):
+            failed[0] += 1
+            raise RuntimeError("it cannot be computed")
+        return prove(config, rows, pause)
+
+    parts.manager.prover.prove = poisoned  # type: ignore[method-assign]
+    return failed
+
+
+@pytest.fixture
+def without_end(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    """Whoever waits to try again waits for too long."""
+    monkeypatch.setattr(worker_module, "_RETRY_SECONDS", 10 * TIMEOUT)
+
+
+@pytest.mark.usefixtures("without_end")
+def test_a_round_does_not_wait_after_requests_that_fail(make: Callable[..., Parts]) -> None:
+    parts = make()
+    poison(parts)
+    parts.begin()
+    for number in range(4):
+        failing_job = parts.submit(proof(1, public_key="poison"), f"submitter {number}")
+        with pytest.raises(RuntimeError, match="it cannot be computed"):
+            failing_job.result(TIMEOUT)
+        parts.checked(parts.manager.status()["total_checked"] + 3 * BATCH)
+    assert parts.worker.trouble() is None
+
+
+@pytest.mark.usefixtures("without_end")
+@pytest.mark.parametrize("bad", [1, 3])
+def test_others_do_not_wait_after_requests_that_fail(make: Callable[..., Parts], bad: int) -> None:
+    """Not even where each of them shared a forward before, as long as others' succeed in between."""
+    parts = make()
+    failed = poison(parts)
+    parts.begin(PoCState.VALIDATING)
+    with blocked(parts.engine) as entered:
+        parts.submit(proof(1))
+        assert entered.wait(TIMEOUT)
+        results = [
+            parts.submit(proof(BATCH - 1 if number % 2 else 1, public_key=key), f"submitter {number}")
+            for number, key in enumerate(["poison", "key"] * bad)
+        ]
+    for failing_job, good in zip(results[::2], results[1::2], strict=True):
+        with pytest.raises(RuntimeError, match="it cannot be computed"):
+            failing_job.result(TIMEOUT)
+        assert good.result(TIMEOUT).dist == alone(BATCH - 1)
+    assert failed == [2 * bad]
+
+
+@pytest.mark.usefixtures("without_end")
+def test_requests_do_not_wait_for_a_round_that_fails(make: Callable[..., Parts]) -> None:
+    """Nor does it take turns from them, however large they are."""
+    parts = make()
+    failed = poison(parts, "key")
+    parts.begin()
+    large = config(public_key="other", batch_size=32, seq_len=64)
+    jobs = [
+        parts.worker.enqueue(proof(64, public_key="other"), f"submitter {number}", config=large).future
+        for number in range(3)
+    ]
+    assert [len(job.result(TIMEOUT).dist) for job in jobs] == [64] * 3
+    assert 2 <= failed[0] <= 12
+
+
+@pytest.mark.usefixtures("without_end")
+@pytest.mark.parametrize(("phase", "tried"), [(PoCState.VALIDATING, 3), (PoCState.GENERATING, 4)])
+def test_a_dead_device_is_not_asked_without_end(make: Callable[..., Parts], phase: PoCState, tried: int) -> None:
+    parts = make()
+    parts.begin(PoCState.VALIDATING)
+    prove = parts.manager.prover.prove
+    calls: list[int] = []
+
+    def dead(*arguments: Any) -> Any:
+        if calls or parts.worker.queue.batches > 1:
+            calls.append(1)
+            raise RuntimeError("the device is lost")
+        return prove(*arguments)
+
+    parts.manager.prover.prove = dead  # type: ignore[method-assign]
+    with blocked(parts.engine) as entered:
+        first = parts.submit(proof(1))
+        assert entered.wait(TIMEOUT)
+        for number in range(8):
+            parts.submit(proof(1), f"submitter {number}")
+        parts.manager.set_phase(phase)
+    first.result(TIMEOUT)
+    eventually(lambda: len(calls) == tried)
+    assert not threading.Event().wait(0.1)
+    assert len(calls) == tried
+    assert parts.worker.trouble() == "proof batches fail: RuntimeError"
+    parts.worker._notify()  # as after some time: once more, and no more than that
+    eventually(lambda: len(calls) > tried)
+    assert not threading.Event().wait(0.05)
+    assert len(calls) <= tried + 2
 
 
 def test_a_verdict_that_fails_fails_alone(make: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
