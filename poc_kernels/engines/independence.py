@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,10 +10,15 @@ import torch
 from torch import Tensor
 
 from ..protocol import PoCConfig
+from ..protocol.distances.form import DISTANCES
 from ..protocol.engine import Engine, never
 from ..protocol.fingerprint.flips import Flips
-from ..protocol.fingerprint.form import MIN_SEQ_LEN
+from ..protocol.fingerprint.form import FINGERPRINT, MIN_SEQ_LEN
 from ..protocol.fingerprint.mix import FIRST_POSITION
+from ..protocol.vectors.form import VECTORS
+from ..protocol.vectors.reflections import Reflections
+
+logger = logging.getLogger("poc_kernels")
 
 _BATCH, _LENGTH = 4, MIN_SEQ_LEN
 """Shape in which rows are tried on a CPU, where one of a round may take minutes."""
@@ -40,8 +46,9 @@ def refusal(engine: Engine, cure: str, *, transforms: bool) -> str | None:
 
     Rows are computed among others, again, permuted, beside others, and alone, as rounds do it: in one shape. On a GPU
     it is that of a round with default settings, whose forward is measured and captured with it. Compared is what the
-    forms read: the last position and its logits of a plain forward, and all positions that fingerprints mix of a
-    forward with sign flips. To be called on all ranks of a model, with the same arguments.
+    forms read: the last position and its logits of a plain forward, the last position of one with reflections, and all
+    positions that fingerprints mix of one with sign flips. A form whose states are not finite is warned of: it is
+    served, and its rounds find nothing. To be called on all ranks of a model, with the same arguments.
 
     Args:
         engine: what computes proofs.
@@ -67,9 +74,13 @@ def refusal(engine: Engine, cure: str, *, transforms: bool) -> str | None:
         ("the rows beside it", rows, alone, alone),
     ]
     finite, depends = True, ""
-    for where, compute in _computations(engine, batch, transforms):
+    for form, where, compute in _computations(engine, batch, transforms):
         expected, found = compute(rows), []
-        finite = finite and (where != "" or all(bool(part.isfinite().all()) for part in expected))
+        if not all(bool(part.isfinite().all()) for part in expected):
+            finite = finite and form != DISTANCES.name
+            logger.warning(
+                "rounds of %s will have no proofs: hidden states of random inputs are not finite%s", form, where
+            )
         for what, some, computed, places in ways:  # all: other ranks compute them, and would wait for this one
             parts = zip(expected, compute(some.pick(computed)), strict=True)
             if not all(torch.equal(_bits(part[: len(places)]), _bits(right[list(places)])) for right, part in parts):
@@ -82,8 +93,11 @@ def refusal(engine: Engine, cure: str, *, transforms: bool) -> str | None:
     return None
 
 
-def _computations(engine: Engine, batch: int, transforms: bool) -> Iterator[tuple[str, _Compute]]:
-    """Return what computes rows as the forms do, the plain forward last: on a GPU it is what stays captured."""
+def _computations(engine: Engine, batch: int, transforms: bool) -> Iterator[tuple[str, str, _Compute]]:
+    """Return what computes rows as the forms do, with the form's name and where this differs from a plain forward.
+
+    The plain forward is the last: on a GPU it is what stays captured.
+    """
     if transforms:
         flips = Flips(engine, batch)
 
@@ -92,14 +106,21 @@ def _computations(engine: Engine, batch: int, transforms: bool) -> Iterator[tupl
             states = engine.forward(rows.inputs, never, flips)
             return [states[:, min(FIRST_POSITION, states.shape[1] - 1) :].to("cpu", copy=True)]
 
-        yield " where signs are flipped after its layers", flipped
+        yield FINGERPRINT.name, " where signs are flipped after its layers", flipped
         flips.release()
+        reflections = Reflections(engine)
+        reflections.set_block("trial")
+
+        def reflected(rows: _Rows) -> list[Tensor]:
+            return [engine.forward(rows.inputs, never, reflections)[:, -1].to("cpu", copy=True)]
+
+        yield VECTORS.name, " where states are reflected after its layers", reflected
 
     def plain(rows: _Rows) -> list[Tensor]:
         hidden = engine.forward(rows.inputs)[:, -1].clone(memory_format=torch.contiguous_format)
         return [hidden.cpu(), engine.compute_logits(hidden).cpu()]
 
-    yield "", plain
+    yield DISTANCES.name, "", plain
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -6,13 +6,19 @@ from small_engine import SmallEngine
 
 from poc_kernels.engines.independence import refusal
 from poc_kernels.protocol import PoCConfig
+from poc_kernels.protocol.fingerprint.flips import Flips
 from poc_kernels.protocol.fingerprint.mix import FIRST_POSITION
+from poc_kernels.protocol.vectors.reflections import Reflections
 
 NEEDS = "proofs need rows whose bits depend on nothing else, here they depend on "
 
 
 class Depending(SmallEngine):
-    """Its states are changed by what may look at the whole batch: ``change(states, transformed, calls)``."""
+    """Its states are changed by what may look at the whole batch.
+
+    Args:
+        change: ``change(states, transform, calls)``, with the class of the transform.
+    """
 
     def __init__(self, change, **options):
         super().__init__(**options)
@@ -20,7 +26,7 @@ class Depending(SmallEngine):
 
     def forward(self, inputs_embeds, pause=lambda: None, after_layer=None):
         states = super().forward(inputs_embeds, pause, after_layer).clone()
-        return self.change(states, after_layer is not None, len(self.shapes))
+        return self.change(states, after_layer and type(after_layer), len(self.shapes))
 
 
 def said(change, transforms=True, **options):
@@ -37,7 +43,7 @@ def test_rows_that_depend_on_nothing_else(dtype, transforms):
     engine = SmallEngine(dtype=dtype)
     assert refusal(engine, "serve another", transforms=transforms) is None
     assert set(engine.shapes) == {(4, 16, 24)}, "one shape, as in a round"
-    assert len(engine.shapes) == (10 if transforms else 5)
+    assert len(engine.shapes) == (15 if transforms else 5)
 
 
 @pytest.mark.parametrize(
@@ -73,16 +79,30 @@ def test_positions_that_no_form_reads_may_depend_on_anything():
     assert said(change) is None
 
 
-def test_rows_that_depend_on_others_with_a_transform_alone():
-    def change(states, transformed, _):
-        return neighbours(states) if transformed else states
+@pytest.mark.parametrize(
+    ("alone", "where"),
+    [(Flips, "signs are flipped after its layers"), (Reflections, "states are reflected after its layers")],
+)
+def test_rows_that_depend_on_others_with_a_transform_alone(alone, where):
+    def change(states, transform, _):
+        return neighbours(states) if transform is alone else states
 
-    assert said(change) == f"{NEEDS}the rows beside it where signs are flipped after its layers: serve another"
+    assert said(change) == f"{NEEDS}the rows beside it where {where}: serve another"
+    assert said(change, transforms=False) is None
+
+
+def test_vectors_read_the_last_position_alone():
+    def change(states, transform, _):
+        if transform is Reflections:
+            states[:, :-1] = neighbours(states)[:, :-1]
+        return states
+
+    assert said(change) is None
 
 
 def test_rows_that_depend_on_others_without_a_transform_alone():
-    def change(states, transformed, _):
-        return states if transformed else neighbours(states)
+    def change(states, transform, _):
+        return states if transform else neighbours(states)
 
     assert said(change) == f"{NEEDS}the rows beside it: serve another"
 
@@ -95,13 +115,24 @@ def test_logits_that_depend_on_others():
     assert refusal(Logits(), "serve another", transforms=True) == f"{NEEDS}the rows beside it: serve another"
 
 
-def test_results_that_are_not_finite():
-    def change(states, transformed, _):
-        return states if transformed else states * float("inf")
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_results_that_are_not_finite(value):
+    def change(states, transform, _):
+        return states if transform else states * float(value)
 
     assert said(change).startswith("proofs need finite logits, which this model does not compute of random inputs")
-    # A fingerprint of such states is none, and the other forms are served.
-    assert said(lambda states, transformed, _: states * float("nan") if transformed else states) is None
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize(
+    ("of", "form", "where"),
+    [(Flips, "fingerprint", "signs are flipped"), (Reflections, "vectors", "states are reflected")],
+)
+def test_a_form_that_will_have_no_proofs_is_warned_of(caplog, value, of, form, where):
+    """The other forms are served; of a round of this one, its operator would see only that it posts nothing."""
+    assert said(lambda states, transform, _: states * float(value) if transform is of else states) is None
+    what = f"hidden states of random inputs are not finite where {where} after its layers"
+    assert [record.getMessage() for record in caplog.records] == [f"rounds of {form} will have no proofs: {what}"]
 
 
 def test_a_short_model_is_tried_in_its_length(monkeypatch):
