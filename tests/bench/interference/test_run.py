@@ -41,9 +41,10 @@ def test_a_run_needs_no_server_and_its_report_follows(tmp_path):
     chats = [cell["done"] + cell["refused"] for cell in cells.values() if cell["chat"]]
     assert chats[0] > 0
     assert set(chats) == {chats[0]}  # the same arrivals
-    assert cells["validation alone"]["nonces_per_second"] > 0
-    assert cells["no pacing"]["solo_share"] > 0
-    assert cells["no pacing, no priorities"]["solo_share"] > 0
+    solo = cells["validation alone"]["nonces_per_second"]
+    assert solo > 0
+    for name in ("no pacing", "no pacing, no priorities"):  # threads of low priority may get nothing beside other tests
+        assert cells[name]["solo_share"] == pytest.approx(cells[name]["nonces_per_second"] / solo)
     assert cells["chat alone"]["between"]["samples"] == chats[0] * (result["new_tokens"] - 1)
     assert cells["validation alone"]["slices"]["count"] > 0
     assert result["parts_per_batch"] > len(result["planned_slices"])
