@@ -14,7 +14,7 @@ from ..engines.transformers.engine import TransformersEngine, dependence
 from ..engines.transformers.inference import Inference
 from ..engines.transformers.load import load_model, model_name
 from ..protocol import EngineProver
-from ..protocol.limits import MAX_LOGITS, MAX_SIGNS
+from ..protocol.limits import SERVER_BOUNDS
 from ..scheduling import Pacing, PriorityLanes, Turns
 from ..service import routes
 from ..service.device import TurnsDevice
@@ -55,9 +55,7 @@ class Node:
             model, cuda_graphs=settings.cuda_graphs, slice_seconds=settings.slice_seconds, alone=self.turns.alone
         )
         lanes.wait_for_current_stream()  # the model and the engine were made there
-        self._prover = EngineProver(
-            self.engine, slice_seconds=settings.slice_seconds, max_logits=MAX_LOGITS, max_signs=MAX_SIGNS
-        )
+        self._prover = EngineProver(self.engine, slice_seconds=settings.slice_seconds, bounds=SERVER_BOUNDS)
         limits = InferenceLimits(**{each.name: getattr(settings, each.name) for each in fields(InferenceLimits)})
         name = settings.served_name or model_name(settings.model)
         self.inference = Inference(model, tokenizer, name, self.turns, limits, settings.temperature, lanes)

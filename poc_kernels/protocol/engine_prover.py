@@ -10,6 +10,7 @@ from .distances.form import DISTANCES
 from .engine import Engine, LayerTransform, never
 from .form import ProofForm, form_of
 from .forms import FORMS, FormProver
+from .limits import NO_BOUNDS, Bounds
 from .prover import Outcomes, Row
 from .shared_work import SharedWork
 
@@ -23,8 +24,7 @@ class EngineProver:
     Args:
         engine: the model that serves users.
         slice_seconds: how long to compute between two pauses, outside the engine's forward.
-        max_logits: bound on batch_size * vocab_size of a round of distances; None for no bound.
-        max_signs: bound on batch_size * layers * hidden_size of a round of fingerprints; None for no bound.
+        bounds: on what the rows of a forward take.
 
     Raises:
         ValueError: the engine's hidden size is not one that projections take, or slice_seconds is not positive.
@@ -32,16 +32,9 @@ class EngineProver:
 
     forms: Mapping[str, ProofForm] = {name: entry.form for name, entry in FORMS.items()}
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        slice_seconds: float = 0.002,
-        max_logits: int | None = None,
-        max_signs: int | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, *, slice_seconds: float = 0.002, bounds: Bounds = NO_BOUNDS) -> None:
         self.engine = engine
-        self.work = SharedWork(engine, slice_seconds=slice_seconds, max_logits=max_logits, max_signs=max_signs)
+        self.work = SharedWork(engine, slice_seconds=slice_seconds, bounds=bounds)
         self._provers: Mapping[str, FormProver] = {name: FORMS[name].prover(self.work) for name in self.forms}
 
     @property

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .config import PoCConfig
 
-# Bounds of a server on what a forward's rows take beside the model. A round that takes more is refused: its forwards
-# cannot be divided, since their shape decides bits.
-MAX_LOGITS = 2**26
-"""batch_size * vocab_size of a round of distances: each takes some 30 bytes, with its permutation and what the distance
-needs."""
-MAX_SIGNS = 2**28
-"""batch_size * layers * hidden_size of a round of fingerprints: each takes as many bytes as a number of the model's
-dtype."""
+
+class Bounds(NamedTuple):
+    """Bounds on what a forward's rows take beside the model; None for no bound.
+
+    A round that takes more is refused: its forwards cannot be divided, since their shape decides bits.
+    """
+
+    logits: int | None = None
+    """batch_size * vocab_size of a round of distances: each takes some 30 bytes, with its permutation and what the
+    distance needs."""
+    signs: int | None = None
+    """batch_size * layers * hidden_size of a round of fingerprints: each takes as many bytes as a number of the model's
+    dtype."""
+
+
+NO_BOUNDS = Bounds()
+SERVER_BOUNDS = Bounds(logits=2**26, signs=2**28)
+"""Those of a server, whose rounds others choose."""
 
 
 def check_rows(config: PoCConfig, *, per_row: int, bound: int | None, what: str) -> None:

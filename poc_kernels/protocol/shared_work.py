@@ -16,6 +16,7 @@ from ..scheduling.stopwatch import Stopwatch
 from . import form_kernels, inputs
 from .config import PoCConfig
 from .engine import Engine
+from .limits import NO_BOUNDS, Bounds
 from .pieces import Pieces
 from .prover import Row
 
@@ -34,27 +35,19 @@ class SharedWork:
     Args:
         engine: the model that serves users.
         slice_seconds: how long to compute between two pauses, outside the engine's forward.
-        max_logits: bound on batch_size * vocab_size of a round that needs logits; None for no bound.
-        max_signs: bound on batch_size * layers * hidden_size of a round that needs signs; None for no bound.
+        bounds: on what the rows of a forward take.
 
     Raises:
         ValueError: the engine's hidden size is not one that projections take, or slice_seconds is not positive.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        slice_seconds: float = 0.002,
-        max_logits: int | None = None,
-        max_signs: int | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, *, slice_seconds: float = 0.002, bounds: Bounds = NO_BOUNDS) -> None:
         if not slice_seconds > 0:
             raise ValueError(f"slice_seconds must be positive, got {slice_seconds}")
         if not 1 <= engine.hidden_size <= MAX_FEATURES:
             raise ValueError(f"engine must have a hidden size in [1, {MAX_FEATURES}], got {engine.hidden_size}")
         self.engine = engine
-        self.max_logits, self.max_signs = max_logits, max_signs
+        self.bounds = bounds
         self.pieces = Pieces(engine.device, slice_seconds)
         self.projection = RandomProjection(0, engine.hidden_size, device=engine.device)
         self._block_hash: str | None = None

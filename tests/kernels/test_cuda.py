@@ -33,22 +33,11 @@ SEED = poc_kernels.seed_tensor(7)
 pytestmark = pytest.mark.skipif(machine_code.missing() is not None, reason=str(machine_code.missing()))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("code")
-
-
-@pytest.fixture(scope="module")
-def compiled(folder):
-    """The package of a few forms, and their PTX."""
-    return cuda_stand_in.compiled_package(folder, NAMES)
-
-
 @pytest.fixture
-def gpu(driver_library, folder, compiled, classes):
+def gpu(driver_library, code_folder, compiled_code, classes):
     """A GPU on which nothing has run."""
-    stand_in = StandIn(driver_library, *compiled)
-    with cuda_stand_in.in_use(stand_in, folder, classes):
+    stand_in = StandIn(driver_library, *compiled_code)
+    with cuda_stand_in.in_use(stand_in, code_folder, classes):
         yield stand_in
 
 
@@ -91,8 +80,8 @@ def test_what_is_aligned_to_nothing(gpu):
 
 
 @BY_BOTH_LAUNCHERS
-def test_a_tile_with_more_shared_memory_than_is_usual(gpu, compiled):
-    assert compiled[0].objects[LARGEST].shared_bytes > 49152
+def test_a_tile_with_more_shared_memory_than_is_usual(gpu, compiled_code):
+    assert compiled_code[0].objects[LARGEST].shared_bytes > 49152
     x = rows_of_every_kind(65, 160, torch.bfloat16, 4)
     options = {"column_start": 32, "columns": 64}
     assert_same_bits(project(BACKEND, x, **options), expected(x, **options))
@@ -182,19 +171,19 @@ def test_forms_and_launches_are_those_of_tritons_launcher(idle, bits, dtype, m, 
         (("Inputs", 90, "int32", 100), "hash_kernel", "hash"),
     ],
 )
-def test_what_is_packaged_is_what_the_emulator_checks(compiled, case, kernel, name):
+def test_what_is_packaged_is_what_the_emulator_checks(compiled_code, case, kernel, name):
     """The same PTX comes out where tests of the emulator compile, as Triton's launches would."""
-    assert cuda_stand_in.ptx_of_case(case, kernel) == compiled[1][name]
+    assert cuda_stand_in.ptx_of_case(case, kernel) == compiled_code[1][name]
 
 
-def test_another_compilation_makes_the_same_code(compiled, tmp_path):
+def test_another_compilation_makes_the_same_code(compiled_code, tmp_path):
     anew = cuda_stand_in.compiled_anew(tmp_path, ("hash", "entries"))
-    assert anew.objects == {name: compiled[0].objects[name] for name in anew.objects}
-    assert {**compiled[0].manifest, "kernels": anew.manifest["kernels"]} == anew.manifest
+    assert anew.objects == {name: compiled_code[0].objects[name] for name in anew.objects}
+    assert {**compiled_code[0].manifest, "kernels": anew.manifest["kernels"]} == anew.manifest
 
 
-def test_two_files_of_the_same_code_are_the_same_bytes(compiled, tmp_path):
-    made, _ = compiled
+def test_two_files_of_the_same_code_are_the_same_bytes(compiled_code, tmp_path):
+    made, _ = compiled_code
     for number in (1, 2):
         package.write(tmp_path / f"{number}", made.manifest, reversed(made.objects.values()))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()

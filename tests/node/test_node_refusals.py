@@ -24,7 +24,7 @@ from nodes import (
 from web import TIMEOUT, error_of
 
 from poc_kernels.node.node import Node
-from poc_kernels.protocol.limits import MAX_LOGITS, MAX_SIGNS
+from poc_kernels.protocol.limits import SERVER_BOUNDS, Bounds
 
 pytest_plugins = ["round_fixtures"]
 
@@ -40,9 +40,8 @@ def test_batches_that_would_take_too_much_memory(
     http: httpx2.Client, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = node.service.manager.prover.work  # type: ignore[attr-defined]
-    assert (work.max_logits, work.max_signs) == (MAX_LOGITS, MAX_SIGNS)
-    monkeypatch.setattr(work, "max_logits", 3 * 512)
-    monkeypatch.setattr(work, "max_signs", 3 * 2 * 64)
+    assert work.bounds == SERVER_BOUNDS
+    monkeypatch.setattr(work, "bounds", Bounds(logits=3 * 512, signs=3 * 2 * 64))
     of_artifacts = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
     params = {"model": NAME, "seq_len": 16, "proof": "fingerprint"}
     body = {**of_artifacts, "batch_size": 4, "params": params, "nonces": [1], "wait": True}

@@ -180,8 +180,8 @@ def test_the_documentation_has_the_limits_without_a_setting() -> None:
         str(server._BACKLOG),
         str(config.MAX_BATCH_SIZE),
         str(config.MAX_SEQ_LEN),
-        str(limits.MAX_LOGITS),
-        str(limits.MAX_SIGNS),
+        str(limits.SERVER_BOUNDS.logits),
+        str(limits.SERVER_BOUNDS.signs),
         f"{checks._MAX_TEXT}, {checks._MAX_URL}",
         f"{logs._LAST_SECONDS:g}",
     ]

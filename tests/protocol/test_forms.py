@@ -4,6 +4,7 @@ import pytest
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import FORMS, DistanceProver, EngineProver, PoCConfig, PoCManager, Row
+from poc_kernels.protocol.limits import Bounds
 
 CONFIG = PoCConfig("block", 7, "key", 1.4, batch_size=4, seq_len=6, use_random_projection=True)
 ROWS = [Row("key", 3), Row("other", 3), Row("key", 2**40)]
@@ -40,7 +41,7 @@ def config(**changes):
 )
 def test_settings_that_a_form_does_not_take(changes, message):
     with pytest.raises(ValueError, match=message):
-        EngineProver(SmallEngine(), max_logits=2 * 101).check(config(**changes))
+        EngineProver(SmallEngine(), bounds=Bounds(logits=2 * 101)).check(config(**changes))
 
 
 def test_a_round_of_a_form_that_the_prover_has_not():

@@ -7,7 +7,7 @@ from helpers import Largest
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import EngineProver, PoCConfig, Row
-from poc_kernels.protocol.limits import check_rows
+from poc_kernels.protocol.limits import Bounds, check_rows
 
 
 def config(batch_size: int) -> PoCConfig:
@@ -25,7 +25,7 @@ def test_rows_are_bounded_by_what_they_take(bound: int, rows: int) -> None:
 def test_logits_of_a_forward_are_bounded() -> None:
     """They, and what becomes of them, are the largest where the vocabulary is large."""
     vocabulary, rows = 5000, 3
-    prover = EngineProver(SmallEngine(vocab_size=vocabulary), max_logits=vocabulary * rows)
+    prover = EngineProver(SmallEngine(vocab_size=vocabulary), bounds=Bounds(logits=vocabulary * rows))
     prover.check(config(rows))
     with pytest.raises(ValueError, match=f"batch_size must be at most {rows} with this vocabulary, got {rows + 1}"):
         prover.check(config(rows + 1))

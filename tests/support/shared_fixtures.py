@@ -42,6 +42,20 @@ def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cuda_stand_in.compile_stand_in(tmp_path_factory.mktemp("driver")) or pytest.skip("no C++ compiler")
 
 
+@pytest.fixture(scope="module")
+def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `compiled_code` lies."""
+    return tmp_path_factory.mktemp("code")
+
+
+@pytest.fixture(scope="module")
+def compiled_code(code_folder: Path, request: pytest.FixtureRequest) -> Any:
+    """The package of the forms that the test's module has in NAMES, and their PTX."""
+    import cuda_stand_in
+
+    return cuda_stand_in.compiled_package(code_folder, request.module.NAMES)
+
+
 @pytest.fixture
 def classes(request: pytest.FixtureRequest) -> Any:
     """What has CudaDriver and CudaKernel: the native core, or what `cuda_stand_in.BY_BOTH_LAUNCHERS` asks for."""

@@ -20,7 +20,7 @@ from poc_kernels.engines.vllm.messages import METHOD, Open
 from poc_kernels.protocol import DistanceProver, EngineProver, PoCConfig, Row
 from poc_kernels.protocol.engine import never
 
-OPEN = Open(slice_seconds=0.002, cuda_graphs=True, max_logits=None, max_signs=None)
+OPEN = Open(slice_seconds=0.002, cuda_graphs=True)
 
 
 CONFIG = PoCConfig("block", 1, "key", r_target=1.4, batch_size=4, seq_len=8, use_random_projection=True)

@@ -24,8 +24,6 @@ class Open:
 
     slice_seconds: float
     cuda_graphs: bool
-    max_logits: int | None
-    max_signs: int | None
     arrivals: str | None = None
     """The path of `poc_kernels.engines.vllm.arrivals.Arrivals`; it may be gone after the answer."""
 

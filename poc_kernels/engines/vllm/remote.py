@@ -23,7 +23,7 @@ import torch
 from ...protocol import EngineProver, Outcomes, PoCConfig, Row
 from ...protocol.engine import Engine, never
 from ...protocol.form import ProofForm
-from ...protocol.limits import MAX_LOGITS, MAX_SIGNS
+from ...protocol.limits import SERVER_BOUNDS
 from ...scheduling import Pacing, Slices, TurnsClosed
 from ...scheduling.slices import Pause
 from ...service.device import SliceTimes
@@ -241,7 +241,7 @@ class RemoteProver:
 
     def __init__(self, device: RemoteDevice, opened: Opened) -> None:
         self.model = RemoteModel(opened)
-        self._checks = EngineProver(cast(Engine, self.model), max_logits=MAX_LOGITS, max_signs=MAX_SIGNS)
+        self._checks = EngineProver(cast(Engine, self.model), bounds=SERVER_BOUNDS)
         self.device, self._link = device, device.link
         self._config: PoCConfig | None = None
         self._round = ""
@@ -392,8 +392,6 @@ async def open_engine(
     message = Open(
         slice_seconds=slice_seconds,
         cuda_graphs=cuda_graphs,
-        max_logits=MAX_LOGITS,
-        max_signs=MAX_SIGNS,
         arrivals=None if arrivals is None else arrivals.path,
     )
     opened = await unless_lost(client, _open_and_try(client, message), _OPEN_SECONDS)

@@ -33,6 +33,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from ...protocol import EngineProver, Outcomes, PoCConfig, Prover, Row
+from ...protocol.limits import SERVER_BOUNDS
 from ...scheduling import InFlight
 from ...scheduling.slices import Pause
 from . import trial
@@ -411,9 +412,7 @@ def _open(worker: Any, message: Open) -> Opened:
             worker, slice_seconds=message.slice_seconds, cuda_graphs=message.cuda_graphs, lockstep=lockstep
         )
         slice_seconds = UNCUT_SECONDS if lockstep else message.slice_seconds
-        prover = EngineProver(
-            engine, slice_seconds=slice_seconds, max_logits=message.max_logits, max_signs=message.max_signs
-        )
+        prover = EngineProver(engine, slice_seconds=slice_seconds, bounds=SERVER_BOUNDS)
     except ValueError as error:
         return Opened(refusal=str(error))
     layers, no_layers = 0, None

@@ -28,7 +28,7 @@ class Distances:
 
     def check(self, config: PoCConfig) -> None:
         """Raise a ValueError if the round does not fit the engine."""
-        engine, max_logits = self.engine, self.work.max_logits
+        engine, max_logits = self.engine, self.work.bounds.logits
         check_fits(config, max_positions=engine.max_positions, vocab_size=engine.vocab_size, max_logits=max_logits)
 
     def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:

@@ -40,7 +40,7 @@ class Fingerprints:
         layers, width = self.engine.layers, self.engine.hidden_size  # raises where no transform is possible
         check_length(config, self.engine.max_positions)
         what = f"in a round of fingerprints with {layers} x {width} signs per row"
-        check_rows(config, per_row=layers * width, bound=self.work.max_signs, what=what)
+        check_rows(config, per_row=layers * width, bound=self.work.bounds.signs, what=what)
 
     def transforms(self, config: PoCConfig) -> list[LayerTransform | None]:
         """Return the flips of a round's forwards, if there are some by now: see `FormProver.transforms`."""

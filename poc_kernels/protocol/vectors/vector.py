@@ -19,9 +19,9 @@ _SMALL = 1e-8
 def picks(block_hash: str, rows: Sequence[Row], dim: int, k: int, device: torch.device | str = "cpu") -> Tensor:
     """Choose the k coordinates with the smallest hashes: int64 [len(rows), k].
 
-    In the order in which the network's nodes have them, which comes from their GPUs' selection, read in the source of
-    torch's topk and checked on a GPU by first light: those before the k-th smallest by their index, then the k-th
-    smallest itself.
+    In the order in which the network's nodes have them, which comes from their GPUs' selection, as the source of
+    torch's topk has it: those before the k-th smallest by their index, then the k-th smallest itself. First light
+    compares it with a GPU's; no GPU has run it yet.
     """
     seeds = [seed32(f"{block_hash}_{row.public_key}_nonce_{row.nonce}_pick_{k}") for row in rows]
     # With the sign bit flipped, signed order is unsigned order.

@@ -30,22 +30,12 @@ NAMES = (
 compiles = pytest.mark.skipif(machine_code.missing() is not None, reason=str(machine_code.missing()))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("code")
-
-
-@pytest.fixture(scope="module")
-def compiled(folder):
-    return cuda_stand_in.compiled_package(folder, NAMES)
-
-
 @pytest.fixture
-def gpu(driver_library, folder, compiled, monkeypatch):
+def gpu(driver_library, code_folder, compiled_code, monkeypatch):
     """A GPU on which nothing has run, without a native core."""
-    stand_in = StandIn(driver_library, *compiled)
+    stand_in = StandIn(driver_library, *compiled_code)
     monkeypatch.setattr(light_shipped, "_launch", stand_in.giving(light_shipped._launch))
-    with cuda_stand_in.in_use(stand_in, folder, driver):
+    with cuda_stand_in.in_use(stand_in, code_folder, driver):
         yield stand_in
 
 

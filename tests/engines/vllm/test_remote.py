@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +22,6 @@ from vllm_stepping import (
     CONFIGS,
     Client,
     Request,
-    WithoutLayers,
     Worker,
     distances,
     install,
@@ -37,6 +35,7 @@ from poc_kernels.engines.vllm import session as session_module
 from poc_kernels.engines.vllm.link import EngineError, EngineLost, Link
 from poc_kernels.engines.vllm.remote import RemoteDevice, RemoteProver, open_engine
 from poc_kernels.protocol import PoCConfig, PoCManager, PoCState, ProofBatch, RoundEndedError
+from poc_kernels.protocol.limits import Bounds
 from poc_kernels.scheduling import TurnsClosed
 from poc_kernels.service.round_service import RoundService
 from poc_kernels.service.settings import ServiceSettings
@@ -230,31 +229,13 @@ def test_rounds_of_any_form_are_checked_without_a_call(
 def test_rows_that_take_too_much_memory_are_refused_here_and_in_the_workers(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, proof: str, message: str
 ) -> None:
-    monkeypatch.setattr(remote, "MAX_LOGITS", 3 * 101)
-    monkeypatch.setattr(remote, "MAX_SIGNS", 2 * 5 * 24)
+    for module in (remote, session_module):
+        monkeypatch.setattr(module, "SERVER_BOUNDS", Bounds(logits=3 * 101, signs=2 * 5 * 24))
     server = serve()
     with pytest.raises(ValueError, match=message):
         server.prover.check(CONFIGS[proof])
     with pytest.raises(EngineError, match=message):
         server.prover.prove(CONFIGS[proof], rows(0))
-
-
-@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_a_model_without_layers_to_transform_serves_distances_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ranks: int, rank: int
-) -> None:
-    """Whichever worker lacks them."""
-    install(monkeypatch)
-    workers = [Worker(rank=each) for each in range(ranks)]
-    workers[rank].engine = WithoutLayers()
-    prover, _ = opened(workers)
-    prover.check(CONFIGS["distances"])
-    for proof in ("vectors", "fingerprint"):
-        with pytest.raises(ValueError, match="model must call its layers in order"):
-            prover.check(CONFIGS[proof])
-    assert [record.getMessage() for record in caplog.records] == [
-        "rounds of distances alone are served: model must call its layers in order"
-    ]
 
 
 def test_a_round_that_one_worker_refuses_is_computed_by_none(serve: Callable[..., Server]) -> None:
@@ -485,79 +466,6 @@ def test_slices_run_between_steps_while_users_are_served(serve: Callable[..., Se
     assert request.done.wait(TIMEOUT)
 
 
-class Clock:
-    """Time that passes where somebody sleeps, and a link whose users are chosen."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.in_engine, self.cancelled = 1000.0, 0, False
-        monkeypatch.setattr(remote, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-
-    def users(self) -> int:
-        return self.in_engine
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    def waited(self, device: RemoteDevice) -> float:
-        """How long the device waits for users before it makes another call."""
-        began = self.now
-        device.wait_for_users()
-        return self.now - began
-
-
-def test_no_call_precedes_the_first_step_of_whoever_has_just_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=0)
-    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
-    clock.sleep(10.0)
-    assert (clock.waited(device), device.budget()["alone"]) == (0.0, True)
-    arrivals.count = 1  # and not yet in the engine
-    assert clock.waited(device) == pytest.approx(0.02, abs=0.002)
-    assert not device.budget()["alone"]
-    clock.in_engine = 1
-    assert clock.waited(device) == pytest.approx(0.02, abs=0.002)
-    clock.in_engine = arrivals.count = 0
-    assert (clock.waited(device), device.budget()["alone"]) == (0.0, True)
-
-
-def test_users_who_never_reach_the_engine_keep_proofs_for_a_moment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=0)
-    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
-    arrivals.count = 1
-    waited = [clock.waited(device) for _ in range(100)]
-    assert 0.2 < sum(waited) < 0.3
-    assert waited[-1] == 0.0
-    arrivals.count = 2  # one who is there already does not make another one wait
-    assert clock.waited(device) == 0.0
-
-
-def test_users_who_were_served_while_nothing_was_proven_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    device = RemoteDevice(clock, share=0.1)  # type: ignore[arg-type]
-    clock.in_engine = 1
-    assert not device.budget()["alone"]
-    clock.sleep(5.0)  # nobody looks; whether they had steps is not known
-    assert not device.budget()["alone"]
-    for _ in range(30):
-        clock.waited(device)
-    assert device.budget()["alone"]  # without one, as it told all the time
-
-
-def test_a_call_is_long_only_where_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=0)
-    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
-    assert device.budget()["seconds_without_users"] > device.budget()["seconds"] > 0
-    for arrivals.count, clock.in_engine in ((1, 0), (0, 1)):  # the second: in the engine after its answer
-        assert device.budget()["seconds_without_users"] == 0
-
-
-def test_requests_that_have_not_reached_the_engine_are_drained_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, arrivals = Clock(monkeypatch), types.SimpleNamespace(count=1)
-    device = RemoteDevice(clock, share=0.1, arrivals=arrivals)  # type: ignore[arg-type]
-    assert not device.drain_users(0.5)
-    arrivals.count = 0
-    assert device.drain_users(0.5)
-
-
 def test_users_are_paused_and_resumed(serve: Callable[..., Server]) -> None:
     server = serve()
     server.workers[0].in_step = lambda: time.sleep(0.001)
@@ -680,97 +588,3 @@ def test_a_service_whose_engine_goes_first_ends(serve: Callable[..., Server], st
     for future in futures:
         with pytest.raises(RoundEndedError):
             future.result(TIMEOUT)
-
-
-# ---- before there are users ----
-
-
-def opened(workers: list[Worker]) -> tuple[RemoteProver, RemoteDevice]:
-    """What proves in the workers."""
-    client = Client(workers)
-    client.start()
-    try:
-        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
-        return asyncio.run_coroutine_threadsafe(opening, client.loop).result(TIMEOUT)
-    finally:
-        client.close()
-
-
-def test_a_model_that_is_refused_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = install(monkeypatch)
-
-    def refuse(worker: Worker, **options: Any) -> None:
-        raise ValueError("proofs do not support alibi: serve another model")
-
-    monkeypatch.setattr(session_module, "VllmEngine", refuse)
-    with pytest.raises(ValueError, match="do not support alibi"):
-        opened([Worker()])
-    assert given == []
-
-
-def test_an_engine_that_dies_before_there_are_users_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By vLLM, a call that was under way then gets no answer."""
-    install(monkeypatch)
-    go, worker = threading.Event(), Worker()
-    client = Client([worker])
-
-    def die(command: str, payload: dict[str, Any]) -> dict[str, Any]:
-        client.dead = True
-        go.wait(TIMEOUT)
-        return {}
-
-    monkeypatch.setattr(worker, "poc_kernels_call", die)
-    client.start()
-    try:
-        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
-        future = asyncio.run_coroutine_threadsafe(opening, client.loop)
-        with pytest.raises(EngineLost, match="vLLM's engine died"):
-            future.result(TIMEOUT / 2)
-    finally:
-        go.set()
-        client.close()
-
-
-def test_an_engine_that_hangs_before_there_are_users_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
-    monkeypatch.setattr(remote, "_OPEN_SECONDS", 0.2)
-    go, worker = threading.Event(), Worker()
-    client = Client([worker])
-    monkeypatch.setattr(worker, "poc_kernels_call", lambda command, payload: go.wait(TIMEOUT))
-    client.start()
-    try:
-        opening = open_engine(client, share=0.3, slice_seconds=0.002, cuda_graphs=True, answer_seconds=TIMEOUT)
-        future = asyncio.run_coroutine_threadsafe(opening, client.loop)
-        with pytest.raises(TimeoutError, match=r"vLLM's engine did not answer within 0\.2 s"):
-            future.result(TIMEOUT / 2)
-    finally:
-        go.set()
-        client.close()
-
-
-def test_every_worker_is_tried_with_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = install(monkeypatch)
-    workers = [Worker(2, 0), Worker(2, 1)]
-    prover, device = opened(workers)
-    first, engine, second, other = given
-    assert first == second
-    assert [engine, other] == [(worker.engine, True) for worker in workers]
-    texts, served = first
-    assert [[-token for token in text[-8:]] for text in texts] == served == [[-token for token in range(8)]] * 5
-    assert max(map(len, texts)) == 48  # longer than the window of the stand-in's model
-    assert (prover.model.vocab_size, device.ranks) == (101, 2)
-
-
-def test_no_worker_is_tried_with_transforms_that_one_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them make the same forwards: one that made more would wait for the others."""
-    given = install(monkeypatch)
-    workers = [Worker(2, 0), Worker(2, 1)]
-    workers[1].engine = WithoutLayers()
-    opened(workers)
-    assert [given[1], given[3]] == [(worker.engine, False) for worker in workers]
-
-
-def test_a_model_whose_trial_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, differs="proofs would not be of the model that is served")
-    with pytest.raises(ValueError, match="not be of the model that is served"):
-        opened([Worker()])

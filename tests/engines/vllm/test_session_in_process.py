@@ -34,7 +34,7 @@ class Rig:
 
         self.served = served
         self.texts = served.texts(PROMPTS, TOKENS)
-        opened = self.call("open", Open(slice_seconds=0.0005, cuda_graphs=True, max_logits=None, max_signs=None))
+        opened = self.call("open", Open(slice_seconds=0.0005, cuda_graphs=True))
         assert opened["refusal"] is None
         self.proofs = {form: self.alone(form) for form in FORMS}
         self.sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
@@ -134,5 +134,5 @@ def test_a_session_that_is_closed_leaves_nothing(rig: Rig) -> None:
     session.call(worker, "close", {})
     assert worker.execute_model != wrapped
     assert rig.served.texts(PROMPTS, TOKENS) == rig.texts
-    rig.call("open", Open(slice_seconds=0.0005, cuda_graphs=True, max_logits=None, max_signs=None))
+    rig.call("open", Open(slice_seconds=0.0005, cuda_graphs=True))
     assert rig.alone() == rig.proofs["distances"]

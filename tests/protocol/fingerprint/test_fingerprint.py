@@ -22,7 +22,7 @@ from poc_kernels.protocol.fingerprint.flips import Flips
 from poc_kernels.protocol.fingerprint.mix import mixed, pairs_of, read
 from poc_kernels.protocol.fingerprint.signs import flips_seed, mix_seed
 from poc_kernels.protocol.inputs import nonce_inputs
-from poc_kernels.protocol.limits import MAX_SIGNS
+from poc_kernels.protocol.limits import SERVER_BOUNDS, Bounds
 from poc_kernels.protocol.plain_forms import sign_bits
 
 KNOWN = json.loads((Path(__file__).parents[2] / "data" / "fingerprint.json").read_text())
@@ -259,7 +259,7 @@ def test_signs_of_a_forward_are_bounded(dtype):
     """They are the largest thing in a forward of many short rows."""
     layers, dim, rows = 40, 64, 12
     engine = IdentityEngine(dim, layers, dtype)
-    prover = EngineProver(engine, max_signs=layers * dim * rows + layers * dim - 1)
+    prover = EngineProver(engine, bounds=Bounds(signs=layers * dim * rows + layers * dim - 1))
     prover.check(config(batch_size=rows))
     text = "batch_size must be at most 12 in a round of fingerprints with 40 x 64 signs per row, got 13"
     with pytest.raises(ValueError, match=f"^{text}$"):
@@ -274,15 +274,15 @@ def test_signs_of_a_forward_are_bounded(dtype):
 
 def test_one_row_may_have_more_signs_and_without_a_bound_all_may():
     engine = IdentityEngine(64, 40)
-    EngineProver(engine, max_signs=10).check(config(batch_size=1))
+    EngineProver(engine, bounds=Bounds(signs=10)).check(config(batch_size=1))
     with pytest.raises(ValueError, match="batch_size must be at most 1 in a round"):
-        EngineProver(engine, max_signs=10).check(config(batch_size=2))
+        EngineProver(engine, bounds=Bounds(signs=10)).check(config(batch_size=2))
     EngineProver(engine).check(config(batch_size=4096))
 
 
 def test_what_a_large_model_s_rounds_may_have():
     """4096 rows of 80 layers of 8192 features would be 5 GiB of signs in 16 bits."""
-    prover = EngineProver(IdentityEngine(8192, 80, torch.bfloat16), max_signs=MAX_SIGNS)
+    prover = EngineProver(IdentityEngine(8192, 80, torch.bfloat16), bounds=SERVER_BOUNDS)
     prover.check(config(batch_size=409))
     with pytest.raises(
         ValueError, match="at most 409 in a round of fingerprints with 80 x 8192 signs per row, got 4096"
