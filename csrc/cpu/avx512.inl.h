@@ -7,8 +7,10 @@
 namespace poc::cpu {
 namespace {
 
-constexpr int kMaxGroups = 4;
-constexpr int kMaxLimbRows = 6;  // 6 * 4 accumulators, 4 entries and a broadcast fit in 32 registers
+// A panel of two groups and 1024 k is 32 KiB, and a tile of 8 limb rows 8 KiB: they stay in the nearest cache, where
+// wider panels, whose products take fewer loads, do not.
+constexpr int kMaxGroups = 2;
+constexpr int kMaxLimbRows = 8;
 
 // acc += entries (unsigned bytes) * limb (signed bytes), four per lane. As an instruction: with the intrinsic GCC 12
 // keeps every accumulator of a block in memory (3 to 4 times slower on Ice Lake).
@@ -47,12 +49,10 @@ void multiply_block(const uint8_t* tile, const uint8_t* panel, int64_t stride, i
 
 using MultiplyBlock = void (*)(const uint8_t*, const uint8_t*, int64_t, int64_t, int32_t*, int64_t, bool);
 constexpr MultiplyBlock kBlocks[kMaxLimbRows][kMaxGroups] = {
-    {multiply_block<1, 1>, multiply_block<1, 2>, multiply_block<1, 3>, multiply_block<1, 4>},
-    {multiply_block<2, 1>, multiply_block<2, 2>, multiply_block<2, 3>, multiply_block<2, 4>},
-    {multiply_block<3, 1>, multiply_block<3, 2>, multiply_block<3, 3>, multiply_block<3, 4>},
-    {multiply_block<4, 1>, multiply_block<4, 2>, multiply_block<4, 3>, multiply_block<4, 4>},
-    {multiply_block<5, 1>, multiply_block<5, 2>, multiply_block<5, 3>, multiply_block<5, 4>},
-    {multiply_block<6, 1>, multiply_block<6, 2>, multiply_block<6, 3>, multiply_block<6, 4>},
+    {multiply_block<1, 1>, multiply_block<1, 2>}, {multiply_block<2, 1>, multiply_block<2, 2>},
+    {multiply_block<3, 1>, multiply_block<3, 2>}, {multiply_block<4, 1>, multiply_block<4, 2>},
+    {multiply_block<5, 1>, multiply_block<5, 2>}, {multiply_block<6, 1>, multiply_block<6, 2>},
+    {multiply_block<7, 1>, multiply_block<7, 2>}, {multiply_block<8, 1>, multiply_block<8, 2>},
 };
 
 struct Panels {
@@ -76,7 +76,7 @@ struct Panels {
   }
 };
 
-constexpr Form kForms[] = {as_drawn_form(kMaxGroups),
+constexpr Form kForms[] = {as_drawn_form(/*max_groups=*/4),
                            {"panels", /*max_limb_rows=*/0, kMaxLimbRows / 2, kMaxLimbRows, /*whole_tiles=*/false,
                             kMaxGroups, /*min_whole_groups=*/0, /*panel_budget=*/512 << 10, /*task_rows_16=*/384,
                             /*task_rows_8=*/768, panels_memory_bytes<Panels>, run_panels<Panels>}};
