@@ -136,6 +136,10 @@ class Worker:
         return session.call(self, command, payload)
 
 
+ENDLESS = 10**9
+"""Tokens of a request that goes on until a test lowers its count."""
+
+
 class Request:
     """A user's request."""
 
