@@ -56,8 +56,8 @@ def _results(functions: ModuleType, device: torch.device) -> dict[str, Tensor]:
         functions.sign_masks(seeds, masks)
         results[f"signs as {dtype}"] = masks
     for dtype in _DTYPES:
-        x = torch.randint(-15, 16, (len(seeds), 2 * _PAIRS, _WIDTH), generator=generator)
-        axis = torch.randint(-127, 128, (_WIDTH,), generator=generator) / 512
+        x = torch.randint(-15, 16, (len(seeds), 2 * _PAIRS, _WIDTH), generator=generator, device="cpu")
+        axis = torch.randint(-127, 128, (_WIDTH,), generator=generator, device="cpu") / 512
         states = x.to(device, dtype)
         results[f"mixes of {dtype}"] = functions.mixed(
             states, results["signs as torch.int32"][0, :, :_PAIRS].contiguous()

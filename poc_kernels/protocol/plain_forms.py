@@ -58,7 +58,7 @@ def mixed(states: Tensor, masks: Tensor) -> Tensor:
         masks: int32 [rows, pairs], of `sign_masks`.
     """
     rows, _, width = states.shape
-    result = torch.empty(rows, width, device=states.device)
+    result = torch.empty(rows, width, dtype=torch.float32, device=states.device)
     # A row at a time: the order in which torch adds depends on the shape.
     for row in range(rows):
         pairs = states[row].view(-1, 2, width)

@@ -111,7 +111,7 @@ def sign_masks(seeds: Tensor, out: Tensor) -> None:
 def mixed(states: Tensor, masks: Tensor) -> Tensor:
     """Mix positions: see `poc_kernels.protocol.plain_forms.mixed`. The last stride of ``states`` is 1."""
     rows, positions, width = states.shape
-    out = torch.empty(rows, width, device=states.device)
+    out = torch.empty(rows, width, dtype=torch.float32, device=states.device)
     if out.numel() > 0:
         with torch.cuda.device_of(states):
             mix_kernel[triton.cdiv(width, _BLOCK), rows](

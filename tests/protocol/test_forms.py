@@ -1,6 +1,9 @@
 """The table of proof forms, and the prover of them all."""
 
+import functools
+
 import pytest
+import torch
 from small_engine import SmallEngine
 
 from poc_kernels.protocol import FORMS, DistanceProver, EngineProver, PoCConfig, PoCManager, Row
@@ -22,6 +25,24 @@ def test_distances_are_those_of_their_own_prover():
     assert next(iter(FORMS)) == PoCConfig.proof == "distances"
     proved = [prover(SmallEngine()).prove(CONFIG, ROWS).values for prover in (EngineProver, DistanceProver)]
     assert proved[0] == proved[1]
+
+
+@pytest.mark.parametrize("proof", FORMS)
+@pytest.mark.parametrize(
+    "change_default",
+    [
+        functools.partial(torch.set_default_dtype, torch.float64),
+        functools.partial(torch.set_default_dtype, torch.bfloat16),
+        functools.partial(torch.set_default_device, "meta"),
+    ],
+    ids=["float64", "bfloat16", "device"],
+)
+def test_defaults_of_torch_do_not_matter(proof, change_default):
+    engine = SmallEngine()
+    of = config(proof=proof, r_target=1.4, use_random_projection=True)
+    wanted = EngineProver(engine).prove(of, ROWS).values
+    change_default()
+    assert EngineProver(engine).prove(of, ROWS).values == wanted
 
 
 def config(**changes):

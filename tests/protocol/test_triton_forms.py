@@ -196,6 +196,11 @@ def test_a_cpu_gets_torch_s_operators():
     assert form_kernels.on(CPU) is plain_forms
 
 
+def test_the_default_device_does_not_matter_to_the_trial():
+    torch.set_default_device("meta")
+    assert form_kernels._wrong_results(plain_forms, CPU) == []
+
+
 # ---- compiled ------------------------------------------------------------------------------------------------------
 
 

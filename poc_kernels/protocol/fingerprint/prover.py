@@ -107,7 +107,7 @@ class Fingerprints:
 
     def _mix(self, config: PoCConfig, rows: Sequence[Row], states: Tensor, pause: Pause) -> Tensor:
         """Mix positions, some rows at a time: a row's bits do not depend on the others."""
-        mix = torch.empty(len(rows), states.shape[2], device=states.device)
+        mix = torch.empty(len(rows), states.shape[2], dtype=torch.float32, device=states.device)
         width = states.shape[1] * states.shape[2]
         for some in self.work.pieces.of("mix", len(rows), width, pause, at_once=len(rows)):
             mix[some] = mixed(states[some], [mix_seed(config.block_hash, *row) for row in rows[some]])

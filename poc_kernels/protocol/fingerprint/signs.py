@@ -22,4 +22,5 @@ def mix_seed(block_hash: str, public_key: str, nonce: int) -> int:
 
 def seeds_on(device: torch.device, seeds: Sequence[int]) -> Tensor:
     """Return seeds as int64 [len(seeds)] on a device. Nothing waits for a GPU: they come from pinned memory."""
-    return torch.tensor(seeds, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    local = torch.tensor(seeds, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return local.to(device, non_blocking=True)
