@@ -64,8 +64,9 @@ def trust(kernels: str, device: torch.device) -> None:
 def is_transient(error: Exception) -> bool:
     """Tell whether an exception is of a condition that passes: no memory left, or a CUDA graph that is being captured.
 
-    Triton's are RuntimeErrors with the driver's words; a capture in another thread can make any allocation fail.
+    Triton's are RuntimeErrors with the driver's words, those of torch on a CPU with "can't allocate memory"; a capture
+    in another thread can make any allocation fail.
     """
     words = str(error).lower()
-    passing = "out of memory" in words or "captur" in words
+    passing = any(part in words for part in ("out of memory", "allocate memory", "captur"))
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and passing)

@@ -426,3 +426,9 @@ def test_a_condition_that_passes_is_not_remembered(error, monkeypatch, caplog):
 def test_other_errors_tell_of_the_backend(error):
     assert not trial.is_transient(error)
     assert trial.is_transient(MemoryError())
+
+
+def test_torch_s_error_where_a_cpu_has_no_memory_left_tells_nothing_of_the_backend():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert trial.is_transient(raised.value)
