@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,6 @@ from .kernels.cuda import launcher
 
 logger = logging.getLogger("poc_kernels")
 
-_lock = threading.RLock()
 _selected: dict[torch.device, Backend] = {}
 _forced: str | None = None
 
@@ -171,7 +169,7 @@ def select(device: torch.device) -> Backend:
     """
     backend = _selected.get(device)
     if backend is None:
-        with _lock:
+        with trial.lock:
             backend = _selected[device] = _choose(device)
             logger.info("poc_kernels uses backend %s on %s", backend.name, device)
     return backend
@@ -202,12 +200,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     _named(name)
-    with _lock:
+    with trial.lock:
         before, _forced = _forced, name
         _selected.clear()
     try:
         yield
     finally:
-        with _lock:
+        with trial.lock:
             _forced = before
             _selected.clear()

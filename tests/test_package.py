@@ -116,6 +116,43 @@ def test_the_first_calls_of_several_threads_may_come_at_once():
     assert len(backends._selected) == 1
 
 
+FORK = """
+import os
+import signal
+import threading
+import torch
+import poc_kernels
+from poc_kernels.kernels import self_test
+
+x, seed = torch.ones(2, 40), poc_kernels.seed_tensor(7)
+torch.set_num_threads(1)
+tried, forked, wrong_answers = threading.Event(), threading.Event(), self_test.wrong_answers
+
+def slowly(*arguments):
+    tried.set()
+    forked.wait()
+    return wrong_answers(*arguments)
+
+self_test.wrong_answers = slowly
+thread = threading.Thread(target=poc_kernels.residual_projection, args=(x, seed))
+thread.start()
+tried.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(120)
+    self_test.wrong_answers = wrong_answers
+    poc_kernels.residual_projection(x, seed)
+    os._exit(0)
+forked.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_process_forked_while_a_backend_is_tried_tries_it_too(tmp_path):
+    assert run_python(FORK, tmp_path) == "0"
+
+
 @pytest.mark.skipif(backends.select(CPU).name == "reference", reason="plain torch computes as the process is set")
 @pytest.mark.usefixtures("fresh_choice")
 @pytest.mark.parametrize("std", [0.01, 3e-39])

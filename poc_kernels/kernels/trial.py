@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 
@@ -10,9 +11,19 @@ import torch
 
 logger = logging.getLogger("poc_kernels")
 
-_lock = threading.RLock()
+lock = threading.RLock()
+"""Held while kernels are tried or chosen."""
 verdicts: dict[tuple[str, torch.device], list[str]] = {}
 """What the kernels of a name get wrong on a device, once they were tried there."""
+
+
+def _renew_lock() -> None:
+    """Have a free lock in a forked process: the thread that held it is not there."""
+    global lock
+    lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[str]]) -> list[str]:
@@ -28,7 +39,7 @@ def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[st
         RuntimeError: they were not tried yet and a CUDA graph is being captured, in which they cannot be.
         Exception: a transient one of the trial, which is not remembered.
     """
-    with _lock:
+    with lock:
         key = kernels, device
         if key in verdicts:
             return verdicts[key]
@@ -57,7 +68,7 @@ def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[st
 
 def trust(kernels: str, device: torch.device) -> None:
     """Take ``kernels`` to be right on ``device``, untried, in this process."""
-    with _lock:
+    with lock:
         verdicts[kernels, device] = []
 
 
