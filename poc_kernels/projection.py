@@ -104,8 +104,16 @@ class RandomProjection(nn.Module):
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
         moved = function(self.seed)
         if not moved.is_meta:
-            self.seed = self.seed.to(moved.device)  # whatever becomes of the dtype and, in `to_empty`, of the value
+            with torch.inference_mode(False):
+                self.seed = self.seed.to(moved.device)  # whatever becomes of the dtype and, in `to_empty`, of the value
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of another module, as copies and loaded modules do."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.seed.is_inference():
+            with torch.inference_mode(False):
+                self.seed = self.seed.clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         seed = state_dict.pop(f"{prefix}seed", None)  # older checkpoints have it

@@ -176,11 +176,11 @@ def saved_and_loaded(module):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize(
-    "clone",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+CLONES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded]
+CLONE_IDS = ["deepcopy", "pickle", "torch.save"]
+
+
+@pytest.mark.parametrize("clone", CLONES, ids=CLONE_IDS)
 def test_copies_are_equal_and_apart(clone):
     projections = RandomProjection(5, 40, 0.5, activation_bits=8)
     other = clone(projections)
@@ -200,6 +200,15 @@ def test_made_in_inference_mode_and_set_outside_it():
     with torch.inference_mode():
         projections.set_seed(7)
         assert_same_bits(projections.post(X), expected(X, seed=7, domain=1))
+
+
+@pytest.mark.parametrize("clone", CLONES, ids=CLONE_IDS)
+def test_a_copy_made_or_moved_in_inference_mode_is_set_outside_it(clone, device):
+    with torch.inference_mode():
+        other = clone(RandomProjection(5, 40)).to(device)
+    other.set_seed(6)
+    assert other.seed.device.type == device.type
+    assert_same_bits(other.pre(X.to(device)), expected(X, seed=6))
 
 
 def test_gradients_stop_with_a_reason():
