@@ -183,8 +183,7 @@ class PoCManager:
                 no nonce that validators take.
             IllegalTransitionError: a round generates, and is not to be replaced; or this one has no nonces left.
         """
-        self._check_phase(phase)
-        self._begin(config, phase, replace)
+        self._begin(config, self._checked_phase(phase), replace)
 
     def _begin(self, config: PoCConfig, state: PoCState, replace: bool) -> None:
         if not isinstance(config, PoCConfig):
@@ -212,7 +211,7 @@ class PoCManager:
             IllegalTransitionError: no round was begun, or it was stopped, or has no nonces left to generate.
             ValueError: phase is neither GENERATING nor VALIDATING; or the configuration does not allow to generate.
         """
-        self._check_phase(phase)
+        phase = self._checked_phase(phase)
         with self._lock:
             if self._round is None:
                 raise IllegalTransitionError(f"PoC not initialized: phase {phase.value} needs a round, none was begun")
@@ -277,9 +276,10 @@ class PoCManager:
             return told
 
     @staticmethod
-    def _check_phase(phase: object) -> None:
+    def _checked_phase(phase: object) -> PoCState:
         if phase not in PHASES:
             raise ValueError(f"phase must be GENERATING or VALIDATING, got {phase}")
+        return PoCState(phase)  # its text is equal to it
 
     def _check_can_enter(self, config: PoCConfig, state: PoCState) -> None:
         if state == PoCState.GENERATING and self._count(config) == 0:  # raises where the node does not know its place

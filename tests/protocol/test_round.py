@@ -693,6 +693,17 @@ def test_phases(phase):
             enter(phase)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_may_be_named_by_its_text(phase):
+    m = manager()
+    m.start_round(config(), phase.value)
+    assert (m.state, m.status()["state"]) == (phase, phase.value)
+    for other in reversed(PHASES):
+        m.set_phase(other.value)
+        assert isinstance(m.state, PoCState)
+        assert m.progress()["state"] == other.value
+
+
 @pytest.mark.parametrize("shape", [(1, 6), (5, 1), (1, 1), (5, 6)])
 def test_the_engine_s_output_is_left_alone(shape):
     """It may be the engine's own memory, and the last positions of one row are no copy of it."""
