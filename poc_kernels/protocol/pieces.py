@@ -38,7 +38,8 @@ class Pieces:
         on_gpu = self._device.type == "cuda"
         while start < rows:
             known = self._row_seconds.get(key)
-            size = (at_once if on_gpu else min_rows) if known is None else int(self._slice_seconds / known)
+            first = at_once if on_gpu else min_rows
+            size = first if known is None else int(min(rows, self._slice_seconds / known))
             piece = slice(start, min(rows, start + max(size, min_rows)))
             watch = Stopwatch(self._device, time.thread_time)
             watch.begin(work)

@@ -89,6 +89,13 @@ def test_on_a_gpu_pieces_are_timed_once_their_results_were_read(device):
     assert device.waited == 0  # what was read is not read again
 
 
+@pytest.mark.parametrize("slice_seconds", [1e308, float("inf")])
+def test_a_piece_may_take_any_time(slice_seconds):
+    pieces = Pieces(torch.device("cpu"), slice_seconds)
+    found = [(piece.start, piece.stop) for piece in pieces.of("inputs", 20, 7, lambda: None, at_once=1000)]
+    assert found == [(0, 1), (1, 20)]
+
+
 def test_a_piece_has_its_minimum_of_rows(device):
     pieces = Pieces(torch.device("cuda", 0), 1e-9)
 
