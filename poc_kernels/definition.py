@@ -103,6 +103,8 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one")
 
 
 def signed_seed(seed: int) -> int:
@@ -129,10 +131,15 @@ def seed_from_block_hash(block_hash: str) -> int:
 
     Raises:
         TypeError: block_hash is not a str.
+        ValueError: it is text that UTF-8 cannot encode.
     """
     if not isinstance(block_hash, str):
         raise TypeError(f"block_hash must be a str, got {type(block_hash).__name__}")
-    return int.from_bytes(hashlib.sha256(block_hash.encode()).digest()[:8], "little", signed=True)
+    try:
+        text = block_hash.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"block_hash must be text that UTF-8 can encode, got {error.reason}") from error
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
 
 
 def _refused_std(std: object) -> ValueError:

@@ -1,6 +1,7 @@
 """Arguments of the wrong type, or too large for 64 bits: the functions name them, what they got and what they take."""
 
 import re
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -125,6 +126,15 @@ def test_tensors_must_be_dense(name):
         residual_projection,
         **{name: sparse},
     )
+
+
+@pytest.mark.parametrize("name", ["x", "seed", "row_mask"])
+def test_tensors_must_not_be_nested(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: nested tensors may change
+        nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])
+    message = f"{name} must be a dense (strided) tensor, got a nested one"
+    refused(TypeError, message, residual_projection, **{name: nested})
 
 
 @pytest.mark.parametrize("wrong", [[1.0], None, 5])

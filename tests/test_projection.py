@@ -264,6 +264,12 @@ def test_seeds_must_fit_64_bits(seed):
     assert projections.seed.item() == 5
 
 
+def test_block_hashes_must_be_utf8():
+    for call in (RandomProjection(5, 40).set_block_hash, lambda value: RandomProjection.from_block_hash(value, 40)):
+        with pytest.raises(ValueError, match="block_hash must be text that UTF-8 can encode, got surrogates not"):
+            call("block \ud800")
+
+
 @pytest.mark.parametrize("block_hash", [5, b"abc", None])
 def test_block_hashes_must_be_strings(block_hash):
     for call in (RandomProjection(5, 40).set_block_hash, lambda value: RandomProjection.from_block_hash(value, 40)):

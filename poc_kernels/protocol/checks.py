@@ -23,7 +23,11 @@ def check_float(name: str, value: object) -> None:
     """Raise a TypeError unless the argument ``name`` is a number, a ValueError unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an int beyond every float") from None
+    if not finite:
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -105,6 +105,7 @@ def test_a_node_without_a_place_cannot_generate():
         ({"r_target": 0}, ValueError, "r_target must be positive, got 0"),
         ({"r_target": -0.1}, ValueError, "r_target must be positive, got -0.1"),
         ({"r_target": math.nan}, ValueError, "r_target must be finite, got nan"),
+        ({"r_target": 10**400}, ValueError, "r_target must be finite, got an int beyond every float"),
         ({"r_target": "1"}, TypeError, "r_target must be a float, got str"),
         ({"fraud_threshold": -0.1}, ValueError, "fraud_threshold must be a probability"),
         ({"fraud_threshold": math.inf}, ValueError, "fraud_threshold must be finite"),
