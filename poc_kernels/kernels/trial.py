@@ -23,7 +23,8 @@ def _renew_lock() -> None:
     lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def verdict(kernels: str, device: torch.device, find_wrong: Callable[[], list[str]]) -> list[str]:

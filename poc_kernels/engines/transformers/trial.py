@@ -231,14 +231,14 @@ def _compare(plain: _Plain, answers: Sequence[GenerationOutput], new_tokens: int
         if len(answer.generated_tokens) != new_tokens:
             raise TrialFailedError(f"{len(answer.generated_tokens)} tokens came where {new_tokens} were asked for")
         sequence = answer.prompt_ids, answer.generated_tokens
-        tokens = torch.tensor(answer.generated_tokens).unsqueeze(1)
         right = plain.log_probabilities(*sequence)
+        tokens = torch.tensor(answer.generated_tokens, device=right.device).unsqueeze(1)
         with plain.rounded_otherwise():
             changed = plain.log_probabilities(*sequence).gather(1, tokens).squeeze(1)
         likeliest, right = right.max(1).values, right.gather(1, tokens).squeeze(1)
         rounding = max(rounding, float((changed - right).abs().max()))
         logprobs: Any = answer.logprobs  # each a TokenLogprob
-        told = torch.tensor([each.logprob for each in logprobs])
+        told = torch.tensor([each.logprob for each in logprobs], dtype=right.dtype, device=right.device)
         off.append(float(torch.maximum((told - right).abs(), likeliest - right).max()))
     for number, worst in enumerate(off):
         if not worst <= _MARGIN * rounding:  # nor is NaN right

@@ -94,7 +94,8 @@ def compare(engine: VllmEngine, texts: Sequence[Sequence[int]], served: Sequence
     if any(scores is None for scores in right):
         return None
     found = _joined(right)
-    off = (found - torch.tensor([score for told in served for score in told])).abs()
+    told = [score for scores in served for score in scores]
+    off = (found - torch.tensor(told, dtype=found.dtype, device=found.device)).abs()
     rounded = [(_joined(scores) - found).abs() + ROUNDINGS[torch.float32] * found.abs() for scores in others]
     # The largest tells what few tokens show, as of a window; the median what those hide for which experts change.
     for what, statistic in (("up to", torch.max), ("typically", torch.median)):
