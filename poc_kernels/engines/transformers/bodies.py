@@ -390,7 +390,7 @@ class _InputCallOutput(_FromCaller):
     type: Literal["function_call_output"]
     call_id: str
     output: _Content
-    name: _History = None
+    name: Annotated[Any, NoEffect("of an output: its call has it, too")] = None
 
 
 class _ReasoningText(Item):
@@ -574,10 +574,14 @@ def tables() -> str:
             marks.setdefault(path, {})[route.removeprefix("/v1/")] = mark
 
     def rows(kind: type, cell: Callable[[Any], str]) -> list[str]:
+        of_kind = {
+            path: {route: mark for route, mark in by_route.items() if isinstance(mark, kind)}
+            for path, by_route in sorted(marks.items())
+        }
         return [
             f"| `{path}` | {', '.join(by_route)} | {cell(next(iter(by_route.values())))} |"
-            for path, by_route in sorted(marks.items())
-            if all(isinstance(mark, kind) for mark in by_route.values())
+            for path, by_route in of_kind.items()
+            if by_route
         ]
 
     def honoured(route: str) -> list[str]:

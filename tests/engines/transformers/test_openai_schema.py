@@ -167,3 +167,12 @@ def test_the_lists_of_the_documentation_are_these_declarations() -> None:
     page = (Path(__file__).parents[3] / "docs" / "operating.md").read_text()
     begin = "<!-- fields: begin, printed by python -m poc_kernels.engines.transformers.bodies -->\n\n"
     assert page.split(begin)[1].split("\n\n<!-- fields: end -->")[0] == bodies.tables()
+
+
+def test_a_field_that_another_route_honours_is_listed_as_refused_too() -> None:
+    rows = [line.strip("| ").split(" | ") for line in bodies.tables().splitlines() if line.startswith("| `")]
+    listed = {(path.strip("`"), route) for path, routes, *_ in rows for route in routes.split(", ")}
+    for route, model in bodies.ROUTES.items():
+        marked = {path for path, mark in declared(model) if mark is not None}
+        missing = {path for path in marked if (path, route.removeprefix("/v1/")) not in listed}
+        assert not missing, route
