@@ -29,6 +29,7 @@ _C2 = 0x1B873593
 _MIX1 = 0x85EBCA6B - 2**32
 _MIX2 = 0xC2B2AE35 - 2**32
 _ADD = 0xE6546B64 - 2**32
+_SIGN = -(2**31)
 # Numbers worked on at once: what fits the caches of a CPU; a GPU wants fewer, larger launches.
 _CHUNK_CPU = 2**16
 _CHUNK_DEVICE = 2**24
@@ -89,6 +90,12 @@ def hash32(seeds: Sequence[int], start: int, count: int, device: torch.device | 
     column = _seed_column(seeds, device)
     kernels = _kernels(device)
     return _plain_hash32(column, start, count) if kernels is None else kernels.hash32(column, start, count)
+
+
+def permutations_of(seeds: Sequence[int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Sort 0 .. count - 1 by their hashes as unsigned numbers, equal ones as they are: int64 [len(seeds), count]."""
+    # With the sign bit flipped, signed order is unsigned order.
+    return torch.argsort(hash32(seeds, 0, count, device).bitwise_xor_(_SIGN), dim=1, stable=True)
 
 
 def _plain_hash32(seeds: Tensor, start: int, count: int) -> Tensor:

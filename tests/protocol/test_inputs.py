@@ -10,8 +10,7 @@ from helpers import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poc_kernels.protocol import nonce_inputs, permutations
-from poc_kernels.protocol.distances import distance
+from poc_kernels.protocol import inputs, nonce_inputs, permutations
 from poc_kernels.protocol.inputs import hash32, normal
 
 
@@ -96,5 +95,5 @@ def test_permutations_sort_the_hashes(device, vocab):
 def test_equal_hashes_keep_their_order(monkeypatch):
     # MurmurHash of one block is a bijection, so ties need help: the argsort must be stable and unsigned.
     signed = torch.tensor([[-1, 5, 5, -(2**31), 5, -1, 0]], dtype=torch.int32)
-    monkeypatch.setattr(distance, "hash32", lambda *_: signed.clone())
+    monkeypatch.setattr(inputs, "hash32", lambda *_: signed.clone())
     assert permutations("block", "key", [0], 7).tolist() == [[6, 1, 2, 4, 3, 0, 5]]

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..inputs import hash32, normal, seed32
+from ..inputs import normal, permutations_of, seed32
 
-_SIGN = -(2**31)
 FARTHEST = 2.0
 """Largest distance of two unit vectors; also what logits that are zero or not finite get."""
 
@@ -25,12 +24,6 @@ def permutations(
     """Draw permutations of the vocabulary: int64 [len(nonces), vocab_size], for ``logits.gather(1, permutations)``."""
     seeds = [permutation_seed(block_hash, public_key, nonce) for nonce in nonces]
     return permutations_of(seeds, vocab_size, device)
-
-
-def permutations_of(seeds: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draw the permutations of these seeds (`permutation_seed`): int64 [len(seeds), vocab_size]."""
-    # With the sign bit flipped, signed order is unsigned order.
-    return torch.argsort(hash32(seeds, 0, vocab_size, device).bitwise_xor_(_SIGN), dim=1, stable=True)
 
 
 def target(block_hash: str, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:

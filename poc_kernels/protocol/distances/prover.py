@@ -10,9 +10,10 @@ from torch import Tensor
 from ...scheduling.slices import Pause
 from ..config import PoCConfig
 from ..engine import LayerTransform
+from ..inputs import permutations_of
 from ..prover import Outcomes, Row
 from ..shared_work import DRAWN_AT_ONCE, Parts, SharedWork, filled
-from .distance import distances, permutation_seed, permutations_of, target
+from .distance import distances, permutation_seed, target
 from .form import DISTANCES
 from .limits import check_fits
 

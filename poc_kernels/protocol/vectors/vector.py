@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..artifacts.tensors import norms
-from ..inputs import hash32, normal, seed32
+from ..inputs import normal, permutations_of, seed32
 from ..prover import Row
 
-_SIGN = -(2**31)
 _SMALL = 1e-8
 """Added to a norm before something is divided by it."""
 
@@ -24,8 +23,7 @@ def picks(block_hash: str, rows: Sequence[Row], dim: int, k: int, device: torch.
     compares it with a GPU's; no GPU has run it yet.
     """
     seeds = [seed32(f"{block_hash}_{row.public_key}_nonce_{row.nonce}_pick_{k}") for row in rows]
-    # With the sign bit flipped, signed order is unsigned order.
-    smallest = torch.argsort(hash32(seeds, 0, dim, device).bitwise_xor_(_SIGN), dim=1, stable=True)[:, :k]
+    smallest = permutations_of(seeds, dim, device)[:, :k]
     return torch.cat([smallest[:, :-1].sort(dim=1).values, smallest[:, -1:]], dim=1)
 
 
