@@ -97,6 +97,17 @@ class Echo:
         await send({"type": "http.response.body", "body": body})
 
 
+def answering_later() -> tuple[Echo, asyncio.Event]:
+    """Return an app that answers with the body, and the event that it waits for before."""
+    release = asyncio.Event()
+
+    async def wait(body: bytes) -> bytes:
+        await release.wait()
+        return body
+
+    return Echo(wait), release
+
+
 def gate(app: Any, **changes: Any) -> Gate:
     asks = {"closed": lambda: None, "refused": lambda reason: None}
     asks = {name: changes.pop(name, default) for name, default in asks.items()}
@@ -301,13 +312,8 @@ def test_bodies_that_do_not_come_hold_no_places(path: str) -> None:
 
 def test_no_client_s_bodies_take_the_memory_of_others() -> None:
     async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            await release.wait()
-            return body
-
-        app, reasons = Echo(wait), []
+        app, release = answering_later()
+        reasons: list[str] = []
         front = gate(app, max_in_flight=100, max_bodies_bytes=40, refused=reasons.append)
         begun = [Client(front, USER, [], of="a") for _ in range(3)]  # of each, 9 bytes have come, and no more do
         begun += [Client(front, POW, [], of="a")]  # of users and of the chain together
@@ -410,13 +416,8 @@ def test_a_gate_that_shuts_while_the_body_comes() -> None:
 
 def test_so_many_users_at_once_and_no_more() -> None:
     async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            await release.wait()
-            return body
-
-        app, reasons = Echo(wait), []
+        app, release = answering_later()
+        reasons: list[str] = []
         front = gate(app, refused=reasons.append)
         served = [asyncio.create_task(Client(front, USER, of=of).speak()) for of in "ab"]
         while len(app.bodies) < 2:
@@ -437,13 +438,8 @@ def test_so_many_users_at_once_and_no_more() -> None:
 
 def test_no_user_takes_the_places_of_others() -> None:
     async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            await release.wait()
-            return body
-
-        front = gate(Echo(wait), max_in_flight=8)
+        app, release = answering_later()
+        front = gate(app, max_in_flight=8)
 
         async def ask(of: str) -> tuple[str, int]:
             return of, (await Client(front, USER, of=of).speak()).status
@@ -462,13 +458,8 @@ def test_no_user_takes_the_places_of_others() -> None:
 
 def test_addresses_of_one_network_share_their_places() -> None:
     async def run() -> None:
-        release = asyncio.Event()
-
-        async def wait(body: bytes) -> bytes:
-            await release.wait()
-            return body
-
-        front = gate(Echo(wait), max_in_flight=8)
+        app, release = answering_later()
+        front = gate(app, max_in_flight=8)
         clients = [Client(front, USER, of=f"2001:db8::{number}") for number in range(6)]
         clients += [Client(front, USER, of="2001:db8:0:1::1"), Client(front, USER, of="::ffff:192.0.2.1")]
         asked = [asyncio.create_task(client.speak()) for client in clients]

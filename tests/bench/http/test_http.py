@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from bench_conditions import conditions
 from web import serving
 
 from bench.http.__main__ import AT_ONCE, DELAYED, report
@@ -57,26 +58,9 @@ def test_refusals_are_counted() -> None:
 @pytest.mark.parametrize("failed", [0, 2])
 def test_the_report(failed: int) -> None:
     waits = Waits(first=[0.01, 0.02], between=[0.001, 0.003], health=[0.001, 0.004], failed=failed)
-    machine = {
-        "cpu": "a CPU",
-        "architecture": "x86_64",
-        "logical_cores": 2,
-        "bfloat16_instructions": [],
-        "backend": "reference",
-        "threads": 1,
-        "load_before": 0.0,
-        "os": "Linux",
-        "python": "3.11",
-        "torch": "2.13",
-        "transformers": "5.23",
-        "triton": None,
-        "gpu": None,
-    }
     text = report(
         {
-            "machine_info": machine,
-            "commit_info": {"id": "abc", "dirty": False},
-            "datetime": "2026-11-29T12:00:00+00:00",
+            **conditions(),
             "answers": {name: {**waits.figures(), "requests_per_second": 12.5} for name in (DELAYED, AT_ONCE)},
             "loads": {"alone": waits.figures()},
         }

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bench_conditions import conditions
 
 from bench.interference import load, prefill
 from bench.interference import results as figures
@@ -210,22 +211,7 @@ def results(**changes):
         "run_seconds": 600.0,
         **changes,
     }
-    machine = {
-        "cpu": "a CPU",
-        "architecture": "x86_64",
-        "logical_cores": 2,
-        "bfloat16_instructions": [],
-        "backend": "reference",
-        "threads": 2,
-        "load_before": 0.0,
-        "os": "an OS",
-        "python": "CPython 3.11",
-        "torch": "2.13.0",
-        "transformers": "5.23.0",
-        "gpu": None,
-    }
-    commit = {"id": "abc", "dirty": False}
-    return {figures.KEY: run, "machine_info": machine, "commit_info": commit, "datetime": "2026-11-22T12:00:00"}
+    return {figures.KEY: run, **conditions()}
 
 
 def test_the_report_has_tables_plots_and_verdicts(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from bench_conditions import conditions
 
 pytest.importorskip("matplotlib")
 
@@ -44,25 +45,9 @@ def results(*entries):
         "product_multiply_adds_per_second": 4e14,
     }
     gpu = {"name": "GPU", "memory_bytes": 2**36, "compute_capability": "9.0", "driver": "1", "cuda": "13.0"}
-    machine = {
-        "cpu": "CPU",
-        "architecture": "x86_64",
-        "logical_cores": 2,
-        "bfloat16_instructions": [],
-        "threads": 2,
-        "backend": "triton",
-        "load_before": 0.0,
-        "os": "Linux",
-        "python": "CPython 3.12",
-        "torch": "2.11",
-        "triton": "3.6.0",
-        "gpu": gpu,
-    }
     return {
         "benchmarks": [*entries, {"group": "bounds-gpu", "extra_info": bounds, "stats": {}}],
-        "machine_info": machine,
-        "commit_info": {"id": "abc", "dirty": False},
-        "datetime": "2026-01-01T00:00:00",
+        **conditions(backend="triton", triton="3.6.0", gpu=gpu),
     }
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from bench_conditions import conditions
 
 from bench.round import results as figures
 
@@ -40,22 +41,7 @@ def entry(off, on, **changes):
 def results(*entries, gpu=None):
     return {
         "benchmarks": [*entries, {"group": "projection", "extra_info": {}}],
-        "machine_info": {
-            "cpu": "a CPU",
-            "architecture": "x86_64",
-            "logical_cores": 2,
-            "bfloat16_instructions": [],
-            "backend": "reference",
-            "threads": 2,
-            "load_before": 0.0,
-            "os": "an OS",
-            "python": "CPython 3.11",
-            "torch": "2.13.0",
-            "transformers": "5.23.0",
-            "gpu": gpu,
-        },
-        "commit_info": {"id": "abc", "time": None, "dirty": False},
-        "datetime": "2026-11-22T12:00:00",
+        **conditions(gpu=gpu),
     }
 
 
