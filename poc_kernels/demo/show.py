@@ -58,8 +58,7 @@ class Show:
             table.add_row(Text(name), Text(value))
         self._console.print()
         self._console.print(table)
-        failed = sum(not check.passed for check in results.checks)
         outcome = Text(f"all {len(results.checks)} checks passed", style="bold green")
-        if failed:
-            outcome = Text(f"{failed} of {len(results.checks)} checks FAILED", style="bold red")
+        if results.failed:
+            outcome = Text(f"{results.failed} of {len(results.checks)} checks FAILED", style="bold red")
         self._console.print(outcome)
