@@ -28,7 +28,7 @@ class PackedModel(nn.Module):
         self.head = nn.Linear(HIDDEN_SIZE, VOCABULARY, bias=False)
 
     def layers(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """Hidden states [tokens, hidden size] of embeddings of that shape."""
+        """Compute hidden states [tokens, hidden size] of embeddings of that shape."""
         attended = []
         for sequence in self.qkv(self.norm(x)).split(lengths):
             q, k, v = (part.unsqueeze(0) for part in sequence.chunk(3, dim=-1))
@@ -39,7 +39,7 @@ class PackedModel(nn.Module):
 def forward(
     model: PackedModel, projection: RandomProjection | None, x: Tensor, is_proof: Tensor, lengths: list[int]
 ) -> Tensor:
-    """Logits [sequences, vocabulary] of embeddings [tokens, hidden size]; is_proof: bool [tokens]."""
+    """Compute logits [sequences, vocabulary] of embeddings [tokens, hidden size]; is_proof: bool [tokens]."""
     if projection is not None:
         x = projection.pre(x, row_mask=is_proof)
     hidden = model.layers(x, lengths)
@@ -53,7 +53,7 @@ def forward(
 
 @torch.inference_mode()
 def main() -> None:
-    """Two users' prompts and one nonce in a batch, with and without the round's projections."""
+    """Show two users' prompts and one nonce in a batch, with and without the round's projections."""
     torch.manual_seed(0)
     model = PackedModel().eval()
     projection = RandomProjection.from_block_hash(BLOCK_HASH, HIDDEN_SIZE)

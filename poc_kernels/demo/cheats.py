@@ -139,16 +139,16 @@ class _Changed:
 
     @property
     def slices(self) -> Slices | None:
-        """The other engine's."""
+        """The slices of the other engine's forward."""
         return self.engine.slices
 
     @property
     def layers(self) -> int:
-        """The other engine's."""
+        """The number of the other engine's decoder layers."""
         return self.engine.layers
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Compute the other engine's."""
+        """Compute the other engine's logits."""
         return self.engine.compute_logits(hidden_states)
 
 

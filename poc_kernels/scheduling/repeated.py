@@ -99,7 +99,7 @@ class RepeatedForward:
         return next(reversed(self._kinds.values())).sliced.slices if self._kinds else None
 
     def holds(self, shape: tuple[int, ...], option: Hashable = None) -> bool:
-        """Whether forwards of that shape and option are captured: the memory that they take is taken already."""
+        """Tell whether forwards of that shape and option are captured: the memory that they take is taken already."""
         return self._captured_kind == (shape, option)
 
     def forget(self) -> None:

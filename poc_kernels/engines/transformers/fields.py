@@ -83,7 +83,7 @@ class CheckedBody(Options):
 
 
 def _models_in(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The models that a field's annotation holds, with what stands between: "[]" for a list."""
+    """List the models that a field's annotation holds, with what stands between: "[]" for a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield "", annotation
         return

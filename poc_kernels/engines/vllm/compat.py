@@ -141,13 +141,13 @@ def all_ranks_meet(seconds: float) -> bool:
 
 
 def is_engine_dead(error: BaseException) -> bool:
-    """Whether a call failed because there is no engine any more."""
+    """Tell whether a call failed because there is no engine any more."""
     # By name: whoever has such an error has vLLM, and nobody else has to.
     return any(kind.__name__ == "EngineDeadError" for kind in type(error).__mro__)
 
 
 def is_shutting_down(error: BaseException) -> bool:
-    """Whether a call failed because the engine takes none any more while it shuts down."""
+    """Tell whether a call failed because the engine takes none any more while it shuts down."""
     return "Server shutting down" in str(error)
 
 

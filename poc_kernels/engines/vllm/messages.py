@@ -120,7 +120,7 @@ class Progress:
     outcomes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Of those that ended: ``values`` and ``part_seconds``, or ``error``."""
     counters: Mapping[str, float] = field(default_factory=dict)
-    """See `poc_kernels.engines.vllm.session.Counters`."""
+    """See `poc_kernels.engines.vllm.pacing.Counters`."""
 
 
 _Message = TypeVar("_Message")

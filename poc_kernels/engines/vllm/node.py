@@ -38,7 +38,7 @@ _no_users = under(*POC_PREFIXES, "/metrics")  # vLLM's own /metrics answers ever
 
 
 def computes(scope: Scope) -> bool:
-    """Whether a request may make the engine compute: any that does not just read, whatever routes vLLM has."""
+    """Tell whether a request may make the engine compute: any that does not just read, whatever routes vLLM has."""
     return not _no_users(scope) and (scope["type"] == "websocket" or scope["method"] not in _READS)
 
 
@@ -148,7 +148,7 @@ class VllmNode:
         return node
 
     def _users_wait(self) -> bool:
-        """Whether users wait for a step that is to come: while GENERATING, none is."""
+        """Tell whether users wait for a step that is to come: while GENERATING, none is."""
         return self._unfinished() > 0 and self.service.manager.state != PoCState.GENERATING
 
     # ---- for vLLM's app ----
