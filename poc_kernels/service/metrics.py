@@ -56,6 +56,9 @@ class Metrics:
         )
         self._batch_failures = counter("poc_batch_failures", "Forwards of a round that raised")
         self._frauds = counter("poc_frauds", "Batches judged to be fraud")
+        self._abstentions = counter(
+            "poc_abstentions", "Batches without a verdict, since too many of their nonces gave nothing here"
+        )
         self._refusals = counter("poc_gate_refusals", "Requests refused at the gate", ["reason"])
         self._delivered = counter("poc_callbacks_delivered", "Callbacks delivered", ["kind"])
         self._failures = counter("poc_callback_failures", "Failed attempts at a callback", ["kind"])
@@ -114,6 +117,10 @@ class Metrics:
     def fraud(self) -> None:
         """Count a batch judged to be fraud."""
         self._frauds.inc()
+
+    def abstained(self) -> None:
+        """Count a batch without a verdict, since too many of its nonces gave nothing here."""
+        self._abstentions.inc()
 
     def refused(self, reason: str) -> None:
         """Count a request that was refused at the gate."""

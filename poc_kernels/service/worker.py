@@ -348,6 +348,8 @@ class ProofWorker:
         """Count ``error`` of a validation if it is a failure of the device; return whether it is."""
         if isinstance(error, RoundEndedError):
             return False
+        if isinstance(error, NoVerdictError):
+            self._metrics.abstained()
         if isinstance(error, (ValueError, NoVerdictError)):
             logger.warning("a batch cannot be validated", exc_info=error)
             return False

@@ -92,8 +92,10 @@ def test_a_validator_whose_own_model_fails_convicts_nobody(
     node.prover.missing |= set(range(failed))
     body = asked(nonces, validation={"artifacts": artifacts(nonces, proof=proof)}, params=params, url=receiver.url)
     why = f"there is no verdict: {failed} of 32 nonces gave no finite vector when they were recomputed here"
+    abstentions = metric(http, "poc_abstentions_total")
     answer = http.post(f"{POW}/generate", json=body)
     assert refused(answer, 503).startswith(why)
+    assert metric(http, "poc_abstentions_total") == abstentions + 1
     assert "retry-after" not in answer.headers
     told = ended(http, generate(http, {**body, "wait": False})["request_id"])
     assert (told["status"], told["error"].startswith(why)) == ("failed", True)

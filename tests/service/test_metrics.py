@@ -77,6 +77,7 @@ def test_events() -> None:
     metrics = Metrics([DISTANCES])
     metrics.batch_failed()
     metrics.fraud()
+    metrics.abstained()
     metrics.refused("generating")
     metrics.refused("generating")
     metrics.delivered("generated", 7)
@@ -91,7 +92,7 @@ def test_events() -> None:
     metrics.rate.set(12.5)
     metrics.state.state("GENERATING")
     told = samples(metrics)
-    assert told["poc_batch_failures_total"] == told["poc_frauds_total"] == 1
+    assert told["poc_batch_failures_total"] == told["poc_frauds_total"] == told["poc_abstentions_total"] == 1
     assert told["poc_gate_refusals_total reason=generating"] == 2
     assert told["poc_callbacks_delivered_total kind=generated"] == 1
     assert told["poc_callback_failures_total kind=validated"] == 1
