@@ -22,10 +22,12 @@ from current_wire import (
     ok,
     refused,
 )
+from pydantic import ValidationError
 from tiny_service import ARTIFACT_FORMS, ArtifactProver, TinyNode, tiny_node
 from web import CHAT, client, eventually, serving
 
 from poc_kernels import __version__
+from poc_kernels.service.wires.current_bodies import GenerateBody
 
 pytest_plugins = ["callback_receivers"]
 
@@ -225,6 +227,20 @@ def test_what_is_refused_is_quoted_in_part(http: httpx2.Client) -> None:
     answer = http.post(f"{POW}/generate", json=body)
     assert "there is no decode scheme here, got 'xxx" in refused(answer, 400)
     assert len(answer.content) < 500
+    answer = http.post(f"{POW}/generate", json=asked([1], params={100_000 * "x": 1}))
+    assert refused(answer, 422)[0]["loc"][:2] == ["body", "params"]
+    assert len(answer.content) < 500
+
+
+def test_of_many_unknown_keys_the_first_are_told() -> None:
+    """An error of each of half a million would keep all other threads waiting for seconds."""
+    many = {f"key{place}": 1 for place in range(1000)}
+    with pytest.raises(ValidationError) as caught:
+        GenerateBody.model_validate(asked([1], params={**many, "seq_len": "16"}))
+    assert [detail["loc"] for detail in caught.value.errors()] == [
+        ("params", "seq_len"),
+        *(("params", f"key{place}") for place in range(20)),
+    ]
 
 
 def test_what_is_taken_beside_the_table(http: httpx2.Client) -> None:

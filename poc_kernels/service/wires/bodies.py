@@ -98,7 +98,12 @@ def _invalid(loc: tuple[Any, ...], kind: str, message: str, value: object) -> Re
 def described(error: RequestValidationError) -> Response:
     """Return the answer to a body that is none of its model."""
     details = [
-        {"loc": list(detail["loc"]), "msg": detail["msg"], "type": detail["type"], "input": _shown(detail["input"])}
+        {
+            "loc": [part if isinstance(part, int) else _cut(part) for part in detail["loc"]],
+            "msg": detail["msg"],
+            "type": detail["type"],
+            "input": _shown(detail["input"]),
+        }
         for detail in error.errors()[:_MAX_DETAILS]
     ]
     return JSONResponse({"detail": details}, 422)
@@ -109,7 +114,10 @@ def _shown(value: object) -> object:
         return value
     if isinstance(value, int) and abs(value) < 2**63:
         return value
-    text = masked_urls(ascii(value)) if not isinstance(value, int) else "an int beyond 64 bits"
+    return _cut(masked_urls(ascii(value)) if not isinstance(value, int) else "an int beyond 64 bits")
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
