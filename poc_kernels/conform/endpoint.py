@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from .outcome import FailedError, NoAnswerError
+from .outcome import FailedError, NoAnswerError, fit
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -21,9 +21,7 @@ _MAX_SHOWN = 160
 
 def shown(content: bytes) -> str:
     """Return the beginning of what came from the endpoint, fit for a terminal."""
-    text = content[: 4 * _MAX_SHOWN].decode("utf-8", "replace")
-    text = "".join(character if character.isprintable() else " " for character in text)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return fit(content[: 4 * _MAX_SHOWN].decode("utf-8", "replace"), _MAX_SHOWN)
 
 
 def read(model: type[_Model], content: bytes, what: str) -> _Model:
@@ -75,13 +73,19 @@ class Endpoint:
         token: bearer token, or None.
         timeout_seconds: for an answer.
         ends: time of time.monotonic() after which nothing is called.
+
+    Raises:
+        ValueError: the url has a host that no connection can be made to.
     """
 
     def __init__(self, url: str, prefix: str, token: str | None, timeout_seconds: float, ends: float) -> None:
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        headers = {} if token is None else {b"authorization": b"Bearer " + token.strip().encode()}
         # Time-outs of a client are between bytes; an answer of which a byte comes now and then has to end as well.
+        try:
+            self._http = httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=None)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"url must have a host that can be connected to, got {url!r}") from error
         self._loop = asyncio.new_event_loop()
-        self._http = httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=None)
         self._prefix, self._timeout, self._ends = prefix, timeout_seconds, ends
 
     def close(self) -> None:

@@ -16,6 +16,12 @@ class Outcome(str, enum.Enum):
     """The endpoint does what published implementations do as well, although a forger gains by it."""
 
 
+def fit(text: str, most: int) -> str:
+    """Return the first ``most`` characters of a text, fit for a terminal."""
+    begins = "".join(character if character.isprintable() else " " for character in text[:most])
+    return begins if len(text) <= most else f"{begins}..."
+
+
 class CheckError(Exception):
     """A check that did not pass; the text is what was seen."""
 

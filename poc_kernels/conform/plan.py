@@ -58,7 +58,7 @@ class Plan:
         proof: name of a proof form in `FORMS`.
         seq_len, batch_size: of the requests.
         k_dim: numbers of an artifact; None for the form's own.
-        token: bearer token, or None.
+        token: bearer token, or None. Blanks at its ends, such as the line end of a file, are no part of it.
         callback_host: host, and port after a colon, at which the endpoint reaches this process; None for the address
             from which this machine reaches the endpoint, and a free port.
         queue_limit: nonces that the endpoint lets wait; None to leave its 429 alone.
@@ -83,9 +83,11 @@ class Plan:
     max_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"url must be http or https with a host, without query and fragment, got {self.url!r}")
+        if not _is_base(self.url):
+            raise ValueError(
+                "url must be http or https with a host, a valid port if any, without query and fragment, "
+                f"got {self.url!r}"
+            )
         for name, taken in (("prefix", (ENGINE_PREFIX, MLNODE_PREFIX)), ("proof", tuple(FORMS))):
             if getattr(self, name) not in taken:
                 raise ValueError(f"{name} must be one of {', '.join(taken)}, got {getattr(self, name)!r}")
@@ -96,6 +98,8 @@ class Plan:
         for name in ("timeout_seconds", "max_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.token is not None and not (self.token.strip() and self.token.strip().isprintable()):
+            raise ValueError("token must be printable text, which a header can carry")  # it is told to nobody
         if self.callback_host is not None:
             self.callback_address()
 
@@ -124,3 +128,14 @@ class Plan:
         if not host or parts.netloc != self.callback_host or "@" in parts.netloc:
             raise ValueError(f"callback_host must be a host, or host:port, got {self.callback_host!r}")
         return host, port
+
+
+def _is_base(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        port = parts.port
+    except ValueError:
+        return False
+    plain = url.isprintable() and " " not in url and not (parts.query or parts.fragment)
+    return plain and parts.scheme in ("http", "https") and bool(host) and port != 0

@@ -13,7 +13,7 @@ from . import rounds
 from .check import Check, check
 from .checks import CHECKS
 from .endpoint import Endpoint
-from .outcome import CheckError, NoAnswerError, Outcome, Result, require
+from .outcome import CheckError, NoAnswerError, Outcome, Result, fit, require
 from .plan import Plan
 from .receiver import receiving
 from .report import Report
@@ -21,6 +21,8 @@ from .session import Session
 
 _GOODBYE_SECONDS = 30.0
 """For ending a round after the time for everything is over."""
+_MAX_SEEN = 1000
+"""Characters of what a check saw: it may quote names, ids and paths of the endpoint's."""
 
 
 class _Model(BaseModel):
@@ -115,7 +117,7 @@ def _played(each: Check, session: Session) -> Result:
         outcome, seen = error.outcome, str(error)
     except Exception as error:  # an endpoint may answer anything, and the other checks are still of interest
         outcome, seen = Outcome.FAIL, f"unexpected {type(error).__name__}: {error}"
-    return Result(each.name, each.section, each.says, outcome, seen, time.monotonic() - start)
+    return Result(each.name, each.section, each.says, outcome, fit(seen, _MAX_SEEN), time.monotonic() - start)
 
 
 def _lost(session: Session) -> str | None:

@@ -211,7 +211,13 @@ def test_only_takes_names_of_checks(server):
         run.conform(Plan(url=server[1]), ["nope"])
 
 
-def test_a_token_is_sent_and_not_reported():
+def test_a_host_that_no_connection_can_be_made_to_is_named():
+    with pytest.raises(ValueError, match="url must have a host that can be connected to, got 'http://☃"):
+        run.conform(Plan(url="http://☃.example"))
+
+
+@pytest.mark.parametrize("given", ["secret", " secret\n"])  # a file ends with a line end
+def test_a_token_is_sent_and_not_reported(given):
     sent = []
 
     def handle(handler):
@@ -219,9 +225,21 @@ def test_a_token_is_sent_and_not_reported():
         json_answer(handler, {"status": "IDLE"})
 
     with answering(handle) as url:
-        report = run.conform(Plan(url=url, model=MODEL, token="secret"), ["stop.again"])
+        report = run.conform(Plan(url=url, model=MODEL, token=given), ["stop.again"])
     assert set(sent) == {"Bearer secret"}
     assert "secret" not in report.to_json()
+
+
+def test_a_token_of_any_letters_is_sent_as_a_node_takes_it():
+    sent = []
+
+    def handle(handler):
+        sent.append(handler.headers["authorization"].encode("latin-1").decode())
+        json_answer(handler, {"status": "IDLE"})
+
+    with answering(handle) as url:
+        run.conform(Plan(url=url, model=MODEL, token="gehëim"), ["stop.again"])
+    assert set(sent) == {"Bearer gehëim"}
 
 
 def test_the_report_as_json_and_as_lines(server):
@@ -263,3 +281,25 @@ def test_no_character_of_an_endpoint_reaches_the_terminal_that_is_not_printable(
     for result in (report.results[0], raw.results[0]):
         assert result.outcome is Outcome.FAIL
         assert result.seen.isprintable()
+
+
+def test_names_and_ids_of_an_endpoint_are_told_in_part_and_printable():
+    name = "\x1b[2J\n" + 10_000 * "x"
+    answers = {
+        "/status": {"status": "IDLE"},
+        "/models": {"data": [{"id": name}]},
+        "/generate": {"status": "queued", "request_id": name, "queued_count": 1},
+    }
+
+    def handle(handler):
+        json_answer(handler, answers.get(handler.path[handler.path.rindex("/") :], {}))
+
+    with answering(handle) as url:
+        report = run.conform(Plan(url=url, timeout_seconds=1.0), ["generate.wait_is_false"])
+    found = {result.name: result for result in report.results}
+    assert report.model == name
+    assert found["model"].outcome is Outcome.PASS
+    assert found["generate.wait_is_false"].outcome is Outcome.FAIL
+    for result in report.results:
+        assert result.seen.isprintable()
+        assert len(result.seen) < 1100
