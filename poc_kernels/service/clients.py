@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import IPv4Address, ip_address, ip_network
+from typing import Any
 
 from .receivers import meant
 
@@ -19,3 +21,8 @@ def client_at(address: str) -> str:
     except ValueError:
         return address
     return str(one) if isinstance(one, IPv4Address) else str(ip_network((int(one), _NETWORK_BITS), strict=False))
+
+
+def client_of(scope: Mapping[str, Any]) -> str:
+    """Return the name of the client of an ASGI request; "" where the server does not say."""
+    return client_at((scope.get("client") or ("",))[0])

@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .clients import client_at
+from .clients import client_of
 from .errors import AdmissionError
 from .settings import ServiceSettings
 
@@ -263,7 +263,7 @@ class InFlight:
         return self._places.total
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = _client(scope)
+        client = client_of(scope)
         if not self._places.take(client):
             raise _overloaded(f"at most {self._places.maximum} requests are served at once, {_SHARED}")
         try:
@@ -302,7 +302,7 @@ class Body:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        client, held = _client(scope), 0
+        client, held = client_of(scope), 0
 
         def hold(part: bytes) -> None:
             nonlocal held
@@ -435,10 +435,6 @@ def _play_back(body: bytes, then: Receive) -> Receive:
         return await then()
 
     return receive
-
-
-def _client(scope: Scope) -> str:
-    return client_at((scope.get("client") or ("",))[0])
 
 
 def _overloaded(message: str, **headers: str) -> RefusedError:

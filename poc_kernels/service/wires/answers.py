@@ -15,7 +15,6 @@ from fastapi.routing import APIRoute
 from pydantic_core import to_json
 
 from ...protocol import IllegalTransitionError, NoVerdictError, RoundEndedError
-from ..clients import client_at
 from .bodies import described
 
 logger = logging.getLogger("poc_kernels")
@@ -58,11 +57,6 @@ class PoCRoute(APIRoute):
                 return PlainTextResponse("Internal Server Error", 500)
 
         return answering
-
-
-def submitter_of(request: Request) -> str:
-    """Return the name by which the queue tells the request's client apart."""
-    return "" if request.client is None else client_at(request.client.host)
 
 
 def written(content: object) -> Response:

@@ -10,7 +10,6 @@ import email.message
 import json
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -19,6 +18,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from ..clients import client_of
+from ..fair import FairThread
 from ..gate import body_done
 from ..receivers import masked_urls
 
@@ -33,20 +34,21 @@ ModelOf = Callable[[Any], type[BaseModel]]
 
 
 class Bodies:
-    """Reads requests' bodies, one at a time in a thread of its own.
+    """Reads requests' bodies, one at a time in a thread of its own, in which clients take turns.
 
-    Parsed, a body takes a hundred times its bytes; and other threads are left to routes that have none.
+    Parsed, a body takes a hundred times its bytes, and up to some seconds; other threads are left to routes that have
+    none.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "pow-body")
+        self._thread = FairThread("pow-body")
 
     async def read(self, request: Request, model_of: ModelOf, then: Callable[[Any], _Result]) -> _Result:
         """Return what ``then`` makes of the body as its model. The body is kept no longer than that takes."""
         body = b"".join([part async for part in request.stream()])
         content_type = request.headers.get("content-type", "")
-        loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._thread, lambda: then(_parse(model_of, body, content_type)))
+        read = self._thread.submit(client_of(request.scope), lambda: then(_parse(model_of, body, content_type)))
+        result = await asyncio.wrap_future(read)
         body_done(request.scope)
         return result
 

@@ -12,10 +12,11 @@ from ... import __version__
 from ...protocol import PoCConfig, PoCState, RoundEndedError
 from ...protocol.artifacts.form import ArtifactForm
 from ...protocol.states import PHASES
+from ..clients import client_of
 from ..outbox import printable
 from ..queue import JobState, QueueFullError, ValidationJob
 from ..round_service import RoundService, told_of
-from .answers import BODY_ERRORS, TOO_MANY, bad_value, refusal, shutting_down, submitter_of, written
+from .answers import BODY_ERRORS, TOO_MANY, bad_value, refusal, shutting_down, written
 from .bodies import Bodies, always, takes
 from .current_bodies import GenerateBody, GenerationBody, Params
 from .names import named
@@ -90,7 +91,7 @@ class CurrentWire:
 
         They are taken at once: who leaves before the answer gets it at the url.
         """
-        submitter = submitter_of(request)
+        submitter = client_of(request.scope)
 
         def taken(body: GenerateBody) -> tuple[ValidationJob, bool]:
             return self._enqueue(body, submitter), body.validation is not None

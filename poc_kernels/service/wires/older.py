@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from ...protocol import FORMS, IllegalTransitionError, PoCConfig, PoCState, RoundEndedError
+from ..clients import client_of
 from ..gate import POC_PREFIX
 from ..queue import QueueFullError, ValidationJob
-from .answers import BODY_ERRORS, ERRORS, TOO_MANY, bad_value, refusal, shutting_down, submitter_of, written
+from .answers import BODY_ERRORS, ERRORS, TOO_MANY, bad_value, refusal, shutting_down, written
 from .bodies import Bodies, always, takes
 from .names import named
 from .older_body import RoundBody
@@ -117,7 +118,7 @@ def add_routes(router: APIRouter, state: State, bodies: Bodies) -> None:
         The batch is taken at once: who leaves before the answer gets the verdict at the callback_url. With wait=false
         the answer comes at once: its Location has the verdict later. A batch without nonces is judged at once.
         """
-        submitter, keep = submitter_of(request), wait == "false"
+        submitter, keep = client_of(request.scope), wait == "false"
         job = await bodies.read(request, always(wire.ProofBody), lambda body: enqueued(body, submitter, keep))
         if job.keep:
             return _waiting(job, {"Location": f"{POC_PREFIX}/validate/{job.id}"})
