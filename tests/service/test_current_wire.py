@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from typing import Any
 
@@ -230,6 +231,24 @@ def test_what_is_refused_is_quoted_in_part(http: httpx2.Client) -> None:
     answer = http.post(f"{POW}/generate", json=asked([1], params={100_000 * "x": 1}))
     assert refused(answer, 422)[0]["loc"][:2] == ["body", "params"]
     assert len(answer.content) < 500
+    answer = http.get(f"{POW}/validate/{5000 * 'x'}")
+    assert refused(answer, 404).startswith("id must be of a batch posted with wait=false and kept still, got 'xxx")
+    assert len(answer.content) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"block_hash": "\xff"}', "that is no text in UTF-8: invalid start byte at byte 16"),
+        (gzip.compress(b"{}"), "that is no text in UTF-8: invalid start byte at byte 1"),
+        (100_000 * b"[", "that is nested too deeply"),
+        (b'{"block_height": ' + 5000 * b"1" + b"}", "with a number of too many digits"),
+    ],
+)
+@pytest.mark.parametrize("path", [*PATHS, "/init", "/validate"])
+def test_bodies_that_cannot_be_read(http: httpx2.Client, path: str, content: bytes, fault: str) -> None:
+    answer = http.post(POW + path, content=content, headers={"Content-Type": "application/json"})
+    assert refused(answer, 400) == f"the body must be JSON, got one {fault}"
 
 
 def test_of_many_unknown_keys_the_first_are_told() -> None:

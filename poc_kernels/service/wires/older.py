@@ -24,6 +24,8 @@ from .state import State
 WIRES = {name: wire for name, entry in FORMS.items() if (wire := entry.load_wire()) is not None}
 """How a proof form is told in HTTP that this wire has: a module with ProofBody and ValidateAnswer."""
 
+_MAX_SHOWN = 200
+
 
 class PhaseAnswer(BaseModel):
     """Answer of the routes that change the state."""
@@ -143,7 +145,8 @@ def add_routes(router: APIRouter, state: State, bodies: Bodies) -> None:
         """Return the verdict on a batch that was posted with wait=false."""
         job = service.worker.queue.get(job_id)
         if job is None or job.of_request:
-            raise HTTPException(404, f"id must be of a batch posted with wait=false and kept still, got {job_id!r}")
+            got = repr(job_id[:_MAX_SHOWN])
+            raise HTTPException(404, f"id must be of a batch posted with wait=false and kept still, got {got}")
         if job.error is not None:
             raise refusal(job.error)
         return _waiting(job) if job.verdict is None else answered(job.verdict)
