@@ -24,6 +24,7 @@ from .fields import (
     Refused,
     check_encodable,
     declared,
+    finite,
     no_constant,
     one_of,
 )
@@ -79,7 +80,7 @@ def _json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        value = json.loads(value, parse_constant=no_constant) if value.strip() else {}
+        value = json.loads(value, parse_constant=no_constant, parse_float=finite) if value.strip() else {}
         check_encodable(value)
     except AdmissionError as error:
         raise ValueError(error.message.removeprefix("the body ")) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -133,12 +134,23 @@ def parse(content: bytes, model: type[_B]) -> _B:
     Raises:
         AdmissionError: 400, naming the field that is wrong or unknown.
     """
+    too_large = ""
+
+    def number(text: str) -> float:
+        nonlocal too_large
+        if math.isinf(value := float(text)):
+            too_large = text
+        return value
+
     try:
-        body = json.loads(content, parse_constant=no_constant)
+        body = json.loads(content, parse_constant=no_constant, parse_float=number)
         if not isinstance(body, dict):
             raise AdmissionError(400, "the body must be a JSON object")
         check_encodable(body)
-        return checked(body, model)
+        result = checked(body, model)  # names a field that is a number; one that is repeated may hold any
+        if too_large:
+            raise _too_large(too_large)
+        return result
     except RecursionError as error:
         raise AdmissionError(400, "the body is nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -152,6 +164,17 @@ def parse(content: bytes, model: type[_B]) -> _B:
 
 def no_constant(name: str) -> Any:
     raise AdmissionError(400, f"the body must be JSON, which has no {name}")
+
+
+def finite(text: str) -> float:
+    """Return the number of a text of JSON; refuse one that no answer could repeat, as it is read as an infinity."""
+    if math.isinf(value := float(text)):
+        raise _too_large(text)
+    return value
+
+
+def _too_large(text: str) -> AdmissionError:
+    return AdmissionError(400, f"the body has a number that is too large: {_short(text)}")
 
 
 def checked(body: Mapping[str, Any], model: type[_B]) -> _B:

@@ -263,6 +263,8 @@ def test_fields_without_effect_are_said_once(caplog: pytest.LogCaptureFixture) -
         (b"[" * 100_000, "nested too deeply"),
         (b'{"top_p": NaN}', "no NaN"),
         (b'{"top_p": -Infinity}', "no -Infinity"),
+        (b'{"messages": [{"role": "user"}], "metadata": [-1e400]}', "has a number that is too large: -1e400$"),
+        (b'{"messages": [{"role": "user"}], "top_p": 1e400, "user": 1e400}', "^top_p is wrong"),
         (b'{"a": 1', "line 1 column"),
         (b"\xff", "UTF-8"),
         (b"[1]", "must be a JSON object"),
@@ -301,6 +303,7 @@ def test_depth_is_bounded_wherever_it_lies(depth: int) -> None:
     [
         (r'{"a": "\ud800"}', "has a lone surrogate"),
         ('{"a": NaN}', "has no NaN"),
+        ('{"a": 1e400}', "has a number that is too large: 1e400"),
         ('{"a": ' + "1" * 5000 + "}", "must be JSON"),
         ("[]", "must be a JSON object"),
     ],
