@@ -43,6 +43,17 @@ ORIGINS = Limit(
 HEADER_TEXT = Limit("printable text, which a header can carry", lambda value: value.strip().isprintable())
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # of bytes of the environment that are no text
+        return False
+    return True
+
+
+UTF8 = Limit("text in UTF-8", _is_utf8)
+
+
 def _are_hosts(text: str) -> bool:
     try:
         CallbackHosts(text)
@@ -199,7 +210,7 @@ class ServiceSettings:
     allowed_origins: str | None = setting(None, "origins whose web pages may call, by commas; * for all", ORIGINS)
     guard_metrics: bool = setting(False, "ask for the token on all routes except users' and /health")
     token: str | None = setting(None, "bearer token that the PoC routes require", HEADER_TEXT, secret=True)
-    callback_key: str | None = setting(None, "key that signs callbacks", secret=True)
+    callback_key: str | None = setting(None, "key that signs callbacks", UTF8, secret=True)
 
     def __post_init__(self) -> None:
         for each in settings_of(type(self)):

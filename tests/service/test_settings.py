@@ -52,6 +52,7 @@ def test_booleans(text: str, value: bool) -> None:
         ("token", "a\nb", "must be printable text, which a header can carry"),
         ("token", "a\x7f", "must be printable text, which a header can carry"),
         ("token", "a\udcff", "must be printable text, which a header can carry"),
+        ("callback_key", "a\udcff", "must be text in UTF-8"),
         ("allowed_origins", "", r"must be \* or origins such as https://example.org, separated by commas, got "),
         ("allowed_origins", "a.example", r"must be \* or origins such as .*, got a.example"),
         ("allowed_origins", "https://a.example/", r"must be \* or origins such as .*, got https://a.example/"),
