@@ -1,4 +1,4 @@
-"""A thread in which clients take turns."""
+"""Threads in which clients take turns."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, TypeVar
 _Result = TypeVar("_Result")
 
 
-class FairThread:
-    """Runs calls in a thread of its own, one at a time.
+class FairThreads:
+    """Runs calls in threads of its own.
 
     Clients that have calls waiting take turns, whatever they have waiting; a client's own are run as they came.
 
     Args:
-        name: of the thread.
+        name: of the threads.
+        count: how many there are: so many calls run at once.
     """
 
-    def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, name)
+    def __init__(self, name: str, count: int = 1) -> None:
+        self._threads = ThreadPoolExecutor(count, name)
         self._lock = threading.Lock()
         self._waiting: OrderedDict[str, deque[_Call]] = OrderedDict()
         """By client; the one whose turn is next comes first."""
@@ -31,7 +32,7 @@ class FairThread:
         call = _Call(function)
         with self._lock:
             self._waiting.setdefault(client, deque()).append(call)
-        self._thread.submit(self._run_next)
+        self._threads.submit(self._run_next)
         return call.future
 
     def _run_next(self) -> None:

@@ -1,4 +1,4 @@
-"""A thread in which clients take turns."""
+"""Threads in which clients take turns."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from poc_kernels.service.fair import FairThread
+from poc_kernels.service.fair import FairThreads
 
 TIMEOUT = 60
 
 
 @pytest.fixture
-def thread() -> FairThread:
-    return FairThread("fair")
+def thread() -> FairThreads:
+    return FairThreads("fair")
 
 
 @pytest.fixture
-def busy(thread: FairThread) -> Iterator[threading.Event]:
+def busy(thread: FairThreads) -> Iterator[threading.Event]:
     """The thread has a call until the event is set."""
     free = threading.Event()
     thread.submit("first", free.wait)
@@ -28,7 +28,7 @@ def busy(thread: FairThread) -> Iterator[threading.Event]:
     free.set()
 
 
-def test_clients_take_turns(thread: FairThread, busy: threading.Event) -> None:
+def test_clients_take_turns(thread: FairThreads, busy: threading.Event) -> None:
     ran: list[str] = []
     calls = [("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("c", "c1"), ("b", "b2")]
     futures = [thread.submit(client, lambda name=name: ran.append(name)) for client, name in calls]
@@ -38,7 +38,7 @@ def test_clients_take_turns(thread: FairThread, busy: threading.Event) -> None:
     assert ran == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
-def test_errors_are_the_caller_s(thread: FairThread) -> None:
+def test_errors_are_the_caller_s(thread: FairThreads) -> None:
     def failing() -> None:
         raise ValueError("no")
 
@@ -46,7 +46,7 @@ def test_errors_are_the_caller_s(thread: FairThread) -> None:
     assert thread.submit("a", lambda: 1).result(TIMEOUT) == 1
 
 
-def test_what_failed_is_not_kept(thread: FairThread) -> None:
+def test_what_failed_is_not_kept(thread: FairThreads) -> None:
     class Body:
         pass
 
@@ -67,10 +67,19 @@ def test_what_failed_is_not_kept(thread: FairThread) -> None:
         gc.enable()
 
 
-def test_a_call_that_was_cancelled_is_not_made(thread: FairThread, busy: threading.Event) -> None:
+def test_a_call_that_was_cancelled_is_not_made(thread: FairThreads, busy: threading.Event) -> None:
     ran: list[int] = []
     assert thread.submit("a", lambda: ran.append(1)).cancel()
     last = thread.submit("a", lambda: ran.append(2))
     busy.set()
     last.result(TIMEOUT)
     assert ran == [2]
+
+
+def test_as_many_calls_run_at_once_as_there_are_threads() -> None:
+    threads, meeting = FairThreads("fair", 3), threading.Barrier(4)
+    ran = [threads.submit(client, lambda: meeting.wait(TIMEOUT)) for client in ("a", "a", "b")]
+    last = threads.submit("a", lambda: meeting.n_waiting)
+    meeting.wait(TIMEOUT)
+    assert sorted(each.result(TIMEOUT) for each in ran) in ([0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3])
+    assert last.result(TIMEOUT) == 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
+from ...service.clients import client_of
 from ...service.errors import AdmissionError
+from ...service.fair import FairThreads
 from .admission import check_prompt, no_such_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, ResponseAnswer, TokenTexts
 from .bodies import Body, ChatBody, CompletionBody, ResponseBody
@@ -28,21 +31,22 @@ _LARGE_BODY = 2**16
 _LARGE_AT_ONCE, _OTHERS_AT_ONCE = 1, 4
 
 
+_B = TypeVar("_B", bound=Body)
+_Result = TypeVar("_Result")
+
+
 class Preparation:
-    """Runs what a request takes before it is generated in worker threads, a bounded number at once."""
+    """Runs what a request takes before it is generated, in a bounded number of threads in which clients take turns."""
 
     def __init__(self) -> None:
         # Not a limiter of asyncio: an app may be called in several event loops, and a limiter wakes only its own.
-        self._large = ThreadPoolExecutor(_LARGE_AT_ONCE, "large-body")
-        self._others = ThreadPoolExecutor(_OTHERS_AT_ONCE, "body")
+        self._large = FairThreads("large-body", _LARGE_AT_ONCE)
+        self._others = FairThreads("body", _OTHERS_AT_ONCE)
 
-    async def run(self, function: Any, content: bytes) -> Any:
-        """Return what ``function`` gives for the body ``content``."""
+    async def run(self, client: str, function: Callable[[bytes], _Result], content: bytes) -> _Result:
+        """Return what ``function`` gives for the body ``content`` of a client."""
         threads = self._large if len(content) >= _LARGE_BODY else self._others
-        return await asyncio.get_running_loop().run_in_executor(threads, function, content)
-
-
-_B = TypeVar("_B", bound=Body)
+        return await asyncio.wrap_future(threads.submit(client, functools.partial(function, content)))
 
 
 class Handler(ABC, Generic[_B]):
@@ -71,7 +75,8 @@ class Handler(ABC, Generic[_B]):
         """
         request_id = request.state.request_id
         try:
-            body, asked = await self._preparation.run(self._prepared, await request.body())
+            content = await request.body()
+            body, asked = await self._preparation.run(client_of(request.scope), self._prepared, content)
             generation = Generation(self._inference, request_id, asked)
             answer = self._answer((request_id, self._inference.name, body, generation, self._texts))
             generation.begin(bool(body.stream))

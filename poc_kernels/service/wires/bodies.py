@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from ..clients import client_of
-from ..fair import FairThread
+from ..fair import FairThreads
 from ..gate import body_done
 from ..receivers import masked_urls
 
@@ -41,13 +41,13 @@ class Bodies:
     """
 
     def __init__(self) -> None:
-        self._thread = FairThread("pow-body")
+        self._threads = FairThreads("pow-body")
 
     async def read(self, request: Request, model_of: ModelOf, then: Callable[[Any], _Result]) -> _Result:
         """Return what ``then`` makes of the body as its model. The body is kept no longer than that takes."""
         body = b"".join([part async for part in request.stream()])
         content_type = request.headers.get("content-type", "")
-        read = self._thread.submit(client_of(request.scope), lambda: then(_parse(model_of, body, content_type)))
+        read = self._threads.submit(client_of(request.scope), lambda: then(_parse(model_of, body, content_type)))
         result = await asyncio.wrap_future(read)
         body_done(request.scope)
         return result

@@ -443,6 +443,25 @@ def test_large_prompts_wait_for_each_other_and_nobody_for_them(
     assert most[0] == 1
 
 
+def test_clients_take_turns_to_have_large_bodies_read() -> None:
+    preparation, free, order = handlers.Preparation(), threading.Event(), []
+
+    def prepared(content: bytes) -> None:
+        free.wait(TIMEOUT)
+        order.append(content[:1])
+
+    async def read() -> None:
+        names = zip("aaab", (b"1", b"2", b"3", b"4"), strict=True)
+        runs = [preparation.run(client, prepared, name * handlers._LARGE_BODY) for client, name in names]
+        tasks = [asyncio.ensure_future(run) for run in runs]
+        await asyncio.sleep(0)  # all are waiting
+        free.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(read())
+    assert order == [b"1", b"2", b"4", b"3"]
+
+
 def test_bodies_that_no_template_or_parser_takes(http: httpx2.Client) -> None:
     digits = http.post(CHAT, content=b'{"seed": %s}' % (b"1" * 5000), headers={"content-type": "application/json"})
     assert (digits.status_code, "digits" in error_of(digits)["message"]) == (400, True)
