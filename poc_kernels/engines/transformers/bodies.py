@@ -208,6 +208,13 @@ def _token_id(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
 
 
+def _few_biased(value: Any) -> Any:
+    # Before the entries are looked at: an error of each would keep all other threads waiting.
+    if isinstance(value, dict) and len(value) > _MAX_BIASED_TOKENS:
+        raise ValueError(f"it may bias at most {_MAX_BIASED_TOKENS} tokens, got {len(value)}")
+    return value
+
+
 _TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -235,7 +242,9 @@ class Body(CheckedBody):
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None  # keeps every logit finite
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=_MAX_BIASED_TOKENS)] | None = None
+    logit_bias: (
+        Annotated[dict[_TokenId, _Bias], Field(max_length=_MAX_BIASED_TOKENS), BeforeValidator(_few_biased)] | None
+    ) = None
     stop: Annotated[list[_Stop], Field(max_length=_MAX_STOPS, fail_fast=True), BeforeValidator(_listed)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None

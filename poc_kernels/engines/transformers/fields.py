@@ -16,6 +16,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, to_json
 from pydantic_core.core_schema import no_info_plain_validator_function
 
 from ...service.errors import AdmissionError
+from ...service.strict_model import StrictModel
 
 logger = logging.getLogger("poc_kernels")
 
@@ -61,10 +62,8 @@ class Item(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Options(BaseModel):
+class Options(StrictModel):
     """A part of a body that asks for something: fields that nobody knows are refused."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 def one_of(kind: Callable[[Any], str]) -> Discriminator:

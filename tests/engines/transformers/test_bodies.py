@@ -102,6 +102,7 @@ WRONG: list[tuple[type[Body], dict[str, Any], str]] = [
     (ChatBody, chat(top_p=1.5), "top_p"),
     (ChatBody, chat(seed="x"), "seed"),
     (ChatBody, chat(logit_bias=[1]), "logit_bias"),
+    (ChatBody, chat(logit_bias={f"a{place}": 1 for place in range(1025)}), "logit_bias"),
     (ChatBody, chat(stop=5), "stop"),
     (ChatBody, chat(stop=["a", 5]), "stop.1"),
     (ChatBody, chat(generation_config="{}"), "generation_config"),
@@ -320,6 +321,14 @@ def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
         with pytest.raises(AdmissionError) as refused:
             checked(body, ChatBody)
         assert len(refused.value.message) + len(refused.value.param or "") < 1500
+
+
+@pytest.mark.parametrize("field", ["stream_options", "logit_bias"])
+def test_of_much_that_is_wrong_a_few_errors_are_made(field: str) -> None:
+    """An error of each of a hundred thousand keys would keep all other threads waiting for a second."""
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate(chat(**{field: {f"key{place}": "a" for place in range(2000)}}))
+    assert 1 <= caught.value.error_count() <= 20
 
 
 @pytest.mark.parametrize("text", [r'{"a": "\ud800"}', r'{"\udfff": 1}', r'{"a": [{"b": ["\ud83d"]}]}'])
