@@ -237,6 +237,8 @@ def conform(chosen: argparse.Namespace) -> int:
     width = max(map(len, NAMES))
     try:
         plan = Plan(**{name: value for name, value in given.items() if value is not None})
+        if chosen.json is not None:
+            chosen.json.open("a").close()  # a file that cannot be written is known before all is played
         report = judge(plan, chosen.only or (), lambda result: print(line(result, width), flush=True))
         print(report.summary())
         if chosen.json is not None:

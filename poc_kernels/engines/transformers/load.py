@@ -40,9 +40,11 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        there = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError of a torch without CUDA
         raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
+    if there.is_meta:
+        raise ValueError(f"device must be one that computes, got {device!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -31,6 +31,13 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         load_model(str(tmp_path / "model.gguf"), "cpu", "auto")
 
 
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(("device", "why"), [("nowhere", "that torch has here"), ("meta", "that computes")])
+def test_a_device_that_cannot_serve_is_named(tmp_path: Path, device: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be one {why}, got '{device}'"):
+        load_model(str(tmp_path), device, "auto")
+
+
 def test_an_id_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="of a model with a tokenizer, got 'nobody/nothing': "):
