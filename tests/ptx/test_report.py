@@ -47,6 +47,7 @@ def test_every_case_and_mutation_is_in_the_report():
     assert "| sm_90 | 3 | fence dropped | 12 of 100 differ (and 1 more) |" in lines
     assert "| sm_90 | 3 | bar.sync 3 dropped | not noticed |" in lines
     assert any(line.startswith("1 of 2 were noticed.") for line in lines)
+    assert any(line.startswith("- commit: ") for line in lines)
 
 
 @pytest.mark.parametrize(

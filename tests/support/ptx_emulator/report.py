@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 
+from bench.common.conditions import conditions
+from bench.common.report_text import header
 from poc_kernels.kernels.triton import tiles
 
 from . import cases
@@ -151,9 +151,11 @@ def report(results: Sequence[Result], mutants: Sequence[Mutant], which: str) -> 
     noticed = sum(bool(mutant.result.problems) for mutant in mutants)
     return f"""# Compiled Triton kernels on the emulator of PTX
 
-{which} and all mutations, run on {datetime.now(timezone.utc):%Y-%m-%d} with Triton {triton.__version__}, torch
-{torch.__version__} and Python {platform.python_version()}. No GPU took part. What this shows and what it does not is in
+{which} and all mutations. No GPU took part. What this shows and what it does not is in
 [docs/emulator.md](../../docs/emulator.md).
+
+{header(conditions(torch.device("cpu")))}
+- Triton {triton.__version__}
 
 ## In sum
 
