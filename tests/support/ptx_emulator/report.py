@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from bench.common.conditions import conditions
-from bench.common.report_text import header
 from poc_kernels.kernels.triton import tiles
 
 from . import cases
@@ -146,15 +144,15 @@ def _every_mutant(mutants: Sequence[Mutant]) -> str:
     return _table(("", "parts of K", "wrong in the PTX of product_kernel", "noticed by"), rows)
 
 
-def report(results: Sequence[Result], mutants: Sequence[Mutant], which: str) -> str:
-    """Return the report as Markdown; ``which`` cases these are."""
+def report(results: Sequence[Result], mutants: Sequence[Mutant], which: str, of_run: str) -> str:
+    """Return the report as Markdown; ``which`` cases these are, and ``of_run`` says where and of what."""
     noticed = sum(bool(mutant.result.problems) for mutant in mutants)
     return f"""# Compiled Triton kernels on the emulator of PTX
 
 {which} and all mutations. No GPU took part. What this shows and what it does not is in
 [docs/emulator.md](../../docs/emulator.md).
 
-{header(conditions(torch.device("cpu")))}
+{of_run}
 - Triton {triton.__version__}
 
 ## In sum
@@ -185,7 +183,11 @@ def failed(results: Sequence[Result], mutants: Sequence[Mutant]) -> list[str]:
 
 
 def main() -> int:
-    """Run the command line."""
+    """Run the command line, in the root of the sources."""
+    from bench.common.conditions import conditions
+    from bench.common.report_text import header
+
+    of_run = header(conditions(torch.device("cpu")))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path, help="the report, a file of Markdown")
     parser.add_argument("--capabilities", type=int, nargs="+", default=cases.CAPABILITIES)
@@ -197,7 +199,7 @@ def main() -> int:
     results = run_cases([case for capability in safe for case in cases_of(capability)], options.workers)
     mutants = run_mutants([capability for capability in safe if capability in (80, 90)], options.workers)
     which = "The cases of `make test`" if options.usual else "All cases"
-    options.result.write_text(report(results, mutants, which))
+    options.result.write_text(report(results, mutants, which, of_run))
     for words in (wrong := failed(results, mutants)):
         print(words, file=sys.stderr)
     return 1 if wrong else 0
