@@ -22,6 +22,8 @@ from poc_kernels.kernels import Backend, native, trial
 pytest.register_assert_rewrite(
     *(path.stem for path in (Path(__file__).parent / "support").glob("*.py") if path.stem not in sys.modules)
 )
+# `bench` is not installed. Last, so that the sources of the package do not hide the installed one.
+sys.path.append(str(Path(__file__).parents[1]))
 pytest_plugins = ["shared_fixtures"]  # "fixtures" is the name of a plugin of pytest's own
 
 # The reference is many small operators: more threads make it slower, much slower on a busy machine. Tests of threads
