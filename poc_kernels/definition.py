@@ -135,11 +135,15 @@ def seed_from_block_hash(block_hash: str) -> int:
     """
     if not isinstance(block_hash, str):
         raise TypeError(f"block_hash must be a str, got {type(block_hash).__name__}")
+    return int.from_bytes(hashlib.sha256(encoded("block_hash", block_hash)).digest()[:8], "little", signed=True)
+
+
+def encoded(name: str, text: str) -> bytes:
+    """Return the argument ``name`` in UTF-8; raise a ValueError if it cannot be encoded."""
     try:
-        text = block_hash.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"block_hash must be text that UTF-8 can encode, got {error.reason}") from error
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
+        raise ValueError(f"{name} must be text that UTF-8 can encode, got {error.reason}") from error
 
 
 def _refused_std(std: object) -> ValueError:

@@ -7,8 +7,8 @@
 namespace poc::cpu {
 namespace {
 
-// A panel of two groups and 1024 k is 32 KiB, and a tile of 8 limb rows 8 KiB: they stay in the nearest cache, where
-// wider panels, whose products take fewer loads, do not.
+// A panel of two groups and 1024 k is 32 KiB, as large as the nearest cache of Zen 4: wider ones, whose products take
+// fewer loads, are slower there.
 constexpr int kMaxGroups = 2;
 constexpr int kMaxLimbRows = 8;
 

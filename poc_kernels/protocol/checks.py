@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from ..definition import encoded
+
 MAX_NONCE = 2**63 - 1
 _MAX_TEXT = 1024
 _MAX_URL = 2048
@@ -50,10 +52,7 @@ def check_text(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a str, got {type(value).__name__}")
     if not 1 <= len(value) <= _MAX_TEXT:
         raise ValueError(f"{name} must have 1 to {_MAX_TEXT} characters, got {len(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be text that UTF-8 can encode, got {error.reason}") from error
+    encoded(name, value)
 
 
 def check_url(name: str, url: object) -> None:

@@ -41,17 +41,8 @@ ORIGINS = Limit(
     lambda value: value == "*" or all(map(_ORIGIN.fullmatch, value.split(","))),
 )
 HEADER_TEXT = Limit("printable text, which a header can carry", lambda value: value.strip().isprintable())
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # of bytes of the environment that are no text
-        return False
-    return True
-
-
-UTF8 = Limit("text in UTF-8", _is_utf8)
+# Bytes of the environment that are no text are surrogates.
+UTF8 = Limit("text in UTF-8", lambda value: value.encode(errors="ignore").decode() == value)
 
 
 def _are_hosts(text: str) -> bool:

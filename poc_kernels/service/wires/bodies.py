@@ -26,7 +26,8 @@ from ..receivers import masked_urls
 _Result = TypeVar("_Result")
 
 _MAX_DETAILS = 20
-_MAX_SHOWN = 200
+MAX_SHOWN = 200
+"""Characters of what a client sent that an answer repeats at most."""
 _MAX_SHOWN_BODY = 65536
 
 ModelOf = Callable[[Any], type[BaseModel]]
@@ -131,7 +132,7 @@ def _shown(value: object) -> object:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 # ---- what is documented ----

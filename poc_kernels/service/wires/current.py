@@ -17,7 +17,7 @@ from ..outbox import printable
 from ..queue import JobState, QueueFullError, ValidationJob
 from ..round_service import RoundService, told_of
 from .answers import BODY_ERRORS, TOO_MANY, bad_value, refusal, shutting_down, written
-from .bodies import Bodies, always, takes
+from .bodies import MAX_SHOWN, Bodies, always, takes
 from .current_bodies import GenerateBody, GenerationBody, Params
 from .names import named
 
@@ -28,7 +28,6 @@ _STATES = {
     JobState.FAILED: "failed",
     JobState.CANCELLED: "cancelled",
 }
-_MAX_SHOWN = 200
 _RETRY_SECONDS = 5
 _OF_ROUND = ("public_key", "block_hash", "block_height", "node_id")
 """What callbacks say and answers do not: their clients know what they asked for."""
@@ -156,7 +155,7 @@ class CurrentWire:
     def _check_model(self, params: Params) -> None:
         models = self.service.models
         if models and params.model not in models:
-            requested = {"model": printable(params.model[:_MAX_SHOWN]), "seq_len": params.seq_len}
+            requested = {"model": printable(params.model[:MAX_SHOWN]), "seq_len": params.seq_len}
             deployed = {"model": models[0], "served_names": list(models)}
             raise HTTPException(409, {"error": "params mismatch", "requested": requested, "deployed": deployed})
 
@@ -165,7 +164,7 @@ class CurrentWire:
         names = [name for name, form in forms.items() if isinstance(form, ArtifactForm)]
         if params.proof not in names:
             takes = f"one of {', '.join(names)}" if names else "a form that has artifacts, none of which is proved here"
-            raise ValueError(f"params.proof must be {takes}, got {params.proof[:_MAX_SHOWN]!r}")
+            raise ValueError(f"params.proof must be {takes}, got {params.proof[:MAX_SHOWN]!r}")
 
     def _form_of(self, config: PoCConfig) -> ArtifactForm:
         form = self._manager.check(config)
@@ -198,7 +197,7 @@ def add_routes(router: APIRouter, wire: CurrentWire) -> None:
         """Return what came of a request that was posted with wait false, or how far it is."""
         answer = wire.result(request_id)
         if answer is None:
-            raise HTTPException(404, f"Request {printable(request_id[:_MAX_SHOWN])} not found")
+            raise HTTPException(404, f"Request {printable(request_id[:MAX_SHOWN])} not found")
         return written(answer)
 
     @router.get("/versions", response_model=dict[str, Any])

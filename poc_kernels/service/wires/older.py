@@ -16,15 +16,13 @@ from ..clients import client_of
 from ..gate import POC_PREFIX
 from ..queue import QueueFullError, ValidationJob
 from .answers import BODY_ERRORS, ERRORS, TOO_MANY, bad_value, refusal, shutting_down, written
-from .bodies import Bodies, always, takes
+from .bodies import MAX_SHOWN, Bodies, always, takes
 from .names import named
 from .older_body import RoundBody
 from .state import State
 
 WIRES = {name: wire for name, entry in FORMS.items() if (wire := entry.load_wire()) is not None}
 """How a proof form is told in HTTP that this wire has: a module with ProofBody and ValidateAnswer."""
-
-_MAX_SHOWN = 200
 
 
 class PhaseAnswer(BaseModel):
@@ -145,7 +143,7 @@ def add_routes(router: APIRouter, state: State, bodies: Bodies) -> None:
         """Return the verdict on a batch that was posted with wait=false."""
         job = service.worker.queue.get(job_id)
         if job is None or job.of_request:
-            got = repr(job_id[:_MAX_SHOWN])
+            got = repr(job_id[:MAX_SHOWN])
             raise HTTPException(404, f"id must be of a batch posted with wait=false and kept still, got {got}")
         if job.error is not None:
             raise refusal(job.error)
